@@ -1,0 +1,458 @@
+"""Every number that prunescope reports about a dense and a target model, as pure functions of tensors.
+
+A model computes ``h`` (hidden state) -> ``z = W h`` (logits) -> ``p = softmax(z / T)``. Given the same place in a dense
+and in a target model, this file says how far apart they are in each of the three spaces. Symbols and theorem numbers are
+those of "Demystifying When Pruning Works via Representation Hierarchies" (arXiv 2603.24652).
+
+Three ideas carry the file:
+
+* The dense side is the base, and the change is what we compute with: ``delta = target - dense``. A cosine close to 1 is
+  never found by subtracting two nearly equal numbers; `relative_change` splits delta into a part along the dense
+  vector (alpha) and a part across it (orth), and every cosine follows from these two.
+* Probabilities stay in log space, and only *differences* of log-probabilities enter. A KL divergence is a sum of terms
+  ``p (e^x - 1 - x) >= 0``, so nothing cancels, however small the divergence is (`excess`).
+* No tensor of tokens x vocabulary is ever held. `compare` projects a few rows at a time, and rows that take part in
+  several comparisons (the stream after sublayer i is the stream before sublayer i + 1) are projected once.
+
+Precision. Rows are handled in float32, or in float64 if the inputs are float64; hidden states always in float64. The
+relative error against float64 brute force on the same logits, for deviations of 1e-6 up to total disagreement, is below
+``ERROR_BOUND[column]`` plus the absolute error there; tests hold every column to it. bf16 and fp16 inputs are upcast
+first, so the bounds are those of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import factorial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "COLUMNS",
+    "ERROR_BOUND",
+    "H_COLUMNS",
+    "P_COLUMNS",
+    "Z_COLUMNS",
+    "Head",
+    "compare",
+    "compare_hidden",
+    "compare_logits",
+    "space_of",
+]
+
+H_COLUMNS = ("h_cos", "h_cos_dev", "h_cos_dev_est", "h_alpha", "h_para_rel", "h_orth_rel")
+Z_COLUMNS = (
+    *("z_cos", "z_cos_dev", "z_cos_dev_est", "z_cos_centred", "z_alpha", "z_para_rel", "z_orth_rel"),
+    *("var_uniform", "dz_l1", "dz_rms", "dz_top5_l1", "dz_top5_rms"),
+)
+P_COLUMNS = (
+    *("p_cos", "p_cos_dev", "p_cos_dev_est", "p_cos_dev_est_target"),
+    *("kl_dense_target", "kl_est", "kl_target_dense", "kl_est_target", "js", "tv"),
+    *("var_p", "var_r", "var_top5", "var_top10", "entropy_dense", "entropy_target"),
+    *("top1_agree", "top5_overlap", "rank_in_target", "dp_top1", "nll_dense", "nll_target"),
+)
+COLUMNS = (*H_COLUMNS, *Z_COLUMNS, *P_COLUMNS)
+
+ERROR_BOUND: dict[str, tuple[float, float]] = {
+    # column: (relative, absolute) error in float32 against float64 brute force on the same logits
+    **dict.fromkeys(COLUMNS, (2e-5, 1e-9)),
+    **dict.fromkeys(H_COLUMNS, (1e-9, 1e-15)),  # float64 throughout
+    **dict.fromkeys(("z_alpha", "z_para_rel"), (2e-5, 5e-8)),  # signed sum over V, terms cancel
+    **dict.fromkeys(("kl_dense_target", "kl_target_dense", "js"), (5e-5, 1e-12)),
+    **dict.fromkeys(("p_cos_dev", "tv"), (5e-5, 2e-7)),
+    "dp_top1": (5e-5, 2e-7),
+    **dict.fromkeys(("nll_dense", "nll_target", "entropy_dense", "entropy_target"), (2e-5, 2e-6)),
+    **dict.fromkeys(("top1_agree", "top5_overlap", "rank_in_target"), (0.0, 0.0)),  # exact
+}
+
+DEFAULT_MEMORY = 512 * 2**20
+_TOP = 10  # likeliest tokens kept of every row
+_GROUP = 2**18  # logits that the elementwise pass handles at once: small enough to stay in the cache
+_TEMPORARIES = 20  # tensors of one group alive at the same time in `_pair_columns`, rounded up
+
+
+def space_of(column: str) -> str:
+    """The representation space, ``h``, ``z`` or ``p``, that a column belongs to. Raises KeyError for other names."""
+    for space, names in (("h", H_COLUMNS), ("z", Z_COLUMNS), ("p", P_COLUMNS)):
+        if column in names:
+            return space
+    raise KeyError(column)
+
+
+# --- the geometry of a change: used for h, for z and for p -------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """A change of a vector X, split along and across X; both ``(rows,)``, float64."""
+
+    alpha: Tensor  # <delta, X> / |X|^2, signed
+    orth: Tensor  # |delta_orth| / |X|
+
+    @property
+    def cos(self) -> Tensor:
+        """Cosine of X and X + delta: ``(1 + alpha) / sqrt((1 + alpha)^2 + orth^2)``."""
+        return (1 + self.alpha) / torch.hypot(1 + self.alpha, self.orth)
+
+    @property
+    def cos_dev(self) -> Tensor:
+        """1 - cosine without cancellation: ``orth^2 / (s (s + 1 + alpha))`` with s the length of X + delta over X's."""
+        along = 1 + self.alpha
+        length = torch.hypot(along, self.orth)
+        return torch.where(along > 0, self.orth**2 / (length * (length + along)), 1 - along / length)
+
+    @property
+    def cos_dev_est(self) -> Tensor:
+        """Theorem 1: ``|delta_orth|^2 / (2 |X|^2)``."""
+        return self.orth**2 / 2
+
+
+def relative_change(x: Tensor, delta: Tensor) -> Change:
+    """Split ``delta`` (rows, n) along and across ``x`` (rows, n); orth is summed after subtracting, so it is exact."""
+    length2 = (x * x).sum(-1, keepdim=True)
+    alpha = (x * delta).sum(-1, keepdim=True) / length2
+    orth = torch.linalg.vector_norm(torch.addcmul(delta, x, alpha, value=-1), dim=-1)
+    return Change(alpha[:, 0].double(), (orth / length2[:, 0].sqrt()).double())
+
+
+def weighted_variance(x: Tensor, weight: Tensor) -> Tensor:
+    """Variance of ``x`` (rows, n) under ``weight`` (rows, n, normalised here), in two passes; ``(rows,)`` float64."""
+    total = weight.sum(-1, keepdim=True)
+    centred = x - (weight * x).sum(-1, keepdim=True) / total
+    return ((weight * centred.square_()).sum(-1) / total[:, 0]).double()
+
+
+def variance(x: Tensor) -> Tensor:
+    """Population variance of ``x`` (rows, n) under uniform weights, in two passes; ``(rows,)`` float64."""
+    return (x - x.mean(-1, keepdim=True)).square_().mean(-1).double()
+
+
+# --- divergences of distributions that may be almost equal -------------------------------------------------------------
+
+
+def excess(p: Tensor, x: Tensor, tilted: Tensor) -> Tensor:
+    """``sum p (e^x - 1 - x)`` over the last dimension, given ``tilted = p e^x``; ``(rows,)`` float64.
+
+    Every term is >= 0. Below |x| = 1/2 the power series is summed, above it ``tilted - p - p x`` loses nothing.
+    """
+    near = x.clamp(-0.5, 0.5)
+    series = torch.full_like(x, 1 / factorial(_SERIES[x.dtype]))
+    for k in range(_SERIES[x.dtype] - 1, 1, -1):
+        series.mul_(near).add_(1 / factorial(k))
+    series.mul_(near).mul_(near).mul_(p)
+    far = (tilted - p).addcmul_(p, x, value=-1)
+    is_near = (0.5 - x.abs()).sign_().clamp_(min=0)  # a float mask: comparisons and `where` are slow on a CPU
+    return torch.lerp(far, series, is_near).sum(-1).double()
+
+
+_SERIES = {torch.float32: 8, torch.float64: 14}  # the last power of x that still matters at |x| = 1/2
+
+
+def kl_divergence(p: Tensor, log_p: Tensor, shift: Tensor, peak: Tensor, log_mass_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) for ``log q - log p = shift - log_mass_ratio``, all over the last dimension.
+
+    With x = shift - E_p[shift] the identity KL = log E_p[e^x] holds, and E_p[x] = 0 turns it into
+    log(1 + E_p[e^x - 1 - x]): a sum of terms that are >= 0. The mean is taken relative to the likeliest token, so that it is
+    exact also where p is nearly one-hot. Where KL > 1 the plain ``log_mass_ratio - E_p[shift]`` is just as good and cannot overflow.
+
+    Args:
+        p, log_p, shift: ``(rows, V)``; shift is a copy of nothing else and is overwritten by x.
+        peak: ``(rows, 1)`` int64, argmax of p.
+        log_mass_ratio: ``(rows, 1)`` float64, log of (normaliser of q / normaliser of p), in the units of shift.
+    Returns:
+        KL in nats ``(rows,)`` float64, and log q - log p ``(rows, V)``.
+    """
+    anchor = shift.gather(-1, peak)
+    x = shift.sub_(anchor)
+    mean = (p * x).sum(-1, keepdim=True)
+    x = x.sub_(mean)
+    plain = (log_mass_ratio - anchor.double() - mean.double())[:, 0]
+    near = torch.log1p(excess(p, x, torch.exp(log_p + x)))
+    kl = torch.where(plain > 1, plain, near)
+    return kl, x - kl[:, None].to(x.dtype)
+
+
+def js_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, loss: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats (at most ln 2), ``(rows,)`` float64: the mean KL of p and of q to their middle m.
+
+    ``log_ratio`` is log q - log p and ``loss`` is expm1(-|log_ratio|), both ``(rows, V)``. The likelier side has log(m / .) =
+    log1p(loss / 2), the other side |log_ratio| more.
+    """
+    middle = (p + q).div_(2)
+    base = torch.log1p(loss / 2)
+    return (excess(p, base + log_ratio.relu(), middle) + excess(q, base + (-log_ratio).relu_(), middle)) / 2
+
+
+# --- one place in both models ------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """What one distribution says of itself; found once for a row, however many comparisons it takes part in."""
+
+    peak_logit: Tensor  # (rows, 1) largest logit
+    log_mass: Tensor  # (rows, 1) float64, log sum exp((z - peak_logit) / T)
+    top: Tensor  # (rows, <= 10) ids of the likeliest tokens, likeliest first
+    entropy: Tensor  # (rows,) float64, nats
+
+    def take(self, index: Tensor) -> _Rows:
+        return _Rows(*(field[index] for field in self))
+
+
+def _describe(z: Tensor, temperature: float) -> _Rows:
+    top_logit, top = z.topk(min(_TOP, z.shape[-1]), dim=-1)
+    peak = top_logit[:, :1]
+    lowered = (z - peak).div_(temperature)
+    mass = torch.exp(lowered)
+    total = mass.sum(-1, keepdim=True).double()
+    log_mass = total.log()
+    entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / total[:, 0]
+    if not torch.isfinite(entropy).all() or not torch.isfinite(peak).all():
+        raise FloatingPointError("a logit is NaN or infinite")
+    return _Rows(peak, log_mass, top, entropy)
+
+
+def _log_softmax(z: Tensor, rows: _Rows, temperature: float) -> Tensor:
+    return (z - rows.peak_logit).div_(temperature).sub_(rows.log_mass.to(z.dtype))
+
+
+def _pair_columns(z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: float, next_token: Tensor | None) -> dict[str, Tensor]:
+    """All z and p columns of pairs of rows ``(rows, V)``; a describes the dense rows, b the target rows."""
+    t = temperature
+    delta = z_target - z
+    best, best_target = a.top[:, :1], b.top[:, :1]
+
+    # logits
+    change = relative_change(z, delta)
+    centred = relative_change(z - z.mean(-1, keepdim=True), delta - delta.mean(-1, keepdim=True))
+    out = {
+        "z_cos": change.cos,
+        "z_cos_dev": change.cos_dev,
+        "z_cos_dev_est": change.cos_dev_est,
+        "z_cos_centred": centred.cos,
+        "z_alpha": change.alpha,
+        "z_para_rel": change.alpha.abs(),
+        "z_orth_rel": change.orth,
+        "var_uniform": variance(delta),
+        "dz_l1": delta.abs().mean(-1),
+        "dz_rms": delta.square().mean(-1).sqrt(),
+    }
+    delta_top = delta.gather(-1, a.top)
+    out["dz_top5_l1"] = delta_top[:, :5].abs().mean(-1)
+    out["dz_top5_rms"] = delta_top[:, :5].square().mean(-1).sqrt()
+
+    # probabilities
+    log_p, log_q = _log_softmax(z, a, t), _log_softmax(z_target, b, t)
+    p, q = log_p.exp(), log_q.exp()
+    log_mass_ratio = (b.peak_logit.double() - a.peak_logit.double()) / t + (b.log_mass - a.log_mass)
+    out["kl_dense_target"], log_ratio = kl_divergence(p, log_p, delta / t, best, log_mass_ratio)
+    out["kl_target_dense"], _ = kl_divergence(q, log_q, -delta / t, best_target, -log_mass_ratio)
+    loss = torch.expm1(-log_ratio.abs())
+    dp = (log_ratio.sign().mul_(torch.maximum(p, q))).mul_(loss).neg_()  # q - p, right also where they agree to 1e-9
+    change = relative_change(p, dp)
+    out |= {
+        "p_cos": change.cos,
+        "p_cos_dev": change.cos_dev,
+        "js": js_divergence(p, q, log_ratio, loss),
+        "tv": dp.abs().sum(-1) / 2,
+        "dp_top1": dp.gather(-1, best)[:, 0],
+    }
+
+    # theorems 2 and 3: both divergences are, to second order, variances of the change of the logits
+    var_p, var_q = weighted_variance(delta, p), weighted_variance(delta, q)
+    var_r, var_r_target = weighted_variance(delta, p.square()), weighted_variance(delta, q.square())
+    top_p = p.gather(-1, a.top)
+    out |= {
+        "var_p": var_p,
+        "var_r": var_r,
+        "var_top5": weighted_variance(delta_top[:, :5], top_p[:, :5]),
+        "var_top10": weighted_variance(delta_top, top_p),
+        "kl_est": var_p / (2 * t * t),
+        "kl_est_target": var_q / (2 * t * t),
+        "p_cos_dev_est": var_r / (2 * t * t),
+        "p_cos_dev_est_target": var_r_target / (2 * t * t),
+        "entropy_dense": a.entropy,
+        "entropy_target": b.entropy,
+    }
+
+    # ranks and tokens
+    shared = (a.top[:, :5, None] == b.top[:, None, :5]).sum((1, 2))
+    out |= {
+        "top1_agree": (best == best_target)[:, 0],
+        "top5_overlap": shared.double() / min(5, a.top.shape[1]),
+        "rank_in_target": (z_target - z_target.gather(-1, best)).sign_().clamp_(min=0).sum(-1),
+    }
+    if next_token is not None:
+        known = next_token >= 0
+        where = next_token.clamp(min=0)[:, None]
+        for name, log_prob in (("nll_dense", log_p), ("nll_target", log_q)):
+            nll = -log_prob.gather(-1, where)[:, 0].double()
+            out[name] = torch.where(known, nll, torch.nan)
+    return {name: value.double() for name, value in out.items()}
+
+
+def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
+    """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
+    h = h.double()
+    change = relative_change(h, h_target.double() - h)
+    return {
+        "h_cos": change.cos,
+        "h_cos_dev": change.cos_dev,
+        "h_cos_dev_est": change.cos_dev_est,
+        "h_alpha": change.alpha,
+        "h_para_rel": change.alpha.abs(),
+        "h_orth_rel": change.orth,
+    }
+
+
+def compare_logits(z: Tensor, z_target: Tensor, temperature: float = 1.0, next_token: Tensor | None = None) -> dict[str, Tensor]:
+    """The z and p columns of two tensors of logits, both ``(rows, V)``; each column ``(rows,)`` float64.
+
+    Computed in float64 if the logits are float64, else in float32. Holds about 20 temporaries of the size of ``z``; `compare`
+    is the form for many rows.
+
+    Args:
+        z, z_target: logits before the temperature, as the lens gives them (soft-capping and scales applied).
+        temperature: metric temperature T > 0 of p = softmax(z / T).
+        next_token: ``(rows,)`` int64, the token that follows, -1 where none does. Without it there are no nll columns.
+    Raises:
+        ValueError: shapes that differ, or T <= 0.
+        FloatingPointError: a NaN or infinite logit.
+    """
+    if z.shape != z_target.shape or z.dim() != 2:
+        raise ValueError(f"logits must be two matrices of one shape, not {tuple(z.shape)} and {tuple(z_target.shape)}")
+    _check_temperature(temperature)
+    dtype = _working_dtype(z, z_target)
+    z, z_target = z.to(dtype), z_target.to(dtype)
+    return _pair_columns(z, z_target, _describe(z, temperature), _describe(z_target, temperature), temperature, next_token)
+
+
+# --- many places, in bounded memory ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from a residual stream to logits: ``z = cap(scale * (W norm(h) + bias))``.
+
+    ``norm`` is the model's final norm for the `final-norm` lens and None for the `raw` lens; scale and soft-capping belong to
+    the architecture and apply in both.
+    """
+
+    weight: Tensor  # (V, d)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32, tile: int = 2**14) -> Tensor:
+        """Logits ``(rows, V)`` of ``h`` (rows, d), the product taken in ``dtype`` for ``tile`` tokens of the vocabulary at a time."""
+        h = (self.norm(h) if self.norm else h).to(dtype)
+        z = h.new_empty(h.shape[0], self.vocab_size)
+        for start in range(0, self.vocab_size, tile):
+            part = z[:, start : start + tile]
+            part.copy_(h @ self.weight[start : start + tile].to(dtype).T)
+            if self.bias is not None:
+                part += self.bias[start : start + tile].to(dtype)
+            if self.scale != 1.0:
+                part *= self.scale
+            if self.softcap is not None:
+                part.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+
+def compare(
+    streams: Tensor,
+    pairs: Tensor,
+    head: Head,
+    *,
+    target_head: Head | None = None,
+    temperature: float = 1.0,
+    next_token: Tensor | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> dict[str, Tensor]:
+    """All columns for many pairs of hidden states, in bounded memory.
+
+    Args:
+        streams: ``(n, d)`` hidden states of the dense and of the target model, any float dtype.
+        pairs: ``(m, 2)`` int64, rows of ``streams``: the dense one and the target one. A row may stand in any number of
+            pairs; within a chunk it is projected once, so keep pairs that share rows together.
+        head: from hidden state to logits. ``target_head`` is used for the target's rows where the target has a head of its own.
+        temperature: metric temperature T.
+        next_token: ``(m,)`` int64, the token that follows each pair, -1 where none does.
+        memory: bytes that this function may hold beyond its inputs and its result.
+    Returns:
+        Column name -> ``(m,)`` float64 on the CPU.
+    Raises:
+        ValueError: T <= 0, heads of different vocabularies, or a ``memory`` too small for a single pair (it says what is needed).
+        FloatingPointError: a NaN or infinite logit.
+    """
+    _check_temperature(temperature)
+    if target_head is not None and target_head.vocab_size != head.vocab_size:
+        raise ValueError(f"the vocabularies differ: {head.vocab_size} and {target_head.vocab_size} tokens")
+    dtype = _working_dtype(streams, head.weight)
+    parts: dict[str, list[Tensor]] = {}
+    for chunk in _chunks(pairs, head, streams.shape[-1], dtype, memory):
+        columns = _compare_chunk(streams, pairs[chunk], head, target_head, temperature, None if next_token is None else next_token[chunk], dtype)
+        for name, value in columns.items():
+            parts.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(value) for name, value in parts.items()}
+
+
+def _compare_chunk(
+    streams: Tensor, pairs: Tensor, head: Head, target_head: Head | None, temperature: float, next_token: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    pairs = pairs.to(streams.device)
+    columns = compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
+    if target_head is None:
+        used, index = torch.unique(pairs, return_inverse=True)
+        z = head.logits(streams[used], dtype, _vocab_tile(head, dtype))
+    else:
+        index = torch.arange(pairs.numel(), device=pairs.device).view(2, -1).T
+        z = torch.cat([h.logits(streams[rows], dtype, _vocab_tile(h, dtype)) for h, rows in ((head, pairs[:, 0]), (target_head, pairs[:, 1]))])
+    group = max(1, _GROUP // head.vocab_size)
+    described = [_describe(z[i : i + group], temperature) for i in range(0, len(z), group)]
+    rows = _Rows(*(torch.cat(field) for field in zip(*described, strict=True)))
+    parts = []
+    for i in range(0, len(index), group):
+        dense, target = index[i : i + group].unbind(-1)
+        following = None if next_token is None else next_token[i : i + group].to(z.device)
+        parts.append(_pair_columns(z[dense], z[target], rows.take(dense), rows.take(target), temperature, following))
+    return columns | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: int) -> Iterator[slice]:
+    """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
+    row = (head.vocab_size + 8 * width) * dtype.itemsize  # logits, and the float64 copies of h
+    group = max(1, _GROUP // head.vocab_size)
+    fixed = (_TEMPORARIES * group * head.vocab_size + 2 * _vocab_tile(head, dtype) * width) * dtype.itemsize
+    rows = (memory - fixed) // (row + _vocab_tile(head, dtype) * dtype.itemsize)
+    if rows < 2:
+        need = fixed + 2 * (row + _vocab_tile(head, dtype) * dtype.itemsize)
+        raise ValueError(f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}")
+    start = 0
+    while start < len(pairs):
+        # rows are shared between neighbours, so try generously and shrink until the distinct rows fit
+        stop = min(len(pairs), start + rows - 1)
+        while len(torch.unique(pairs[start:stop])) > rows:
+            stop = start + max(1, (stop - start) // 2)
+        yield slice(start, stop)
+        start = stop
+
+
+def _vocab_tile(head: Head, dtype: torch.dtype) -> int:
+    """Tokens of the vocabulary projected at a time: all that fit into 16 MB of upcast weights."""
+    return min(head.vocab_size, max(256, 2**24 // (head.weight.shape[1] * dtype.itemsize)))
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"the metric temperature must be positive, not {temperature}")

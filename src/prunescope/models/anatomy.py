@@ -1,0 +1,331 @@
+"""Where the blocks, residual branches, norms and head of a causal LM are: the only place that knows about architectures.
+
+Nothing here is a table of model families. One short probe is run through the model, the tensors that flow between the
+children of each block are followed by their storage, and a block is understood as
+
+    stream -> [pre-norm] -> attention -> [post-norm] -> * scale -> + stream -> [pre-norm] -> MLP -> [post-norm] -> * scale -> + stream
+
+or its parallel form, in which both branches read the same stream. What was found is then checked on the same probe: stream
+before + branch output must equal the stream after, at every sublayer, and head(norm(last stream)) must equal the model's
+logits. A model that does not fit raises `UserError` with the reason; it is never half-understood.
+
+A new family usually needs nothing. If it multiplies its branches or its logits, add the name of its config field to
+`RESIDUAL_SCALES` or `_logit_transform`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunescope.errors import UserError
+
+__all__ = ["KINDS", "Anatomy", "Block", "Kind", "Sublayer", "find_anatomy", "first_tensor", "hooks", "swap_first_tensor"]
+
+Kind = Literal["attn", "mlp"]
+KINDS: tuple[Kind, Kind] = ("attn", "mlp")
+
+RESIDUAL_SCALES = ("residual_multiplier",)  # block attributes that multiply each branch (Granite)
+_PROBE_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual branch, whole. Its contribution to the stream is ``scale * output of exit``."""
+
+    layer: int
+    kind: Kind
+    modules: tuple[nn.Module, ...]  # the attention or MLP itself; two for OPT, whose MLP is two bare linears
+    pre: nn.Module | None
+    post: nn.Module | None
+    shares_pre: bool  # the other branch reads the same pre-norm
+    scale: float
+    returns: int  # length of the tuple that the last module returns, 0 for a bare tensor
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose first argument is the residual stream."""
+        return self.pre or self.modules[0]
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module whose output, times scale, is added to the residual stream."""
+        return self.post or self.modules[-1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} of layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class Block:
+    module: nn.Module
+    attn: Sublayer
+    mlp: Sublayer
+    parallel: bool
+
+    def sublayer(self, kind: Kind) -> Sublayer:
+        return self.attn if kind == "attn" else self.mlp
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model that prunescope works on; positions in ``blocks`` are the model's own layer numbers."""
+
+    decoder: nn.Module  # the module that runs the blocks and receives the cache
+    blocks: tuple[Block, ...]
+    block_list: nn.ModuleList
+    final_norm: nn.Module | None
+    head: nn.Module
+    logit_scale: float
+    logit_softcap: float | None
+    hidden_size: int
+    vocab_size: int
+
+    def sublayers(self) -> Iterator[Sublayer]:
+        for block in self.blocks:
+            yield block.attn
+            yield block.mlp
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+# --- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The stream among a module's arguments: the first positional one, else ``hidden_states``."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(found, Tensor):
+        raise UserError("a module is called without its hidden states as first argument; this architecture is not supported")
+    return found
+
+
+def swap_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states among a module's outputs, which may be a tuple."""
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, Tensor):
+        raise UserError("a module returns no tensor first; this architecture is not supported")
+    return found
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list for hook handles that are removed however the block ends."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- finding -----------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """One call of a block's child during the probe. Tensors are kept alive, so that a storage names a value."""
+
+    name: str
+    module: nn.Module
+    entering: Tensor
+    leaving: Tensor
+    returns: int
+    entering_value: Tensor
+    leaving_value: Tensor
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Find and check the parts of a transformers causal LM.
+
+    Args:
+        model: a model with ``config``, ``get_input_embeddings`` and ``get_output_embeddings``, in eval mode. Run twice on a
+            few tokens, without a cache; its weights and state are not changed.
+    Raises:
+        UserError: the structure is not found, or the check on the probe fails; the message names the place.
+    """
+    name = type(model).__name__
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UserError(f"{name} has no output head: prunescope needs a causal language model")
+    parent, block_list = _find_blocks(model, text_config.num_hidden_layers, name)
+    scale, softcap = _logit_transform(text_config)
+
+    probe = _probe_ids(model, head)
+    calls: list[list[_Call]] = [[] for _ in block_list]
+    blocks_io: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    last_norm: list[tuple[nn.Module, Tensor, Tensor]] = []
+    with hooks() as handles, torch.no_grad():
+        for i, module in enumerate(block_list):
+            for child_name, child in module.named_children():
+                handles.append(child.register_forward_hook(_recorder(calls[i], child_name), with_kwargs=True))
+            handles.append(module.register_forward_hook(_block_recorder(blocks_io), with_kwargs=True))
+        for child in parent.children():
+            if _is_norm(child):
+                handles.append(child.register_forward_hook(_norm_recorder(last_norm), with_kwargs=True))
+        try:
+            logits = model(input_ids=probe, use_cache=False).logits
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{name} cannot be run on a probe of {_PROBE_TOKENS} tokens: {type(error).__name__}: {error}") from error
+    if len(blocks_io) != len(block_list):
+        raise UserError(f"{name}: {len(block_list)} blocks were found but {len(blocks_io)} ran; this architecture is not supported")
+
+    blocks = []
+    for i, module in enumerate(block_list):
+        blocks.append(_understand_block(i, module, calls[i], blocks_io[i], name))
+    final_norm = next((module for module, entering, _ in last_norm if torch.equal(entering, blocks_io[-1][3])), None)
+    anatomy = Anatomy(
+        decoder=parent,
+        blocks=tuple(blocks),
+        block_list=block_list,
+        final_norm=final_norm,
+        head=head,
+        logit_scale=scale,
+        logit_softcap=softcap,
+        hidden_size=blocks_io[0][2].shape[-1],
+        vocab_size=head.weight.shape[0],
+    )
+    _check_logits(anatomy, blocks_io[-1][3], logits, name)
+    return anatomy
+
+
+def _find_blocks(model: nn.Module, count: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
+    for module in model.modules():  # outermost first
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count and all(_attention(block) is not None for block in child):
+                return module, child
+    raise UserError(f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported")
+
+
+def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
+    """The child that writes to the cache: transformers gives it, and no other child of a block, a ``layer_idx``."""
+    found = [(name, child) for name, child in block.named_children() if hasattr(child, "layer_idx")]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _probe_ids(model: nn.Module, head: nn.Module) -> Tensor:
+    """A few different token ids, the same for every model and run."""
+    vocab = head.weight.shape[0]  # type: ignore[union-attr,index]
+    ids = [(17 + 31 * i) % vocab for i in range(_PROBE_TOKENS)]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return torch.tensor([ids], device=embedding.weight.device)
+
+
+def _recorder(calls: list[_Call], name: str) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entering, leaving = first_tensor(args, kwargs), first_output(output)
+        returns = len(output) if isinstance(output, tuple) else 0
+        calls.append(_Call(name, module, entering, leaving, returns, entering.clone(), leaving.clone()))
+
+    return record
+
+
+def _block_recorder(seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entering, leaving = first_tensor(args, kwargs), first_output(output)
+        seen.append((entering, leaving, entering.clone(), leaving.clone()))
+
+    return record
+
+
+def _norm_recorder(seen: list[tuple[nn.Module, Tensor, Tensor]]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((module, first_tensor(args, kwargs).clone(), first_output(output).clone()))
+
+    return record
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, whatever their shapes (OPT reshapes the stream in between)."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def _understand_block(
+    layer: int, module: nn.Module, calls: list[_Call], stream: tuple[Tensor, Tensor, Tensor, Tensor], name: str
+) -> Block:
+    def unsupported(reason: str) -> UserError:
+        return UserError(f"{name}, layer {layer}: {reason}; this architecture is not supported")
+
+    before, _, before_value, after_value = stream
+    attention = _attention(module)
+    if attention is None:
+        raise unsupported("no single attention module with a layer_idx")
+    attn_calls = [call for call in calls if call.module is attention[1]]
+    norms = [call for call in calls if _is_norm(call.module)]
+    rest = [call for call in calls if call.module is not attention[1] and not _is_norm(call.module)]
+    mlp_calls = [call for call in rest if any(p.dim() >= 2 for p in call.module.parameters())]
+    if len(attn_calls) != 1:
+        raise unsupported(f"its attention ran {len(attn_calls)} times")
+    if not mlp_calls:
+        raise unsupported("no MLP ran beside its attention")
+    scale = next((float(getattr(module, key)) for key in RESIDUAL_SCALES if hasattr(module, key)), 1.0)
+
+    def branch(kind: Kind, first: _Call, last: _Call, modules: tuple[nn.Module, ...]) -> tuple[Sublayer, _Call, _Call]:
+        pre = next((norm for norm in norms if _same(norm.leaving, first.entering)), None)
+        post = next((norm for norm in norms if _same(norm.entering, last.leaving) and norm is not pre), None)
+        pre_module, post_module = pre and pre.module, post and post.module
+        part = Sublayer(layer, kind, modules, pre_module, post_module, False, scale, last.returns)
+        return part, pre or first, post or last
+
+    attn, attn_in, attn_out = branch("attn", attn_calls[0], attn_calls[0], (attention[1],))
+    mlp, mlp_in, mlp_out = branch("mlp", mlp_calls[0], mlp_calls[-1], tuple(call.module for call in mlp_calls))
+    shared = attn.pre is not None and attn.pre is mlp.pre
+    if shared:
+        attn, mlp = (Sublayer(**{**part.__dict__, "shares_pre": True}) for part in (attn, mlp))
+    parallel = shared or _same(mlp_in.entering, before)
+
+    if not torch.equal(attn_in.entering_value.flatten(), before_value.flatten()):
+        raise unsupported("its attention branch does not read the residual stream")
+    attn_part, mlp_part = (scale * call.leaving_value.view_as(before_value) for call in (attn_out, mlp_out))
+    middle = before_value + attn_part
+    if not parallel and not _close(mlp_in.entering_value.view_as(before_value), before_value, attn_part):
+        raise unsupported("stream before + attention branch is not the stream that its MLP branch reads")
+    if not _close(after_value, middle, mlp_part):
+        raise unsupported("stream before + attention branch + MLP branch is not the stream after")
+    return Block(module, attn, mlp, parallel)
+
+
+def _close(total: Tensor, *parts: Tensor) -> bool:
+    """Whether ``total`` is the sum of ``parts``, up to the rounding of a few additions in the tensors' own dtype."""
+    slack = 8 * torch.finfo(total.dtype).eps * sum(part.float().abs() for part in parts)
+    return bool(((total.float() - sum(part.float() for part in parts)).abs() <= slack + 1e-30).all())
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """Logit scale and soft-capping of the architecture, by the names that transformers' configs give them."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite: divides
+        scale = 1.0 / float(config.logits_scaling)
+    if getattr(config, "logit_scale", None):  # Cohere: multiplies
+        scale = float(config.logit_scale)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)
+
+
+def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> None:
+    with torch.no_grad():
+        z = anatomy.head(anatomy.final_norm(last) if anatomy.final_norm else last)
+        z = z * anatomy.logit_scale
+        if anatomy.logit_softcap is not None:
+            z = torch.tanh(z / anatomy.logit_softcap) * anatomy.logit_softcap
+    error = (z.float() - logits.float()).abs().max() / logits.float().abs().max().clamp(min=1e-30)
+    if not error <= 32 * torch.finfo(logits.dtype).eps:
+        raise UserError(f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported")

