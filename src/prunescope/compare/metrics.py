@@ -370,7 +370,6 @@ def compare(
     pairs: Tensor,
     head: Head,
     *,
-    target_head: Head | None = None,
     temperature: float = 1.0,
     next_token: Tensor | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -381,39 +380,33 @@ def compare(
         streams: ``(n, d)`` hidden states of the dense and of the target model, any float dtype.
         pairs: ``(m, 2)`` int64, rows of ``streams``: the dense one and the target one. A row may stand in any number of
             pairs; within a chunk it is projected once, so keep pairs that share rows together.
-        head: from hidden state to logits. ``target_head`` is used for the target's rows where the target has a head of its own.
+        head: from hidden state to logits, for dense and target rows alike.
         temperature: metric temperature T.
         next_token: ``(m,)`` int64, the token that follows each pair, -1 where none does.
         memory: bytes that this function may hold beyond its inputs and its result.
     Returns:
         Column name -> ``(m,)`` float64 on the CPU.
     Raises:
-        ValueError: T <= 0, heads of different vocabularies, or a ``memory`` too small for a single pair (it says what is needed).
+        ValueError: T <= 0, or a ``memory`` too small for a single pair (it says what is needed).
         FloatingPointError: a NaN or infinite logit.
     """
     _check_temperature(temperature)
-    if target_head is not None and target_head.vocab_size != head.vocab_size:
-        raise ValueError(f"the vocabularies differ: {head.vocab_size} and {target_head.vocab_size} tokens")
     dtype = _working_dtype(streams, head.weight)
     parts: dict[str, list[Tensor]] = {}
     for chunk in _chunks(pairs, head, streams.shape[-1], dtype, memory):
-        columns = _compare_chunk(streams, pairs[chunk], head, target_head, temperature, None if next_token is None else next_token[chunk], dtype)
+        columns = _compare_chunk(streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype)
         for name, value in columns.items():
             parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(value) for name, value in parts.items()}
 
 
 def _compare_chunk(
-    streams: Tensor, pairs: Tensor, head: Head, target_head: Head | None, temperature: float, next_token: Tensor | None, dtype: torch.dtype
+    streams: Tensor, pairs: Tensor, head: Head, temperature: float, next_token: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     pairs = pairs.to(streams.device)
     columns = compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
-    if target_head is None:
-        used, index = torch.unique(pairs, return_inverse=True)
-        z = head.logits(streams[used], dtype, _vocab_tile(head, dtype))
-    else:
-        index = torch.arange(pairs.numel(), device=pairs.device).view(2, -1).T
-        z = torch.cat([h.logits(streams[rows], dtype, _vocab_tile(h, dtype)) for h, rows in ((head, pairs[:, 0]), (target_head, pairs[:, 1]))])
+    used, index = torch.unique(pairs, return_inverse=True)
+    z = head.logits(streams[used], dtype, _vocab_tile(head, dtype))
     group = max(1, _GROUP // head.vocab_size)
     described = [_describe(z[i : i + group], temperature) for i in range(0, len(z), group)]
     rows = _Rows(*(torch.cat(field) for field in zip(*described, strict=True)))

@@ -1,0 +1,399 @@
+"""Same-context comparison: one sublayer at a time is the target's, everything else stays dense (the paper, section 5).
+
+The dense model writes its continuation once. One forward pass over prompt + continuation then holds the residual stream
+after every sublayer at every decoding step, so that dropping sublayer i in the same context compares two streams that are
+both there: the stream after it and the stream before it. Against a target model one more pass is needed, in which every branch of
+the target reads the dense stream of its place at all positions, so its attention sees the dense history through its own
+key and value projections.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare
+from prunescope.data.prompts import Prompt
+from prunescope.errors import UserError
+from prunescope.models.anatomy import KINDS, Kind
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import Sampling, batches, continue_texts
+from prunescope.models.loading import LoadedModel
+from prunescope.models.streams import Passage, substituting, watching
+from prunescope.progress import progress
+
+__all__ = ["FLOOR_COLUMNS", "Lens", "Sequence_", "encode", "layerwise_rows", "lens_head", "noise_floor"]
+
+Lens = Literal["raw", "final-norm"]
+Target = LoadedModel | DropSpec | None
+FLOOR_COLUMNS = tuple(  # columns that are zero where nothing differs
+    name for name in COLUMNS if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
+)
+_FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
+
+
+@dataclass(frozen=True)
+class Sequence_:
+    """A prompt and the dense model's own continuation, as token ids. Step t reads position ``len(prompt) - 1 + t``."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+    @property
+    def read(self) -> list[int]:
+        """What the models read: everything but the last token, which nothing follows."""
+        return self.prompt + self.continuation[:-1]
+
+    @property
+    def positions(self) -> range:
+        return range(len(self.prompt) - 1, len(self.prompt) - 1 + len(self.continuation))
+
+
+def lens_head(dense: LoadedModel, lens: Lens) -> Head:
+    """The dense model's head as the lens uses it. Raises UserError for `final-norm` on a model without one."""
+    anatomy = dense.anatomy
+    if lens == "final-norm" and anatomy.final_norm is None:
+        raise UserError(f"{dense.ref} has no final norm; use --lens raw")
+    return Head(
+        anatomy.head.weight.detach(),  # type: ignore[operator,union-attr]
+        getattr(anatomy.head, "bias", None),
+        anatomy.logit_scale,
+        anatomy.logit_softcap,
+        anatomy.final_norm if lens == "final-norm" else None,
+    )
+
+
+def encode(dense: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *, chat: bool = False) -> list[list[int]]:
+    """Token ids of the prompts. Raises UserError where one is empty, or with its continuation past the model's context."""
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: at least one step is needed")
+    encoded = []
+    for prompt in prompts:
+        if chat:
+            if not dense.tokenizer.chat_template:
+                raise UserError(f"{dense.ref} has no chat template; leave --chat out")
+            text = dense.tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
+            ids = dense.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = dense.tokenizer(prompt.text)["input_ids"]
+        if not ids:
+            raise UserError(f"prompt {prompt.id!r} has no tokens; write some text")
+        if max(ids) >= dense.anatomy.vocab_size:
+            raise UserError(f"prompt {prompt.id!r}: its tokenizer gives token {max(ids)}, but the model knows {dense.anatomy.vocab_size}; tokenizer and model do not belong together")
+        if dense.context and len(ids) + max_new_tokens > dense.context:
+            raise UserError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is past the model's context of {dense.context}; shorten it or lower --max-new-tokens"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+# --- one batch ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Streams:
+    """Residual streams of the dense model at every step of a batch, and the target's stream after every sublayer.
+
+    ``rows`` is ``(steps of all prompts, slots, d)``: slot 0 enters block 0, slots 2 l + 1 and 2 l + 2 leave its attention and MLP. The
+    target's follow after these.
+    """
+
+    rows: Tensor
+    pairs: Tensor  # (steps, 2 * layers, 2) slots: dense, target
+
+
+def _padded(sequences: Sequence[Sequence_], device: torch.device) -> Tensor:
+    """Right padding: in a causal model no real token sees it, so that no mask is needed and positions are natural."""
+    width = max(len(s.read) for s in sequences)
+    return torch.tensor([s.read + [s.read[-1]] * (width - len(s.read)) for s in sequences], device=device)
+
+
+def _step_index(sequences: Sequence[Sequence_], device: torch.device) -> tuple[Tensor, Tensor]:
+    where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
+    return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
+
+
+def _slot(layer: int, kind: Kind) -> int:
+    """Where the stream after a sublayer stands."""
+    return 2 * layer + 1 + KINDS.index(kind)
+
+
+@torch.no_grad()
+def _dense_streams(dense: LoadedModel, sequences: Sequence[Sequence_], keep: dict[tuple[int, Kind], Tensor] | None) -> Tensor:
+    """``(steps, 2 layers + 1, d)``. With ``keep``, the stream before every sublayer is also kept at all positions."""
+    index = _step_index(sequences, dense.device)
+    slots: list[Tensor] = []
+
+    def see(passage: Passage) -> None:
+        if not slots:
+            slots.append(passage.before[index])
+        slots.append(passage.after[index])
+        if keep is not None:
+            keep[passage.layer, passage.kind] = passage.before
+
+    with watching(dense, see):
+        dense.model(input_ids=_padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
+    return torch.stack(slots, 1)
+
+
+@torch.no_grad()
+def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Sequence_]) -> _Streams:
+    layers = len(dense.anatomy)
+    places = [(layer, kind) for layer in range(layers) for kind in KINDS]
+    if not isinstance(target, LoadedModel):
+        rows = _dense_streams(dense, sequences, None)
+        # a drop leaves the stream as it was before; a sublayer that is not dropped leaves the dense stream
+        pairs = [(_slot(layer, kind), _slot(layer, kind) - (target is None or (kind, layer) in target)) for layer, kind in places]
+        return _Streams(rows, torch.tensor(pairs))
+    entering: dict[tuple[int, Kind], Tensor] = {}
+    rows = _dense_streams(dense, sequences, entering)
+    index = _step_index(sequences, dense.device)
+    found: dict[tuple[int, Kind], Tensor] = {}
+
+    def stream(block: int, kind: Kind) -> Tensor:
+        return entering[target.layer_map[block], kind].to(target.device, target.dtype)
+
+    def see(block: int, kind: Kind, added: Tensor) -> None:
+        place = (target.layer_map[block], kind)
+        before = entering[place]
+        found[place] = (before + added.to(before.device, before.dtype).view_as(before))[index]
+
+    with substituting(target, stream, see):
+        target.model(input_ids=_padded(sequences, target.device), use_cache=False, logits_to_keep=1)
+    after = [found.get(place, rows[:, _slot(*place) - 1]) for place in places]
+    pairs = [(_slot(*place), 2 * layers + 1 + i) for i, place in enumerate(places)]
+    return _Streams(torch.cat([rows, torch.stack(after, 1)], 1), torch.tensor(pairs))
+
+
+def _columns(streams: _Streams, sequences: Sequence[Sequence_], head: Head, temperature: float, memory: int) -> dict[str, Tensor]:
+    steps, slots, width = streams.rows.shape
+    pairs = (streams.pairs + slots * torch.arange(steps)[:, None, None]).view(-1, 2)
+    following = torch.tensor([token for s in sequences for token in s.continuation])
+    return compare(
+        streams.rows.reshape(steps * slots, width),
+        pairs,
+        head,
+        temperature=temperature,
+        next_token=following.repeat_interleave(len(streams.pairs)),
+        memory=memory,
+    )
+
+
+def _table(columns: dict[str, Tensor], sequences: Sequence[Sequence_], first_prompt: int, layers: int) -> pa.Table:
+    steps = [(first_prompt + i, t, position) for i, s in enumerate(sequences) for t, position in enumerate(s.positions)]
+    keys = torch.tensor(steps, dtype=torch.int32).repeat_interleave(2 * layers, 0)
+    layer = torch.arange(layers, dtype=torch.int32).repeat_interleave(2).repeat(len(steps))
+    table = {"prompt": keys[:, 0], "step": keys[:, 1], "position": keys[:, 2], "layer": layer}
+    arrays = {name: pa.array(values.numpy()) for name, values in table.items()}
+    arrays["sublayer"] = pa.array(list(KINDS) * (layers * len(steps)), pa.string())
+    arrays |= {name: pa.array(columns[name].numpy()) for name in COLUMNS}
+    return pa.table(arrays)
+
+
+# --- the whole run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerwiseRows:
+    """What `layerwise_rows` found."""
+
+    table: pa.Table
+    sequences: list[Sequence_]
+    floor: dict[str, Any] = field(repr=False)
+
+
+def layerwise_rows(
+    dense: LoadedModel,
+    target: Target,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    batch_size: int = 8,
+    lens: Lens = "raw",
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    parts: Path | None = None,
+) -> LayerwiseRows:
+    """Compare every sublayer at every step in the same context.
+
+    Args:
+        dense: the dense model, nothing dropped.
+        target: a loaded model; a `DropSpec` on the dense model; or None, every sublayer dropped in turn (paper Fig. 4).
+        prompts: token ids, from `encode`.
+        max_new_tokens: steps at most; a text ends earlier at an end-of-text token.
+        batch_size: prompts at a time; changes nothing but speed and memory (the noise floor says by how much).
+        temperature: metric temperature T.
+        memory: bytes for the metrics, see `compare`.
+        parts: folder for finished batches; those that are there already, from the same settings, are not computed again.
+    Raises:
+        UserError: models that cannot be compared.
+        FloatingPointError: a NaN or infinite logit.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: it must be at least 1")
+    if not temperature > 0:
+        raise UserError(f"--metric-temperature {temperature}: it must be positive")
+    _check_comparable(dense, target)
+    head = lens_head(dense, lens)
+    described = target.describe() if isinstance(target, LoadedModel) else str(target)
+    key = hashlib.sha256(repr((dense.describe(), described, prompts, max_new_tokens, sampling, batch_size, lens, temperature)).encode()).hexdigest()
+    state = _resume_state(parts, key)
+    if state is None:
+        with progress(f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)) as advance:
+            texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, advance=advance)
+        _save_state(parts, key, texts)
+    else:
+        texts = state
+    sequences = [Sequence_(list(p), t) for p, t in zip(prompts, texts, strict=True)]
+    tables = []
+    steps = sum(len(s.continuation) for s in sequences)
+    with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {steps} steps", steps) as advance:
+        for number, chosen in enumerate(batches(range(len(sequences)), batch_size)):
+            batch = [sequences[i] for i in chosen]
+
+            def compute(batch: list[Sequence_] = batch, first: int = chosen[0]) -> pa.Table:
+                columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
+                return _table(columns, batch, first, len(dense.anatomy))
+
+            tables.append(_part(parts, number, compute))
+            advance(sum(len(s.continuation) for s in batch))
+    floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
+    return LayerwiseRows(_mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor)
+
+
+def _check_comparable(dense: LoadedModel, target: Target) -> None:
+    if dense.dropped:
+        raise UserError(f"{dense.ref} has sublayers dropped ({dense.dropped}); the dense side of a comparison must be whole")
+    if isinstance(target, DropSpec):
+        target.check(len(dense.anatomy))
+    if not isinstance(target, LoadedModel):
+        return
+    ours, theirs = dense.anatomy, target.anatomy
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary")
+    if dense.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise UserError(f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary")
+    if ours.hidden_size != theirs.hidden_size:
+        raise UserError(f"{target.ref} has hidden size {theirs.hidden_size}, {dense.ref} {ours.hidden_size}; the same context exists only for the same width")
+    if len(ours) != target.dense_layers:
+        raise UserError(f"{target.ref} was made from a model of {target.dense_layers} blocks, {dense.ref} has {len(ours)}; compare it with its own dense model")
+
+
+def _mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
+    """Add one boolean column a space: this row's deviation is not larger than what the dense model gives against itself."""
+    import pyarrow.compute as pc
+
+    for space, column in (("h", "h_cos_dev"), ("z", "z_cos_dev"), ("p", "kl_dense_target")):
+        table = table.append_column(f"{space}_under_floor", pc.less_equal(table[column], floor[column]))
+    return table
+
+
+# --- noise floor -------------------------------------------------------------------------------------------------------
+
+
+def noise_floor(
+    dense: LoadedModel, sequences: Sequence[Sequence_], head: Head, temperature: float = 1.0, memory: int = DEFAULT_MEMORY, batch_size: int = 8
+) -> dict[str, Any]:
+    """The dense model against itself, computed in other ways: in a padded batch instead of alone, and token by token with a cache.
+
+    Rounding differs between these, and nothing else: a deviation that is not larger than this says nothing about a target.
+
+    Returns:
+        ``floor``: per deviation column the largest absolute value over both ways, all sublayers and steps; beside it the two
+        ways apart, and how much was looked at.
+    """
+    few = [Sequence_(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in sequences[: max(2, batch_size)]]
+    few = few * 2 if len(few) == 1 else few
+    looked_at = few[:_FLOOR_PROMPTS]
+    with progress("measuring the noise floor", 3) as advance:
+        alone = torch.cat([_dense_streams(dense, [s], None) for s in looked_at])
+        advance(1)
+        together = _dense_streams(dense, few, None)[: len(alone)]
+        advance(1)
+        cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
+        advance(1)
+    layers = len(dense.anatomy)
+    result: dict[str, Any] = {"dtype": str(dense.dtype).removeprefix("torch."), "prompts": len(looked_at), "steps": len(alone)}
+    for name, other in (("batched_against_single", together), ("cache_against_no_cache", cached)):
+        pairs = torch.tensor([(slot, 2 * layers + 1 + slot) for slot in range(1, 2 * layers + 1)])
+        columns = _columns(_Streams(torch.cat([alone, other], 1), pairs), looked_at, head, temperature, memory)
+        result[name] = {column: columns[column].abs().max().item() for column in FLOOR_COLUMNS}
+    result["floor"] = {column: max(result[name][column] for name in ("batched_against_single", "cache_against_no_cache")) for column in FLOOR_COLUMNS}
+    return result
+
+
+@torch.no_grad()
+def _cached_streams(dense: LoadedModel, sequence: Sequence_) -> Tensor:
+    """The same streams as `_dense_streams` of one sequence, from a prefill and one cached forward per further token."""
+    rows: list[Tensor] = []
+    slots: list[Tensor] = []
+
+    def see(passage: Passage) -> None:
+        if not slots:
+            slots.append(passage.before[0, -1])
+        slots.append(passage.after[0, -1])
+
+    cache = None
+    read = sequence.read
+    with watching(dense, see):
+        for start, stop in [(0, len(sequence.prompt)), *((i, i + 1) for i in range(len(sequence.prompt), len(read)))]:
+            ids = torch.tensor([read[start:stop]], device=dense.device)
+            cache = dense.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            rows.append(torch.stack(slots))
+            slots.clear()
+    return torch.stack(rows)
+
+
+# --- finished parts ----------------------------------------------------------------------------------------------------
+
+
+def _part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa.Table:
+    path = parts / f"part-{number:05d}.parquet" if parts else None
+    if path is not None and path.is_file():
+        return pq.read_table(path)
+    table = compute()
+    if path is not None:
+        beside = path.with_suffix(".tmp")
+        pq.write_table(table, beside)
+        beside.replace(path)
+    return table
+
+
+def _resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
+    path = parts / "part-state.json" if parts else None
+    if path is None or not path.is_file():
+        return None
+    state = json.loads(path.read_text("utf-8"))
+    if state["key"] != key:
+        raise UserError(f"{parts} was started with other models or options; --resume needs the same ones, --overwrite starts anew")
+    texts: list[list[int]] = state["texts"]
+    return texts
+
+
+def _save_state(parts: Path | None, key: str, texts: list[list[int]]) -> None:
+    if parts:
+        beside = parts / f"state.{os.getpid()}"
+        beside.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
+        beside.replace(parts / "part-state.json")
+
+
+def remove_parts(parts: Path) -> None:
+    """Take the finished parts away once their rows are written together."""
+    for path in _part_files(parts):
+        path.unlink()
+
+
+def _part_files(parts: Path) -> Iterator[Path]:
+    yield from sorted(parts.glob("part-*"))

@@ -1,0 +1,148 @@
+"""Calibration tokens: a text, a Hugging Face data set, or text that the dense model samples itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunescope.errors import UserError
+from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.loading import LoadedModel
+from prunescope.progress import console, progress
+
+__all__ = ["SELF", "Calibration", "calibration_tokens"]
+
+SELF = "self"
+_HUB = {  # short name -> (id, keyword arguments of load_dataset)
+    "c4": ("allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
+    "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+}
+_DEFAULTS = {"self": (32, 256), "text": (128, 2048)}  # samples, length
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration tokens ``(samples, length)`` int64 on the CPU, and where they come from."""
+
+    tokens: Tensor
+    source: str
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        samples, length = self.tokens.shape
+        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        return {"source": self.source, "samples": samples, "seq_len": length, "seed": self.seed, "tokens_sha256": digest}
+
+
+def calibration_tokens(
+    loaded: LoadedModel, source: str = SELF, *, samples: int | None = None, seq_len: int | None = None, seed: int = 0, batch_size: int = 8
+) -> Calibration:
+    """Tokens to calibrate on.
+
+    Args:
+        source: ``self`` (sampled by the model at temperature 1 from its start token, Williams et al. 2024, so that no data set is
+            needed), a text, JSON or JSONL file (field ``text``), or a Hugging Face data set (``c4``, ``wikitext2`` or an id with a
+            column ``text``).
+        samples, seq_len: by default 128 x 2048 from a text and 32 x 256 where the model samples, never past the model's context.
+        seed: of the sampling, or of the choice of windows from a text. Windows do not overlap; if a text has fewer than
+            asked for, all of them are taken and it is said.
+    Raises:
+        UserError: no such source, or a text shorter than one sample.
+    """
+    default_samples, default_length = _DEFAULTS["self" if source == SELF else "text"]
+    samples = default_samples if samples is None else samples
+    length = min(default_length, loaded.context or default_length) if seq_len is None else seq_len
+    if samples < 1 or length < 2:
+        raise UserError(f"--samples {samples} --seq-len {length}: at least one sample of two tokens is needed")
+    if loaded.context and length > loaded.context:
+        raise UserError(f"--seq-len {length} is longer than the model's context of {loaded.context} tokens; choose at most that")
+    if source == SELF:
+        return Calibration(_sample_self(loaded, samples, length, seed, batch_size), source, seed)
+    wanted = samples * length * 2  # some to choose from
+    stream = _token_stream(loaded, _texts(source), wanted, source)
+    windows = len(stream) // length
+    if windows == 0:
+        raise UserError(f"calibration text {source} has {len(stream)} tokens, shorter than one sample of {length}; give a longer text or --seq-len {len(stream)}")
+    if windows < samples:
+        console.print(f"calibration text {source}: {windows} windows of {length} tokens, fewer than the {samples} asked for; all are used", markup=False)
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    return Calibration(torch.tensor(stream[: windows * length]).view(windows, length)[order], source, seed)
+
+
+def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int) -> Tensor:
+    tokenizer = loaded.tokenizer
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), None)
+    if start is None:
+        raise UserError(f"{loaded.ref} has no start or end token to sample text from; give a text with --calibration FILE")
+    with progress(f"sampling {samples} x {length} calibration tokens from the model", samples) as advance:
+        texts = continue_texts(
+            loaded, [[start]] * samples, length - 1, batch_size=max(batch_size, 32), sampling=Sampling(1.0, seed=seed), stop=False, advance=advance
+        )
+    return torch.tensor([[start, *text] for text in texts])
+
+
+def _token_stream(loaded: LoadedModel, texts: Iterator[str], wanted: int, source: str) -> list[int]:
+    stream: list[int] = []
+    between = [loaded.tokenizer.eos_token_id] if loaded.tokenizer.eos_token_id is not None else []
+    for text in texts:
+        if text.strip():
+            stream += loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + between
+        if len(stream) >= wanted:
+            break
+    if not stream:
+        raise UserError(f"calibration text {source} is empty; give a text with at least one sample")
+    return stream
+
+
+def _texts(source: str) -> Iterator[str]:
+    path = Path(source)
+    if path.is_file():
+        yield from _file_texts(path)
+        return
+    if path.suffix in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
+        raise UserError(f"calibration file {source}: no such file; give a text, JSON or JSONL file, a data set id, or {SELF}")
+    yield from _hub_texts(source)
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    try:
+        content = path.read_text("utf-8")
+        if path.suffix == ".json":
+            rows = json.loads(content)
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+        else:
+            yield content
+            return
+        rows = rows if isinstance(rows, list) else [rows]
+        texts = [row if isinstance(row, str) else row["text"] for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a 'text' that is not a string")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"calibration file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'") from error
+    yield from texts
+
+
+def _hub_texts(name: str) -> Iterator[str]:
+    import datasets
+
+    dataset_id, options = _HUB.get(name, (name, {}))
+    try:
+        rows: Any = datasets.load_dataset(dataset_id, split="train", streaming=True, **options)
+        for row in rows:
+            if "text" not in row:
+                raise UserError(f"calibration data set {name} has no column 'text' but {', '.join(row)}; save its texts as JSONL and give that file")
+            yield row["text"]
+    except UserError:
+        raise
+    except Exception as error:  # the hub, the network and the data set's format each have exceptions of their own
+        first = next(iter(str(error).splitlines()), "")[:200]
+        raise UserError(f"calibration data set {name} cannot be read: {type(error).__name__}: {first}; check the id and the network, or give a file, or {SELF}") from error
+

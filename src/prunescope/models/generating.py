@@ -1,0 +1,118 @@
+"""Text from a model through its ordinary `generate()`, in batches whose results do not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from prunescope.errors import UserError
+from prunescope.models.loading import LoadedModel
+
+__all__ = ["Sampling", "batches", "continue_texts", "end_tokens"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Temperature 0 is greedy; it has nothing to do with the metric temperature."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: it cannot be negative; 0 is greedy")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"--top-k {self.top_k} --top-p {self.top_p}: top-k must be 0 (off) or more, top-p in (0, 1]")
+
+
+class _SharedDraws(LogitsProcessor):
+    """Inverse-CDF sampling: uniform draw t of prompt i chooses its token t, whatever the batch, the device or the model."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[int], steps: int) -> None:
+        self.sampling = sampling
+        self.draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + i), dtype=torch.float64) for i in prompts])
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (batch, tokens), (batch, vocab)
+        scores = scores.float()
+        order = scores.argsort(-1, descending=True, stable=True)
+        p = (scores / self.sampling.temperature).softmax(-1, dtype=torch.float64).gather(-1, order)
+        if self.sampling.top_k:
+            p[:, self.sampling.top_k :] = 0
+        if self.sampling.top_p < 1:
+            p[p.cumsum(-1) - p >= self.sampling.top_p * p.sum(-1, keepdim=True)] = 0
+        mass = p.cumsum(-1)
+        draw = self.draws[:, self.step, None].to(mass.device) * mass[:, -1:]
+        rank = torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, order.gather(-1, rank), 0.0)
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """Ids that end a text: those of the generation config (chat ends too), else of the tokenizer. May be empty."""
+    ids = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    ids = loaded.tokenizer.eos_token_id if ids is None else ids
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def continue_texts(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop: bool = True,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """Continue each prompt with `generate()`: left-padded batches, key/value cache, no hidden settings of the model's generation config.
+
+    Args:
+        prompts: token ids, at least one a prompt.
+        max_new_tokens: at most so many new tokens each.
+        stop: end a text at an end-of-text token, which is kept as its last token.
+        advance: told how many prompts are done, batch by batch.
+    Returns:
+        The new token ids of each prompt.
+    """
+    ends = end_tokens(loaded) if stop else []
+    results: list[list[int]] = []
+    for chosen in batches(range(len(prompts)), batch_size):
+        batch = [list(prompts[i]) for i in chosen]
+        width = max(map(len, batch))
+        pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=loaded.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=loaded.device)
+        processors = LogitsProcessorList([_SharedDraws(sampling, chosen, max_new_tokens)] if sampling.temperature else [])
+        config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+        with torch.no_grad(), _only(loaded.model, config):
+            out = loaded.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+        for row in out[:, width:].tolist():
+            length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            results.append(row[:length])
+        advance(len(batch))
+    return results
+
+
+def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@contextmanager
+def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate()` fills unset fields from the model's own generation config (penalties, top-p, ...): take it away for a moment."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own

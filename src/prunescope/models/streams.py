@@ -1,0 +1,99 @@
+"""Watch the residual stream of a model while it runs, and feed one model's branches with another model's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunescope.models.anatomy import Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
+from prunescope.models.loading import LoadedModel
+
+__all__ = ["Passage", "substituting", "watching"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one sublayer did to the residual stream; tensors ``(batch, tokens, d)`` in the model's dtype."""
+
+    layer: int
+    kind: Kind
+    before: Tensor
+    after: Tensor
+    entered: Tensor | None  # input of the module, behind the pre-norm; None where the sublayer is dropped
+    left: Tensor | None  # what the branch adds to the stream, before its scale
+
+
+@contextmanager
+def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[None]:
+    """Call ``see`` for every sublayer, in order, of every forward pass inside the block. Dropped sublayers pass the stream on unchanged.
+
+    In a parallel block the attention branch counts as added first.
+    """
+    with hooks() as handles:
+        for block in loaded.anatomy.blocks:
+            state: dict[str, Tensor] = {}
+
+            def enter(_: nn.Module, args: Any, kwargs: Any, state: dict[str, Tensor] = state) -> None:
+                state.clear()
+                state["before"] = first_tensor(args, kwargs)
+
+            def leave(_: nn.Module, args: Any, output: Any, attn: Sublayer = block.attn, mlp: Sublayer = block.mlp, state: dict[str, Tensor] = state) -> None:
+                before, after = state["before"], first_output(output)
+                middle = before if "attn left" not in state else before + attn.scale * state["attn left"].view_as(before)
+                see(Passage(attn.layer, "attn", before, middle, state.get("attn entered"), state.get("attn left")))
+                see(Passage(mlp.layer, "mlp", middle, after, state.get("mlp entered"), state.get("mlp left")))
+                state.clear()
+
+            handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+            for part in (block.attn, block.mlp):
+
+                def entered(_: nn.Module, args: Any, kwargs: Any, key: str = f"{part.kind} entered", state: dict[str, Tensor] = state) -> None:
+                    state[key] = first_tensor(args, kwargs)
+
+                def left(_: nn.Module, args: Any, output: Any, key: str = f"{part.kind} left", state: dict[str, Tensor] = state) -> None:
+                    state[key] = first_output(output).clone() if key == "mlp left" else first_output(output)  # Falcon adds in place
+
+                handles.append(part.modules[0].register_forward_pre_hook(entered, with_kwargs=True))
+                handles.append(part.exit.register_forward_hook(left))
+            handles.append(block.module.register_forward_hook(leave))
+        yield
+
+
+@contextmanager
+def substituting(
+    loaded: LoadedModel, stream: Callable[[int, Kind], Tensor], see: Callable[[int, Kind, Tensor], None]
+) -> Iterator[None]:
+    """Feed every branch of ``loaded`` with a stream of our choosing, and see what it adds.
+
+    One forward pass of the model then gives every branch in the chosen context at once: what a branch writes to the model's own
+    stream is replaced before anything reads it. Masks, positions and per-layer attention kinds are the model's own.
+
+    Args:
+        stream: ``(block, kind) -> (batch, tokens, d)``, the residual stream that the branch shall read.
+        see: called with ``(block, kind, scale * branch output)`` for every branch that is not dropped.
+    """
+    with hooks() as handles:
+        for block in loaded.anatomy.blocks:
+            layer = block.attn.layer
+
+            def replace(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> Any:
+                return swap_first_tensor(args, kwargs, stream(layer, "attn"))
+
+            def replace_middle(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> Any:
+                new = stream(layer, "mlp")
+                return swap_first_tensor(args, kwargs, new.view_as(first_tensor(args, kwargs)))
+
+            handles.append(block.module.register_forward_pre_hook(replace, with_kwargs=True))
+            if not block.parallel:
+                handles.append(block.mlp.entry.register_forward_pre_hook(replace_middle, with_kwargs=True))
+            for part in (block.attn, block.mlp):
+
+                def seen(_: nn.Module, args: Any, output: Any, part: Sublayer = part) -> None:
+                    see(part.layer, part.kind, part.scale * first_output(output))
+
+                handles.append(part.exit.register_forward_hook(seen))
+        yield

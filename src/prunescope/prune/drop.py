@@ -1,0 +1,215 @@
+"""Inter-layer pruning: score sublayers or blocks on calibration tokens, choose, drop.
+
+A sublayer that barely turns the residual stream can go: its score is the mean over calibration tokens of cos(h before, h after)
+(He et al., "What Matters in Transformers?", arXiv 2406.15786). A block's score is the mean of cos(h into, h out of) it
+(ShortGPT's 1 - BI, arXiv 2403.03853); `consecutive` takes the run of n blocks whose ends are most alike (Gromov et al., 2403.17887).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from prunescope.data.calibration import Calibration
+from prunescope.errors import UserError
+from prunescope.models.anatomy import KINDS, Kind
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import batches
+from prunescope.models.loading import LoadedModel
+from prunescope.models.streams import Passage, watching
+from prunescope.progress import progress
+
+__all__ = ["Choice", "Order", "ScoreOn", "Scores", "Target", "choose", "score"]
+
+Target = Literal["attn", "mlp", "block", "all"]
+Order = Literal["discrete", "consecutive"]
+ScoreOn = Literal["stream", "norm"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cosines over calibration tokens, in the model's own layer order; NaN where a sublayer is dropped already."""
+
+    attn: list[float]
+    mlp: list[float]
+    block: list[float]
+    runs: list[float]  # of the run of n blocks that starts at each layer; empty unless asked for
+
+    def of(self, target: Kind | Literal["block"]) -> list[float]:
+        return {"attn": self.attn, "mlp": self.mlp, "block": self.block}[target]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen: the spec, and for every candidate its score when it was chosen or last seen."""
+
+    spec: DropSpec
+    rows: list[dict[str, Any]] = field(repr=False)  # layer, sublayer, score, dropped
+
+
+@torch.no_grad()
+def score(loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", run: int = 0, batch_size: int = 8) -> Scores:
+    """Score every sublayer and block of ``loaded`` as it stands on ``tokens`` (samples, length), in one pass.
+
+    Args:
+        score_on: `stream` compares the residual stream before and after; `norm` compares the module's normed input with its output
+            (sublayers only, block scores stay on the stream).
+        run: also score each run of so many consecutive blocks.
+    Raises:
+        UserError: a score that is not a number, with its place.
+    """
+    blocks = len(loaded.anatomy)
+    sums = {name: torch.zeros(blocks, dtype=torch.float64) for name in (*KINDS, "block", "runs")}
+    seen = {name: torch.zeros(blocks, dtype=torch.bool) for name in (*KINDS, "block", "runs")}
+    entering: deque[Tensor] = deque(maxlen=max(run, 1))
+
+    def add(name: str, layer: int, x: Tensor, y: Tensor) -> None:
+        sums[name][layer] += cosine_similarity(x.float(), y.float().view_as(x), dim=-1).double().sum().cpu()
+        seen[name][layer] = True
+
+    def see(passage: Passage) -> None:
+        if passage.kind == "attn":
+            entering.append(passage.before)
+        if passage.entered is not None and passage.left is not None:
+            pair = (passage.before, passage.after) if score_on == "stream" else (passage.entered, passage.left)
+            add(passage.kind, passage.layer, *pair)
+        if passage.kind == "mlp":
+            add("block", passage.layer, entering[-1], passage.after)
+            if run and passage.layer >= run - 1:
+                add("runs", passage.layer - run + 1, entering[0], passage.after)
+
+    with progress(f"scoring {2 * blocks} sublayers on {tokens.numel()} tokens", len(tokens)) as advance, watching(loaded, see):
+        for chosen in batches(range(len(tokens)), batch_size):
+            entering.clear()
+            loaded.model(input_ids=tokens[list(chosen)].to(loaded.device), use_cache=False, logits_to_keep=1)
+            advance(len(chosen))
+    means = {name: torch.where(seen[name], total / tokens.numel(), torch.nan).tolist() for name, total in sums.items()}
+    for name in (*KINDS, "block"):
+        broken = [i for i, value in enumerate(means[name]) if seen[name][i] and value != value]
+        if broken:
+            raise UserError(f"{loaded.ref}: the score of {name} {broken[0]} is not a number; the model's activations overflow in {loaded.dtype}, try --dtype float32")
+    return Scores(means["attn"], means["mlp"], means["block"], means["runs"][: blocks - run + 1] if run else [])
+
+
+def choose(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    target: Target,
+    n: int,
+    *,
+    order: Order = "discrete",
+    iterative: bool = False,
+    score_on: ScoreOn = "stream",
+    batch_size: int = 8,
+    cache: Path | None = None,
+) -> Choice:
+    """Choose ``n`` sublayers (or blocks) to drop. Ties go to the lower layer, attention before MLP.
+
+    Args:
+        target: attn, mlp, block, or all: attention and MLP sublayers ranked together.
+        order: discrete, the n highest scores; consecutive, the run of n blocks whose ends are most alike (target block).
+        iterative: drop one, score again, n times.
+        cache: folder in which scores are kept; None keeps none.
+    Raises:
+        UserError: an ``n`` the model cannot give, or an order that does not go with the target.
+    """
+    blocks = len(loaded.anatomy)
+    candidates = 2 * blocks if target == "all" else blocks
+    most = blocks - 1 if target == "block" else candidates
+    if not 1 <= n <= most:
+        raise UserError(f"--n {n}: the model has {candidates} candidates for --target {target}; choose 1 to {most}")
+    if order == "consecutive" and target != "block":
+        raise UserError(f"--order consecutive looks for a run of whole blocks; use it with --target block, not {target}")
+    if order == "consecutive" and iterative:
+        raise UserError("--order consecutive chooses its run at once; leave --iterative out")
+    if score_on == "norm" and target == "block":
+        raise UserError("--score-on norm compares a sublayer's input and output; a block has none, leave it out for --target block")
+    names: tuple[Any, ...] = KINDS if target == "all" else (target,)
+
+    def scores(dropped: DropSpec, run: int = 0) -> Scores:
+        with loaded.dropping(dropped):
+            return _cached(loaded, calibration, score_on, run, batch_size, cache, dropped)
+
+    if order == "consecutive":
+        found = scores(DropSpec(), run=n)
+        first = max(range(len(found.runs)), key=lambda i: found.runs[i])
+        chosen = {("block", layer) for layer in range(first, first + n)}
+        table = {("block", layer): value for layer, value in enumerate(found.block)}
+    else:
+        chosen, table = set(), {}
+        for _ in range(n if iterative else 1):
+            found = scores(_spec(chosen))
+            left = {(name, layer): value for name in names for layer, value in enumerate(found.of(name)) if (name, layer) not in chosen}
+            table |= left
+            ranked = sorted(left, key=lambda key: (-left[key], key[1], key[0]))
+            chosen |= set(ranked[: 1 if iterative else n])
+    rows = [
+        {"layer": layer, "sublayer": name, "score": table[name, layer], "dropped": (name, layer) in chosen}
+        for layer in range(blocks)
+        for name in names
+    ]
+    return Choice(_spec(chosen), rows)
+
+
+def _spec(chosen: set[Any]) -> DropSpec:
+    return DropSpec.of((kind, layer) for name, layer in chosen for kind in (KINDS if name == "block" else (name,)))
+
+
+# --- cache of scores ---------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where scores are kept: $PRUNESCOPE_CACHE, else the user's cache folder."""
+    root = os.environ.get("PRUNESCOPE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunescope"
+    return Path(root) / "scores"
+
+
+def _cached(
+    loaded: LoadedModel, calibration: Calibration, score_on: ScoreOn, run: int, batch_size: int, cache: Path | None, dropped: DropSpec
+) -> Scores:
+    """`score`, or what it gave for the same weights, tokens and settings before."""
+    key = {
+        "version": 1,
+        "model": loaded.identity,
+        "dtype": str(loaded.dtype),
+        "dropped": str(dropped),
+        "tokens": calibration.describe()["tokens_sha256"],
+        "score_on": score_on,
+        "run": run,
+    }
+    identified = any(loaded.identity.get(name) for name in ("content_hash", "revision"))
+    path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json" if cache and identified else None
+    if path is not None and path.is_file():
+        try:
+            stored = json.loads(path.read_text("utf-8"))["scores"]
+            return Scores(**{name: [float("nan") if v is None else v for v in values] for name, values in stored.items()})
+        except (ValueError, KeyError, TypeError):
+            pass  # a damaged entry is scored again and written anew
+    found = score(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)
+    if path is not None:
+        _write_cache(path, {"key": key, "scores": {name: _nan_to_none(values) for name, values in vars(found).items()}})
+    return found
+
+
+def _nan_to_none(values: Sequence[float]) -> list[float | None]:
+    return [None if value != value else value for value in values]
+
+
+def _write_cache(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(content), "utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # a cache that cannot be written costs time, not the result

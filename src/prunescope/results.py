@@ -1,0 +1,208 @@
+"""Run folders: what they hold, written beside and renamed when complete, read back without torch.
+
+A folder that bears the run's name is complete. While a run works, its folder is called ``NAME.partial``; a run that can be
+continued leaves finished parts there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunescope.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["SCHEMA_VERSION", "Run", "open_run", "require_space", "staged", "summarise", "write_json"]
+
+SCHEMA_VERSION = 1
+TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
+_OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Run:
+    """A run folder, read. ``info`` is run.json; tables are pyarrow."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.folder = folder
+        self.info = info
+
+    @property
+    def command(self) -> str:
+        return str(self.info["command"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Per space and column: mean, median, min, max, p1, p5, p95, p99 and a 95 % confidence interval over prompts."""
+        return dict(self.info["summary"])
+
+    @property
+    def noise_floor(self) -> dict[str, float]:
+        """Per deviation column: the largest value that the dense model gives against itself."""
+        return dict(self.info.get("noise_floor", {}).get("floor", {}))
+
+    def table(self) -> pa.Table:
+        """The rows of the run."""
+        import pyarrow.parquet as pq
+
+        path = self.folder / TABLES[self.command]
+        try:
+            return pq.read_table(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); the run folder is damaged, run {self.command} again") from error
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompts and texts."""
+        text = (self.folder / "samples.jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """Open a run folder. Raises UserError if it is missing, half-written, damaged or of a newer schema."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; give the --out folder of a finished run")
+    if path.name.endswith(".partial") or not (path / "run.json").is_file():
+        raise UserError(f"{path} is not a finished run (no run.json); run it again, or continue it with --resume")
+    try:
+        info = json.loads((path / "run.json").read_text("utf-8"))
+        version, command = info["schema_version"], info["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'} cannot be read ({type(error).__name__}: {error}); run it again") from error
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {version}, newer than this prunescope knows ({SCHEMA_VERSION}); upgrade prunescope")
+    if command not in TABLES or not (path / TABLES[command]).is_file():
+        raise UserError(f"{path} lacks the table of its command {command!r}; the run folder is damaged, run it again")
+    return Run(path, info)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """A folder ``OUT.partial`` to write into, renamed to ``OUT`` when the block ends well.
+
+    If the block fails, the folder is removed, unless it holds finished parts (``part-*``) that a resumed run can use.
+
+    Raises:
+        UserError: ``OUT`` exists (without ``overwrite``), or is not ours to overwrite, or cannot be written.
+    """
+    final = Path(out).expanduser().absolute()
+    partial = final.with_name(final.name + ".partial")
+    check_free(final, overwrite=overwrite, resume=resume)
+    try:
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror}; choose another --out") from error
+    try:
+        yield partial
+        old = final.with_name(final.name + ".old")
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if not any(partial.glob("part-*")):
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{final} cannot be written: {error.strerror}; free some space or choose another --out") from error
+        raise
+
+
+def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
+    """Say early that ``out`` is taken. Raises UserError."""
+    final = Path(out).expanduser().absolute()
+    partial = final.with_name(final.name + ".partial")
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume contradict each other; give one of them")
+    if final.exists() and not overwrite:
+        raise UserError(f"{final} exists; choose another --out or give --overwrite")
+    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or any((final / name).is_file() for name in _OURS))):
+        raise UserError(f"{final} was not written by prunescope, so --overwrite leaves it alone; choose another --out")
+    if not overwrite and not resume and any(partial.glob("part-*")):
+        raise UserError(f"{partial} holds the finished part of an interrupted run; continue it with --resume or start anew with --overwrite")
+
+
+def require_space(out: str | os.PathLike[str], needed: int) -> None:
+    """Raise UserError if the disk of ``out`` has less than ``needed`` bytes free."""
+    folder = Path(out).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{out}: {needed / 2**20:.0f} MB are needed but {free / 2**20:.0f} MB are free on this disk; free some space or choose another --out")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write and sync, so that what is renamed afterwards is really there. NaN becomes null."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(_plain(content), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+# --- summaries ---------------------------------------------------------------------------------------------------------
+
+
+def summarise(table: pa.Table, spaces: Mapping[str, Sequence[str]], *, seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
+    """Summary statistics per space and column.
+
+    The 95 % confidence interval of the mean is a bootstrap over prompts, not over rows: steps and layers of one prompt are not
+    independent. With a single prompt there is none (null).
+
+    Args:
+        table: rows with a column ``prompt``.
+        spaces: space -> columns; columns that the table lacks are left out.
+    """
+    import numpy as np
+
+    prompts, row_prompt = np.unique(table["prompt"].to_numpy(), return_inverse=True)
+    draws = np.random.default_rng(seed).integers(0, len(prompts), (resamples, len(prompts)))
+    result: dict[str, Any] = {}
+    for space, columns in spaces.items():
+        result[space] = {}
+        for column in columns:
+            if column not in table.column_names:
+                continue
+            values = table[column].to_numpy().astype(np.float64)
+            known = np.isfinite(values)
+            if not known.any():
+                continue
+            kept = values[known]
+            q = np.quantile(kept, [0.01, 0.05, 0.5, 0.95, 0.99])
+            sums = np.bincount(row_prompt[known], kept, len(prompts))
+            counts = np.bincount(row_prompt[known], minlength=len(prompts))
+            interval: list[float | None] = [None, None]
+            if len(prompts) > 1:
+                total = counts[draws].sum(1)
+                means = sums[draws].sum(1)[total > 0] / total[total > 0]
+                interval = [float(v) for v in np.quantile(means, [0.025, 0.975])]
+            result[space][column] = {
+                **{"mean": kept.mean(), "median": q[2], "min": kept.min(), "max": kept.max()},
+                **{"p1": q[0], "p5": q[1], "p95": q[3], "p99": q[4]},
+            }
+            result[space][column] = {key: float(value) for key, value in result[space][column].items()} | {"ci95": interval, "count": int(known.sum())}
+    return result
