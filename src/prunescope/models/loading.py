@@ -182,8 +182,8 @@ def _load_weights(
 ) -> LoadedModel:
     source, options, identity = _resolve(ref, revision)
     options["trust_remote_code"] = trust_remote_code
-    config_drop = _config_drop_lists(Path(source)) if Path(source).is_dir() and record is None else DropSpec()
     model, tokenizer, missing = _from_pretrained(ref, source, options, dtype)
+    config_drop = _config_drop_lists(ref, model.config) if record is None else DropSpec()
     if "content_hash" not in identity:
         commit = getattr(model.config, "_commit_hash", None)
         if commit:
@@ -278,14 +278,13 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-def _config_drop_lists(folder: Path) -> DropSpec:
-    """Drop lists in a published LLM-Drop `config.json`: lists of layer indices, or null."""
+def _config_drop_lists(ref: str, config: Any) -> DropSpec:
+    """Drop lists that a published LLM-Drop model keeps in its `config.json`: lists of layer indices, or null."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        lists = [config.get(f"drop_{kind}_list") or [] for kind in KINDS]
+        lists = [getattr(config, f"drop_{kind}_list", None) or [] for kind in KINDS]
         return DropSpec(*(tuple(sorted({int(layer) for layer in layers if layer is not None})) for layers in lists))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{ref}: drop_attn_list or drop_mlp_list in config.json is not a list of layer indices ({_first_line(error)})") from error
 
 
 def _check_loaded(ref: str, model: nn.Module, missing: set[str], dropped: DropSpec) -> None:
