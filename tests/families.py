@@ -16,7 +16,14 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _SHORT_WINDOW = {"sliding_window": 4}
-_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+_MIXED = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "full_attention",
+    "full_attention",
+    "sliding_attention",
+]
 
 
 def _without(*names: str) -> dict[str, Any]:
@@ -91,7 +98,9 @@ def tiny_tokenizer() -> Any:
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
 
 
 def tiny_folder(family: str, folder: Path, seed: int = 0) -> Path:

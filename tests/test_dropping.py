@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from families import FAMILIES, VOCAB, tiny_model
 from prunescope.errors import UserError
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec, drop_sublayers
-from torch import Tensor, nn
 
 # By hand: the attribute names below are written out per family and owe nothing to the code under test.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
@@ -84,7 +85,13 @@ def test_cached_generation_equals_uncached(family: str, what: str) -> None:
     drop_sublayers(model, find_anatomy(model), SPECS[what])
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     left = 6 - len(SPECS[what].attn)
     cache = out.past_key_values
@@ -101,7 +108,13 @@ def test_left_padded_batch_generates_what_single_prompts_do(family: str) -> None
     width = max(map(len, prompts))
     ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
     mask = torch.stack([(torch.arange(width) >= width - len(p)).long() for p in prompts])
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     with torch.no_grad():
         batch = torch.stack(model.generate(ids, attention_mask=mask, **options).logits, 1)
         for i, prompt in enumerate(prompts):

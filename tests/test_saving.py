@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from families import FAMILIES, VOCAB, tiny_folder, tiny_model
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.models.saving import save_dropped
-from transformers import AutoModelForCausalLM
 
 IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -27,7 +28,9 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize(("form", "spec"), [("zeroed", DropSpec(attn=(0, 3), mlp=(1, 3, 5))), ("compact", DropSpec.parse("block=0,3-4"))])
+@pytest.mark.parametrize(
+    ("form", "spec"), [("zeroed", DropSpec(attn=(0, 3), mlp=(1, 3, 5))), ("compact", DropSpec.parse("block=0,3-4"))]
+)
 def test_plain_transformers_loads_the_dropped_model(family: str, form: str, spec: DropSpec, tmp_path: Path) -> None:
     """Would catch a projection that was missed, a bias left behind, a per-layer list not cut, and a layer number kept."""
     loaded = load_model(tiny_folder(family, tmp_path / "dense"), device="cpu")
@@ -47,7 +50,9 @@ def test_plain_transformers_loads_the_dropped_model(family: str, form: str, spec
         assert again.dropped == spec
         assert again.layer_map == (1, 2, 5)
         with torch.no_grad():
-            tokens = plain.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, eos_token_id=None)
+            tokens = plain.generate(
+                IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, eos_token_id=None
+            )
         assert tokens.shape == (2, 17)
 
 
@@ -60,7 +65,7 @@ def test_recipe_has_no_weights_and_loads_dropped(tmp_path: Path) -> None:
     out.mkdir()
     save_dropped(dense, spec, out, "recipe")
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "prunescope.json"]
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(run(load_model(out, device="cpu").model), expected)
 
@@ -86,11 +91,15 @@ def test_llm_drop_folder_is_read(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"drop_attn_list": [4, 1], "drop_mlp_list": None}))
     weights = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if ".4.self_attn" not in k}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if ".4.self_attn" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
     loaded = load_model(folder, device="cpu")
     assert loaded.dropped == DropSpec(attn=(1, 4))
     assert torch.equal(run(loaded.model), expected)
-    save_file({k: v for k, v in weights.items() if ".2.self_attn" not in k}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if ".2.self_attn" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(UserError, match=r"weights are missing, first model\.layers\.2"):
         load_model(folder, device="cpu")
 
@@ -107,7 +116,9 @@ def test_compact_refuses_settings_that_follow_the_layer_number(tmp_path: Path) -
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=6, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=6, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True
+    )
     folder = tiny_folder("gpt2", tmp_path / "dense")
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     dense = load_model(folder, device="cpu")

@@ -1,0 +1,25 @@
+"""prunescope: prune any Hugging Face causal language model and see where pruning breaks it, in h, z or p.
+
+Everything public is named here. Importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from prunescope.commands import DemoResult, DropResult, LayerwiseResult, demo, drop, layerwise, load
+from prunescope.errors import UserError
+from prunescope.results import Run
+from prunescope.results import open_run as open
+
+__version__ = "0.1.0"
+__all__ = [
+    "DemoResult",
+    "DropResult",
+    "LayerwiseResult",
+    "Run",
+    "UserError",
+    "demo",
+    "drop",
+    "layerwise",
+    "load",
+    "open",
+]

@@ -20,7 +20,7 @@ from prunescope.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA_VERSION", "Run", "open_run", "require_space", "staged", "summarise", "write_json"]
+__all__ = ["SCHEMA_VERSION", "Run", "open_run", "require_space", "staged", "summarise", "write_config", "write_json"]
 
 SCHEMA_VERSION = 1
 TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
@@ -57,7 +57,9 @@ class Run:
         try:
             return pq.read_table(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); the run folder is damaged, run {self.command} again") from error
+            raise UserError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); the run folder is damaged, run {self.command} again"
+            ) from error
 
     def samples(self) -> list[dict[str, Any]]:
         """Prompts and texts."""
@@ -76,9 +78,13 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
         info = json.loads((path / "run.json").read_text("utf-8"))
         version, command = info["schema_version"], info["command"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'run.json'} cannot be read ({type(error).__name__}: {error}); run it again") from error
+        raise UserError(
+            f"{path / 'run.json'} cannot be read ({type(error).__name__}: {error}); run it again"
+        ) from error
     if version > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version}, newer than this prunescope knows ({SCHEMA_VERSION}); upgrade prunescope")
+        raise UserError(
+            f"{path} has schema version {version}, newer than this prunescope knows ({SCHEMA_VERSION}); upgrade prunescope"
+        )
     if command not in TABLES or not (path / TABLES[command]).is_file():
         raise UserError(f"{path} lacks the table of its command {command!r}; the run folder is damaged, run it again")
     return Run(path, info)
@@ -117,7 +123,9 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{final} cannot be written: {error.strerror}; free some space or choose another --out") from error
+            raise UserError(
+                f"{final} cannot be written: {error.strerror}; free some space or choose another --out"
+            ) from error
         raise
 
 
@@ -129,10 +137,14 @@ def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: 
         raise UserError("--overwrite and --resume contradict each other; give one of them")
     if final.exists() and not overwrite:
         raise UserError(f"{final} exists; choose another --out or give --overwrite")
-    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or any((final / name).is_file() for name in _OURS))):
+    if final.exists() and not (
+        final.is_dir() and (not any(final.iterdir()) or any((final / name).is_file() for name in _OURS))
+    ):
         raise UserError(f"{final} was not written by prunescope, so --overwrite leaves it alone; choose another --out")
     if not overwrite and not resume and any(partial.glob("part-*")):
-        raise UserError(f"{partial} holds the finished part of an interrupted run; continue it with --resume or start anew with --overwrite")
+        raise UserError(
+            f"{partial} holds the finished part of an interrupted run; continue it with --resume or start anew with --overwrite"
+        )
 
 
 def require_space(out: str | os.PathLike[str], needed: int) -> None:
@@ -142,7 +154,9 @@ def require_space(out: str | os.PathLike[str], needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{out}: {needed / 2**20:.0f} MB are needed but {free / 2**20:.0f} MB are free on this disk; free some space or choose another --out")
+        raise UserError(
+            f"{out}: {needed / 2**20:.0f} MB are needed but {free / 2**20:.0f} MB are free on this disk; free some space or choose another --out"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -152,6 +166,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.yaml``: what a command ran with, as its ``--config`` reads it."""
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -167,18 +188,22 @@ def _plain(value: Any) -> Any:
 # --- summaries ---------------------------------------------------------------------------------------------------------
 
 
-def summarise(table: pa.Table, spaces: Mapping[str, Sequence[str]], *, seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
+def summarise(
+    table: pa.Table, spaces: Mapping[str, Sequence[str]], *, seed: int = 0, resamples: int = 1000
+) -> dict[str, Any]:
     """Summary statistics per space and column.
 
     The 95 % confidence interval of the mean is a bootstrap over prompts, not over rows: steps and layers of one prompt are not
     independent. With a single prompt there is none (null).
 
     Args:
-        table: rows with a column ``prompt``.
+        table: rows with a column ``prompt``; none gives an empty summary.
         spaces: space -> columns; columns that the table lacks are left out.
     """
     import numpy as np
 
+    if not len(table):
+        return {space: {} for space in spaces}
     prompts, row_prompt = np.unique(table["prompt"].to_numpy(), return_inverse=True)
     draws = np.random.default_rng(seed).integers(0, len(prompts), (resamples, len(prompts)))
     result: dict[str, Any] = {}
@@ -204,5 +229,8 @@ def summarise(table: pa.Table, spaces: Mapping[str, Sequence[str]], *, seed: int
                 **{"mean": kept.mean(), "median": q[2], "min": kept.min(), "max": kept.max()},
                 **{"p1": q[0], "p5": q[1], "p95": q[3], "p99": q[4]},
             }
-            result[space][column] = {key: float(value) for key, value in result[space][column].items()} | {"ci95": interval, "count": int(known.sum())}
+            result[space][column] = {key: float(value) for key, value in result[space][column].items()} | {
+                "ci95": interval,
+                "count": int(known.sum()),
+            }
     return result

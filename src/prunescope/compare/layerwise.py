@@ -32,18 +32,20 @@ from prunescope.models.loading import LoadedModel
 from prunescope.models.streams import Passage, substituting, watching
 from prunescope.progress import progress
 
-__all__ = ["FLOOR_COLUMNS", "Lens", "Sequence_", "encode", "layerwise_rows", "lens_head", "noise_floor"]
+__all__ = ["FLOOR_COLUMNS", "Lens", "Transcript", "encode", "layerwise_rows", "lens_head", "noise_floor"]
 
 Lens = Literal["raw", "final-norm"]
 Target = LoadedModel | DropSpec | None
 FLOOR_COLUMNS = tuple(  # columns that are zero where nothing differs
-    name for name in COLUMNS if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
+    name
+    for name in COLUMNS
+    if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
 )
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Transcript:
     """A prompt and the dense model's own continuation, as token ids. Step t reads position ``len(prompt) - 1 + t``."""
 
     prompt: list[int]
@@ -65,7 +67,7 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
     if lens == "final-norm" and anatomy.final_norm is None:
         raise UserError(f"{dense.ref} has no final norm; use --lens raw")
     return Head(
-        anatomy.head.weight.detach(),  # type: ignore[operator,union-attr]
+        anatomy.head.weight.detach(),  # type: ignore[operator]
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
@@ -73,7 +75,9 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
     )
 
 
-def encode(dense: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *, chat: bool = False) -> list[list[int]]:
+def encode(
+    dense: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *, chat: bool = False
+) -> list[list[int]]:
     """Token ids of the prompts. Raises UserError where one is empty, or with its continuation past the model's context."""
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: at least one step is needed")
@@ -82,14 +86,18 @@ def encode(dense: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *
         if chat:
             if not dense.tokenizer.chat_template:
                 raise UserError(f"{dense.ref} has no chat template; leave --chat out")
-            text = dense.tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
+            text = dense.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
+            )
             ids = dense.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = dense.tokenizer(prompt.text)["input_ids"]
         if not ids:
             raise UserError(f"prompt {prompt.id!r} has no tokens; write some text")
         if max(ids) >= dense.anatomy.vocab_size:
-            raise UserError(f"prompt {prompt.id!r}: its tokenizer gives token {max(ids)}, but the model knows {dense.anatomy.vocab_size}; tokenizer and model do not belong together")
+            raise UserError(
+                f"prompt {prompt.id!r}: its tokenizer gives token {max(ids)}, but the model knows {dense.anatomy.vocab_size}; tokenizer and model do not belong together"
+            )
         if dense.context and len(ids) + max_new_tokens > dense.context:
             raise UserError(
                 f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is past the model's context of {dense.context}; shorten it or lower --max-new-tokens"
@@ -113,13 +121,13 @@ class _Streams:
     pairs: Tensor  # (steps, 2 * layers, 2) slots: dense, target
 
 
-def _padded(sequences: Sequence[Sequence_], device: torch.device) -> Tensor:
+def _padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
     """Right padding: in a causal model no real token sees it, so that no mask is needed and positions are natural."""
     width = max(len(s.read) for s in sequences)
     return torch.tensor([s.read + [s.read[-1]] * (width - len(s.read)) for s in sequences], device=device)
 
 
-def _step_index(sequences: Sequence[Sequence_], device: torch.device) -> tuple[Tensor, Tensor]:
+def _step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
     where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
     return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
 
@@ -130,7 +138,9 @@ def _slot(layer: int, kind: Kind) -> int:
 
 
 @torch.no_grad()
-def _dense_streams(dense: LoadedModel, sequences: Sequence[Sequence_], keep: dict[tuple[int, Kind], Tensor] | None) -> Tensor:
+def _dense_streams(
+    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Tensor] | None
+) -> Tensor:
     """``(steps, 2 layers + 1, d)``. With ``keep``, the stream before every sublayer is also kept at all positions."""
     index = _step_index(sequences, dense.device)
     slots: list[Tensor] = []
@@ -148,13 +158,16 @@ def _dense_streams(dense: LoadedModel, sequences: Sequence[Sequence_], keep: dic
 
 
 @torch.no_grad()
-def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Sequence_]) -> _Streams:
+def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]) -> _Streams:
     layers = len(dense.anatomy)
     places = [(layer, kind) for layer in range(layers) for kind in KINDS]
     if not isinstance(target, LoadedModel):
         rows = _dense_streams(dense, sequences, None)
         # a drop leaves the stream as it was before; a sublayer that is not dropped leaves the dense stream
-        pairs = [(_slot(layer, kind), _slot(layer, kind) - (target is None or (kind, layer) in target)) for layer, kind in places]
+        pairs = [
+            (_slot(layer, kind), _slot(layer, kind) - (target is None or (kind, layer) in target))
+            for layer, kind in places
+        ]
         return _Streams(rows, torch.tensor(pairs))
     entering: dict[tuple[int, Kind], Tensor] = {}
     rows = _dense_streams(dense, sequences, entering)
@@ -176,7 +189,9 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Sequence_])
     return _Streams(torch.cat([rows, torch.stack(after, 1)], 1), torch.tensor(pairs))
 
 
-def _columns(streams: _Streams, sequences: Sequence[Sequence_], head: Head, temperature: float, memory: int) -> dict[str, Tensor]:
+def _columns(
+    streams: _Streams, sequences: Sequence[Transcript], head: Head, temperature: float, memory: int
+) -> dict[str, Tensor]:
     steps, slots, width = streams.rows.shape
     pairs = (streams.pairs + slots * torch.arange(steps)[:, None, None]).view(-1, 2)
     following = torch.tensor([token for s in sequences for token in s.continuation])
@@ -190,7 +205,7 @@ def _columns(streams: _Streams, sequences: Sequence[Sequence_], head: Head, temp
     )
 
 
-def _table(columns: dict[str, Tensor], sequences: Sequence[Sequence_], first_prompt: int, layers: int) -> pa.Table:
+def _table(columns: dict[str, Tensor], sequences: Sequence[Transcript], first_prompt: int, layers: int) -> pa.Table:
     steps = [(first_prompt + i, t, position) for i, s in enumerate(sequences) for t, position in enumerate(s.positions)]
     keys = torch.tensor(steps, dtype=torch.int32).repeat_interleave(2 * layers, 0)
     layer = torch.arange(layers, dtype=torch.int32).repeat_interleave(2).repeat(len(steps))
@@ -209,7 +224,7 @@ class LayerwiseRows:
     """What `layerwise_rows` found."""
 
     table: pa.Table
-    sequences: list[Sequence_]
+    sequences: list[Transcript]
     floor: dict[str, Any] = field(repr=False)
 
 
@@ -248,22 +263,28 @@ def layerwise_rows(
     _check_comparable(dense, target)
     head = lens_head(dense, lens)
     described = target.describe() if isinstance(target, LoadedModel) else str(target)
-    key = hashlib.sha256(repr((dense.describe(), described, prompts, max_new_tokens, sampling, batch_size, lens, temperature)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((dense.describe(), described, prompts, max_new_tokens, sampling, batch_size, lens, temperature)).encode()
+    ).hexdigest()
     state = _resume_state(parts, key)
     if state is None:
-        with progress(f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)) as advance:
-            texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, advance=advance)
+        with progress(
+            f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
+        ) as advance:
+            texts = continue_texts(
+                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, advance=advance
+            )
         _save_state(parts, key, texts)
     else:
         texts = state
-    sequences = [Sequence_(list(p), t) for p, t in zip(prompts, texts, strict=True)]
+    sequences = [Transcript(list(p), t) for p, t in zip(prompts, texts, strict=True)]
     tables = []
     steps = sum(len(s.continuation) for s in sequences)
     with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {steps} steps", steps) as advance:
         for number, chosen in enumerate(batches(range(len(sequences)), batch_size)):
             batch = [sequences[i] for i in chosen]
 
-            def compute(batch: list[Sequence_] = batch, first: int = chosen[0]) -> pa.Table:
+            def compute(batch: list[Transcript] = batch, first: int = chosen[0]) -> pa.Table:
                 columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
                 return _table(columns, batch, first, len(dense.anatomy))
 
@@ -275,20 +296,30 @@ def layerwise_rows(
 
 def _check_comparable(dense: LoadedModel, target: Target) -> None:
     if dense.dropped:
-        raise UserError(f"{dense.ref} has sublayers dropped ({dense.dropped}); the dense side of a comparison must be whole")
+        raise UserError(
+            f"{dense.ref} has sublayers dropped ({dense.dropped}); the dense side of a comparison must be whole"
+        )
     if isinstance(target, DropSpec):
         target.check(len(dense.anatomy))
     if not isinstance(target, LoadedModel):
         return
     ours, theirs = dense.anatomy, target.anatomy
     if ours.vocab_size != theirs.vocab_size:
-        raise UserError(f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary")
+        raise UserError(
+            f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary"
+        )
     if dense.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise UserError(f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary")
+        raise UserError(
+            f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary"
+        )
     if ours.hidden_size != theirs.hidden_size:
-        raise UserError(f"{target.ref} has hidden size {theirs.hidden_size}, {dense.ref} {ours.hidden_size}; the same context exists only for the same width")
+        raise UserError(
+            f"{target.ref} has hidden size {theirs.hidden_size}, {dense.ref} {ours.hidden_size}; the same context exists only for the same width"
+        )
     if len(ours) != target.dense_layers:
-        raise UserError(f"{target.ref} was made from a model of {target.dense_layers} blocks, {dense.ref} has {len(ours)}; compare it with its own dense model")
+        raise UserError(
+            f"{target.ref} was made from a model of {target.dense_layers} blocks, {dense.ref} has {len(ours)}; compare it with its own dense model"
+        )
 
 
 def _mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
@@ -304,7 +335,12 @@ def _mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
 
 
 def noise_floor(
-    dense: LoadedModel, sequences: Sequence[Sequence_], head: Head, temperature: float = 1.0, memory: int = DEFAULT_MEMORY, batch_size: int = 8
+    dense: LoadedModel,
+    sequences: Sequence[Transcript],
+    head: Head,
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    batch_size: int = 8,
 ) -> dict[str, Any]:
     """The dense model against itself, computed in other ways: in a padded batch instead of alone, and token by token with a cache.
 
@@ -314,7 +350,7 @@ def noise_floor(
         ``floor``: per deviation column the largest absolute value over both ways, all sublayers and steps; beside it the two
         ways apart, and how much was looked at.
     """
-    few = [Sequence_(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in sequences[: max(2, batch_size)]]
+    few = [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in sequences[: max(2, batch_size)]]
     few = few * 2 if len(few) == 1 else few
     looked_at = few[:_FLOOR_PROMPTS]
     with progress("measuring the noise floor", 3) as advance:
@@ -325,17 +361,24 @@ def noise_floor(
         cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
         advance(1)
     layers = len(dense.anatomy)
-    result: dict[str, Any] = {"dtype": str(dense.dtype).removeprefix("torch."), "prompts": len(looked_at), "steps": len(alone)}
+    result: dict[str, Any] = {
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "prompts": len(looked_at),
+        "steps": len(alone),
+    }
     for name, other in (("batched_against_single", together), ("cache_against_no_cache", cached)):
         pairs = torch.tensor([(slot, 2 * layers + 1 + slot) for slot in range(1, 2 * layers + 1)])
         columns = _columns(_Streams(torch.cat([alone, other], 1), pairs), looked_at, head, temperature, memory)
         result[name] = {column: columns[column].abs().max().item() for column in FLOOR_COLUMNS}
-    result["floor"] = {column: max(result[name][column] for name in ("batched_against_single", "cache_against_no_cache")) for column in FLOOR_COLUMNS}
+    result["floor"] = {
+        column: max(result[name][column] for name in ("batched_against_single", "cache_against_no_cache"))
+        for column in FLOOR_COLUMNS
+    }
     return result
 
 
 @torch.no_grad()
-def _cached_streams(dense: LoadedModel, sequence: Sequence_) -> Tensor:
+def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
     """The same streams as `_dense_streams` of one sequence, from a prefill and one cached forward per further token."""
     rows: list[Tensor] = []
     slots: list[Tensor] = []
@@ -377,7 +420,9 @@ def _resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
         return None
     state = json.loads(path.read_text("utf-8"))
     if state["key"] != key:
-        raise UserError(f"{parts} was started with other models or options; --resume needs the same ones, --overwrite starts anew")
+        raise UserError(
+            f"{parts} was started with other models or options; --resume needs the same ones, --overwrite starts anew"
+        )
     texts: list[list[int]] = state["texts"]
     return texts
 

@@ -150,7 +150,9 @@ def excess(p: Tensor, x: Tensor, tilted: Tensor) -> Tensor:
 _SERIES = {torch.float32: 8, torch.float64: 14}  # the last power of x that still matters at |x| = 1/2
 
 
-def kl_divergence(p: Tensor, log_p: Tensor, shift: Tensor, peak: Tensor, log_mass_ratio: Tensor) -> tuple[Tensor, Tensor]:
+def kl_divergence(
+    p: Tensor, log_p: Tensor, shift: Tensor, peak: Tensor, log_mass_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
     """KL(p || q) for ``log q - log p = shift - log_mass_ratio``, all over the last dimension.
 
     With x = shift - E_p[shift] the identity KL = log E_p[e^x] holds, and E_p[x] = 0 turns it into
@@ -169,7 +171,7 @@ def kl_divergence(p: Tensor, log_p: Tensor, shift: Tensor, peak: Tensor, log_mas
     mean = (p * x).sum(-1, keepdim=True)
     x = x.sub_(mean)
     plain = (log_mass_ratio - anchor.double() - mean.double())[:, 0]
-    near = torch.log1p(excess(p, x, torch.exp(log_p + x)))
+    near = torch.log1p(excess(p, x, _exp(log_p + x)))
     kl = torch.where(plain > 1, plain, near)
     return kl, x - kl[:, None].to(x.dtype)
 
@@ -204,7 +206,7 @@ def _describe(z: Tensor, temperature: float) -> _Rows:
     top_logit, top = z.topk(min(_TOP, z.shape[-1]), dim=-1)
     peak = top_logit[:, :1]
     lowered = (z - peak).div_(temperature)
-    mass = torch.exp(lowered)
+    mass = _exp(lowered)
     total = mass.sum(-1, keepdim=True).double()
     log_mass = total.log()
     entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / total[:, 0]
@@ -213,11 +215,21 @@ def _describe(z: Tensor, temperature: float) -> _Rows:
     return _Rows(peak, log_mass, top, entropy)
 
 
+def _exp(x: Tensor) -> Tensor:
+    """e^x, but never a denormal number, which costs a CPU ten times an ordinary one; what is added is far below any rounding."""
+    return x.clamp(min=_LOWEST[x.dtype]).exp_()
+
+
+_LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
+
+
 def _log_softmax(z: Tensor, rows: _Rows, temperature: float) -> Tensor:
     return (z - rows.peak_logit).div_(temperature).sub_(rows.log_mass.to(z.dtype))
 
 
-def _pair_columns(z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: float, next_token: Tensor | None) -> dict[str, Tensor]:
+def _pair_columns(
+    z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: float, next_token: Tensor | None
+) -> dict[str, Tensor]:
     """All z and p columns of pairs of rows ``(rows, V)``; a describes the dense rows, b the target rows."""
     t = temperature
     delta = z_target - z
@@ -244,7 +256,7 @@ def _pair_columns(z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: 
 
     # probabilities
     log_p, log_q = _log_softmax(z, a, t), _log_softmax(z_target, b, t)
-    p, q = log_p.exp(), log_q.exp()
+    p, q = _exp(log_p), _exp(log_q)
     log_mass_ratio = (b.peak_logit.double() - a.peak_logit.double()) / t + (b.log_mass - a.log_mass)
     out["kl_dense_target"], log_ratio = kl_divergence(p, log_p, delta / t, best, log_mass_ratio)
     out["kl_target_dense"], _ = kl_divergence(q, log_q, -delta / t, best_target, -log_mass_ratio)
@@ -292,6 +304,7 @@ def _pair_columns(z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: 
     return {name: value.double() for name, value in out.items()}
 
 
+@torch.no_grad()
 def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
     h = h.double()
@@ -306,7 +319,10 @@ def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def compare_logits(z: Tensor, z_target: Tensor, temperature: float = 1.0, next_token: Tensor | None = None) -> dict[str, Tensor]:
+@torch.no_grad()
+def compare_logits(
+    z: Tensor, z_target: Tensor, temperature: float = 1.0, next_token: Tensor | None = None
+) -> dict[str, Tensor]:
     """The z and p columns of two tensors of logits, both ``(rows, V)``; each column ``(rows,)`` float64.
 
     Computed in float64 if the logits are float64, else in float32. Holds about 20 temporaries of the size of ``z``; `compare`
@@ -325,7 +341,9 @@ def compare_logits(z: Tensor, z_target: Tensor, temperature: float = 1.0, next_t
     _check_temperature(temperature)
     dtype = _working_dtype(z, z_target)
     z, z_target = z.to(dtype), z_target.to(dtype)
-    return _pair_columns(z, z_target, _describe(z, temperature), _describe(z_target, temperature), temperature, next_token)
+    return _pair_columns(
+        z, z_target, _describe(z, temperature), _describe(z_target, temperature), temperature, next_token
+    )
 
 
 # --- many places, in bounded memory ------------------------------------------------------------------------------------
@@ -365,6 +383,7 @@ class Head:
         return z
 
 
+@torch.no_grad()
 def compare(
     streams: Tensor,
     pairs: Tensor,
@@ -394,7 +413,9 @@ def compare(
     dtype = _working_dtype(streams, head.weight)
     parts: dict[str, list[Tensor]] = {}
     for chunk in _chunks(pairs, head, streams.shape[-1], dtype, memory):
-        columns = _compare_chunk(streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype)
+        columns = _compare_chunk(
+            streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype
+        )
         for name, value in columns.items():
             parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(value) for name, value in parts.items()}
@@ -426,7 +447,9 @@ def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: i
     rows = (memory - fixed) // (row + _vocab_tile(head, dtype) * dtype.itemsize)
     if rows < 2:
         need = fixed + 2 * (row + _vocab_tile(head, dtype) * dtype.itemsize)
-        raise ValueError(f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}")
+        raise ValueError(
+            f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}"
+        )
     start = 0
     while start < len(pairs):
         # rows are shared between neighbours, so try generously and shrink until the distinct rows fit

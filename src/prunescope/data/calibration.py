@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunescope.cache import remembered
 from prunescope.errors import UserError
 from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loading import LoadedModel
@@ -20,7 +21,7 @@ from prunescope.progress import console, progress
 __all__ = ["SELF", "Calibration", "calibration_tokens"]
 
 SELF = "self"
-_HUB = {  # short name -> (id, keyword arguments of load_dataset)
+_HUB: dict[str, tuple[str, dict[str, Any]]] = {  # short name -> (id, keyword arguments of load_dataset)
     "c4": ("allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
     "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
 }
@@ -38,11 +39,24 @@ class Calibration:
     def describe(self) -> dict[str, Any]:
         samples, length = self.tokens.shape
         digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
-        return {"source": self.source, "samples": samples, "seq_len": length, "seed": self.seed, "tokens_sha256": digest}
+        return {
+            "source": self.source,
+            "samples": samples,
+            "seq_len": length,
+            "seed": self.seed,
+            "tokens_sha256": digest,
+        }
 
 
 def calibration_tokens(
-    loaded: LoadedModel, source: str = SELF, *, samples: int | None = None, seq_len: int | None = None, seed: int = 0, batch_size: int = 8
+    loaded: LoadedModel,
+    source: str = SELF,
+    *,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    cache: Path | None = None,
 ) -> Calibration:
     """Tokens to calibrate on.
 
@@ -53,6 +67,7 @@ def calibration_tokens(
         samples, seq_len: by default 128 x 2048 from a text and 32 x 256 where the model samples, never past the model's context.
         seed: of the sampling, or of the choice of windows from a text. Windows do not overlap; if a text has fewer than
             asked for, all of them are taken and it is said.
+        cache: folder in which self-sampled tokens are kept; None keeps none.
     Raises:
         UserError: no such source, or a text shorter than one sample.
     """
@@ -62,30 +77,57 @@ def calibration_tokens(
     if samples < 1 or length < 2:
         raise UserError(f"--samples {samples} --seq-len {length}: at least one sample of two tokens is needed")
     if loaded.context and length > loaded.context:
-        raise UserError(f"--seq-len {length} is longer than the model's context of {loaded.context} tokens; choose at most that")
+        raise UserError(
+            f"--seq-len {length} is longer than the model's context of {loaded.context} tokens; choose at most that"
+        )
     if source == SELF:
-        return Calibration(_sample_self(loaded, samples, length, seed, batch_size), source, seed)
+        key: dict[str, Any] = {
+            "what": "self-sampled tokens 1",
+            "model": loaded.identity,
+            "dtype": str(loaded.dtype),
+            "dropped": str(loaded.dropped),
+        }
+        key |= {"samples": samples, "length": length, "seed": seed}
+        tokens = remembered(
+            cache if loaded.pinned else None, key, lambda: _sample_self(loaded, samples, length, seed, batch_size)
+        )
+        return Calibration(torch.tensor(tokens), source, seed)
     wanted = samples * length * 2  # some to choose from
     stream = _token_stream(loaded, _texts(source), wanted, source)
     windows = len(stream) // length
     if windows == 0:
-        raise UserError(f"calibration text {source} has {len(stream)} tokens, shorter than one sample of {length}; give a longer text or --seq-len {len(stream)}")
+        raise UserError(
+            f"calibration text {source} has {len(stream)} tokens, shorter than one sample of {length}; give a longer text or --seq-len {len(stream)}"
+        )
     if windows < samples:
-        console.print(f"calibration text {source}: {windows} windows of {length} tokens, fewer than the {samples} asked for; all are used", markup=False)
+        console.print(
+            f"calibration text {source}: {windows} windows of {length} tokens, fewer than the {samples} asked for; all are used",
+            markup=False,
+        )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return Calibration(torch.tensor(stream[: windows * length]).view(windows, length)[order], source, seed)
 
 
-def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int) -> Tensor:
+def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int) -> list[list[int]]:
     tokenizer = loaded.tokenizer
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), None)
+    start = next(
+        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), None
+    )
     if start is None:
-        raise UserError(f"{loaded.ref} has no start or end token to sample text from; give a text with --calibration FILE")
+        raise UserError(
+            f"{loaded.ref} has no start or end token to sample text from; give a text with --calibration FILE"
+        )
     with progress(f"sampling {samples} x {length} calibration tokens from the model", samples) as advance:
         texts = continue_texts(
-            loaded, [[start]] * samples, length - 1, batch_size=max(batch_size, 32), sampling=Sampling(1.0, seed=seed), stop=False, advance=advance
+            loaded,
+            [[start]] * samples,
+            length - 1,
+            batch_size=max(batch_size, 32),
+            sampling=Sampling(1.0, seed=seed),
+            stop=False,
+            advance=advance,
         )
-    return torch.tensor([[start, *text] for text in texts])
+    return [[start, *text] for text in texts]
 
 
 def _token_stream(loaded: LoadedModel, texts: Iterator[str], wanted: int, source: str) -> list[int]:
@@ -107,7 +149,9 @@ def _texts(source: str) -> Iterator[str]:
         yield from _file_texts(path)
         return
     if path.suffix in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
-        raise UserError(f"calibration file {source}: no such file; give a text, JSON or JSONL file, a data set id, or {SELF}")
+        raise UserError(
+            f"calibration file {source}: no such file; give a text, JSON or JSONL file, a data set id, or {SELF}"
+        )
     yield from _hub_texts(source)
 
 
@@ -126,7 +170,9 @@ def _file_texts(path: Path) -> Iterator[str]:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a 'text' that is not a string")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"calibration file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'") from error
+        raise UserError(
+            f"calibration file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'"
+        ) from error
     yield from texts
 
 
@@ -138,11 +184,14 @@ def _hub_texts(name: str) -> Iterator[str]:
         rows: Any = datasets.load_dataset(dataset_id, split="train", streaming=True, **options)
         for row in rows:
             if "text" not in row:
-                raise UserError(f"calibration data set {name} has no column 'text' but {', '.join(row)}; save its texts as JSONL and give that file")
+                raise UserError(
+                    f"calibration data set {name} has no column 'text' but {', '.join(row)}; save its texts as JSONL and give that file"
+                )
             yield row["text"]
     except UserError:
         raise
     except Exception as error:  # the hub, the network and the data set's format each have exceptions of their own
         first = next(iter(str(error).splitlines()), "")[:200]
-        raise UserError(f"calibration data set {name} cannot be read: {type(error).__name__}: {first}; check the id and the network, or give a file, or {SELF}") from error
-
+        raise UserError(
+            f"calibration data set {name} cannot be read: {type(error).__name__}: {first}; check the id and the network, or give a file, or {SELF}"
+        ) from error

@@ -33,7 +33,9 @@ def read_prompts(source: str | Path | None = None) -> list[Prompt]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts file {path} cannot be read: {getattr(error, 'strerror', None) or error}; give a UTF-8 text or JSONL file") from error
+        raise UserError(
+            f"prompts file {path} cannot be read: {getattr(error, 'strerror', None) or error}; give a UTF-8 text or JSONL file"
+        ) from error
     prompts = _parse_jsonl(text, str(path)) if path.suffix in (".jsonl", ".ndjson", ".json") else _parse_lines(text)
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompt; write one a line, or JSONL with a field 'prompt'")
@@ -45,7 +47,7 @@ def _parse_lines(text: str) -> list[Prompt]:
 
 
 def _parse_jsonl(text: str, where: str) -> list[Prompt]:
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -54,6 +56,6 @@ def _parse_jsonl(text: str, where: str) -> list[Prompt]:
         except ValueError as error:
             raise UserError(f"{where}, line {number}: not JSON ({error}); write one JSON object a line") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise UserError(f"{where}, line {number}: no 'prompt' with a text; write {{\"prompt\": \"...\"}}")
+            raise UserError(f'{where}, line {number}: no \'prompt\' with a text; write {{"prompt": "..."}}')
         prompts.append(Prompt(row["prompt"], str(row.get("id", len(prompts))), str(row.get("kind", "custom"))))
     return prompts

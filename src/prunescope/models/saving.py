@@ -28,7 +28,9 @@ Format = Literal["recipe", "zeroed", "compact"]
 FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
 
 
-def save_dropped(loaded: LoadedModel, spec: DropSpec, folder: Path, form: Format, details: dict[str, Any] | None = None) -> None:
+def save_dropped(
+    loaded: LoadedModel, spec: DropSpec, folder: Path, form: Format, details: dict[str, Any] | None = None
+) -> None:
     """Write ``loaded`` without ``spec`` into the existing, empty ``folder``. The loaded model is left as it was.
 
     Args:
@@ -93,7 +95,14 @@ def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
 
 # --- zeroed ------------------------------------------------------------------------------------------------------------
 
-_EXPERT_OUTPUTS = ("down_proj", "w2", "output_linear", "dense_4h_to_h", "c_proj", "fc2")  # last projections of an expert
+_EXPERT_OUTPUTS = (
+    "down_proj",
+    "w2",
+    "output_linear",
+    "dense_4h_to_h",
+    "c_proj",
+    "fc2",
+)  # last projections of an expert
 
 
 @contextmanager
@@ -120,7 +129,12 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
     found = list(_last_projection(loaded, part))
     if not found:
-        found = [p for module in part.modules for name, p in module.named_parameters() if any(key in name.split(".") for key in _EXPERT_OUTPUTS)]
+        found = [
+            p
+            for module in part.modules
+            for name, p in module.named_parameters()
+            if any(key in name.split(".") for key in _EXPERT_OUTPUTS)
+        ]
     if not found:
         raise UserError(f"no output projection was found in the {part.name}; use --format recipe")
     bias = getattr(part.post, "bias", None)
@@ -168,7 +182,9 @@ def _kept_blocks(loaded: LoadedModel, spec: DropSpec) -> list[int]:
     gone = spec.whole_blocks()
     half = [f"{kind} of layer {layer}" for kind in KINDS for layer in spec.layers(kind) if layer not in gone]
     if half:
-        raise UserError(f"--format compact removes whole blocks, but only the {half[0]} is dropped of its block; use --format zeroed or recipe, or --target block")
+        raise UserError(
+            f"--format compact removes whole blocks, but only the {half[0]} is dropped of its block; use --format zeroed or recipe, or --target block"
+        )
     kept = [layer for layer in range(len(loaded.anatomy)) if layer not in gone]
     if not kept:
         raise UserError("--format compact would leave no block at all; drop fewer")
@@ -200,7 +216,9 @@ def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
 def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
     """A copy of ``config`` for the kept blocks: per-layer lists cut, layer numbers inside it translated."""
     if config.get_text_config(decoder=True) is not config:
-        raise UserError(f"--format compact does not support the nested config of {config.model_type}; use --format zeroed")
+        raise UserError(
+            f"--format compact does not support the nested config of {config.model_type}; use --format zeroed"
+        )
     values = copy.deepcopy(config.to_dict())
     for key, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
@@ -231,7 +249,11 @@ def _check_same_modules(model: nn.Module, config: Any) -> None:
             if getattr(other, key, None) is None or getattr(other, key).shape != tensor.shape:
                 raise _not_compactable(f"{name}.{key}", "its shape")
         for key, value in vars(module).items():
-            if isinstance(value, (int, float, str)) and not key.startswith("_") and key not in ("training", "gradient_checkpointing"):
+            if (
+                isinstance(value, (int, float, str))
+                and not key.startswith("_")
+                and key not in ("training", "gradient_checkpointing")
+            ):
                 if getattr(other, key, value) != value:
                     raise _not_compactable(name, f"{key} = {value}")
     if len(ours) != len(theirs):
@@ -239,4 +261,6 @@ def _check_same_modules(model: nn.Module, config: Any) -> None:
 
 
 def _not_compactable(where: str, what: str) -> UserError:
-    return UserError(f"--format compact is not possible: with blocks removed, {where} would lose {what}, which follows from its layer number; use --format zeroed")
+    return UserError(
+        f"--format compact is not possible: with blocks removed, {where} would lose {what}, which follows from its layer number; use --format zeroed"
+    )

@@ -41,9 +41,18 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
                 state.clear()
                 state["before"] = first_tensor(args, kwargs)
 
-            def leave(_: nn.Module, args: Any, output: Any, attn: Sublayer = block.attn, mlp: Sublayer = block.mlp, state: dict[str, Tensor] = state) -> None:
+            def leave(
+                _: nn.Module,
+                args: Any,
+                output: Any,
+                attn: Sublayer = block.attn,
+                mlp: Sublayer = block.mlp,
+                state: dict[str, Tensor] = state,
+            ) -> None:
                 before, after = state["before"], first_output(output)
-                middle = before if "attn left" not in state else before + attn.scale * state["attn left"].view_as(before)
+                middle = (
+                    before if "attn left" not in state else before + attn.scale * state["attn left"].view_as(before)
+                )
                 see(Passage(attn.layer, "attn", before, middle, state.get("attn entered"), state.get("attn left")))
                 see(Passage(mlp.layer, "mlp", middle, after, state.get("mlp entered"), state.get("mlp left")))
                 state.clear()
@@ -51,11 +60,25 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
             handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
             for part in (block.attn, block.mlp):
 
-                def entered(_: nn.Module, args: Any, kwargs: Any, key: str = f"{part.kind} entered", state: dict[str, Tensor] = state) -> None:
+                def entered(
+                    _: nn.Module,
+                    args: Any,
+                    kwargs: Any,
+                    key: str = f"{part.kind} entered",
+                    state: dict[str, Tensor] = state,
+                ) -> None:
                     state[key] = first_tensor(args, kwargs)
 
-                def left(_: nn.Module, args: Any, output: Any, key: str = f"{part.kind} left", state: dict[str, Tensor] = state) -> None:
-                    state[key] = first_output(output).clone() if key == "mlp left" else first_output(output)  # Falcon adds in place
+                def left(
+                    _: nn.Module,
+                    args: Any,
+                    output: Any,
+                    key: str = f"{part.kind} left",
+                    state: dict[str, Tensor] = state,
+                ) -> None:
+                    state[key] = (
+                        first_output(output).clone() if key == "mlp left" else first_output(output)
+                    )  # Falcon adds in place
 
                 handles.append(part.modules[0].register_forward_pre_hook(entered, with_kwargs=True))
                 handles.append(part.exit.register_forward_hook(left))

@@ -7,11 +7,7 @@ A sublayer that barely turns the residual stream can go: its score is the mean o
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from prunescope.cache import remembered
 from prunescope.data.calibration import Calibration
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
@@ -29,7 +26,7 @@ from prunescope.models.loading import LoadedModel
 from prunescope.models.streams import Passage, watching
 from prunescope.progress import progress
 
-__all__ = ["Choice", "Order", "ScoreOn", "Scores", "Target", "choose", "score"]
+__all__ = ["Choice", "Order", "ScoreOn", "Scores", "Target", "check_choice", "choose", "score"]
 
 Target = Literal["attn", "mlp", "block", "all"]
 Order = Literal["discrete", "consecutive"]
@@ -58,7 +55,9 @@ class Choice:
 
 
 @torch.no_grad()
-def score(loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", run: int = 0, batch_size: int = 8) -> Scores:
+def score(
+    loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", run: int = 0, batch_size: int = 8
+) -> Scores:
     """Score every sublayer and block of ``loaded`` as it stands on ``tokens`` (samples, length), in one pass.
 
     Args:
@@ -88,7 +87,10 @@ def score(loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", 
             if run and passage.layer >= run - 1:
                 add("runs", passage.layer - run + 1, entering[0], passage.after)
 
-    with progress(f"scoring {2 * blocks} sublayers on {tokens.numel()} tokens", len(tokens)) as advance, watching(loaded, see):
+    with (
+        progress(f"scoring {2 * blocks} sublayers on {tokens.numel()} tokens", len(tokens)) as advance,
+        watching(loaded, see),
+    ):
         for chosen in batches(range(len(tokens)), batch_size):
             entering.clear()
             loaded.model(input_ids=tokens[list(chosen)].to(loaded.device), use_cache=False, logits_to_keep=1)
@@ -97,7 +99,9 @@ def score(loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", 
     for name in (*KINDS, "block"):
         broken = [i for i, value in enumerate(means[name]) if seen[name][i] and value != value]
         if broken:
-            raise UserError(f"{loaded.ref}: the score of {name} {broken[0]} is not a number; the model's activations overflow in {loaded.dtype}, try --dtype float32")
+            raise UserError(
+                f"{loaded.ref}: the score of {name} {broken[0]} is not a number; the model's activations overflow in {loaded.dtype}, try --dtype float32"
+            )
     return Scores(means["attn"], means["mlp"], means["block"], means["runs"][: blocks - run + 1] if run else [])
 
 
@@ -121,24 +125,15 @@ def choose(
         iterative: drop one, score again, n times.
         cache: folder in which scores are kept; None keeps none.
     Raises:
-        UserError: an ``n`` the model cannot give, or an order that does not go with the target.
+        UserError: an ``n`` the model cannot give, or options that do not go together.
     """
+    check_choice(loaded, target, n, order, iterative, score_on)
     blocks = len(loaded.anatomy)
-    candidates = 2 * blocks if target == "all" else blocks
-    most = blocks - 1 if target == "block" else candidates
-    if not 1 <= n <= most:
-        raise UserError(f"--n {n}: the model has {candidates} candidates for --target {target}; choose 1 to {most}")
-    if order == "consecutive" and target != "block":
-        raise UserError(f"--order consecutive looks for a run of whole blocks; use it with --target block, not {target}")
-    if order == "consecutive" and iterative:
-        raise UserError("--order consecutive chooses its run at once; leave --iterative out")
-    if score_on == "norm" and target == "block":
-        raise UserError("--score-on norm compares a sublayer's input and output; a block has none, leave it out for --target block")
     names: tuple[Any, ...] = KINDS if target == "all" else (target,)
 
     def scores(dropped: DropSpec, run: int = 0) -> Scores:
         with loaded.dropping(dropped):
-            return _cached(loaded, calibration, score_on, run, batch_size, cache, dropped)
+            return _scored(loaded, calibration, score_on, run, batch_size, cache, dropped)
 
     if order == "consecutive":
         found = scores(DropSpec(), run=n)
@@ -149,7 +144,12 @@ def choose(
         chosen, table = set(), {}
         for _ in range(n if iterative else 1):
             found = scores(_spec(chosen))
-            left = {(name, layer): value for name in names for layer, value in enumerate(found.of(name)) if (name, layer) not in chosen}
+            left = {
+                (name, layer): value
+                for name in names
+                for layer, value in enumerate(found.of(name))
+                if (name, layer) not in chosen
+            }
             table |= left
             ranked = sorted(left, key=lambda key: (-left[key], key[1], key[0]))
             chosen |= set(ranked[: 1 if iterative else n])
@@ -161,25 +161,41 @@ def choose(
     return Choice(_spec(chosen), rows)
 
 
+def check_choice(loaded: LoadedModel, target: Target, n: int, order: Order, iterative: bool, score_on: ScoreOn) -> None:
+    """Raise UserError if `choose` cannot do what is asked for, before any work is done."""
+    blocks = len(loaded.anatomy)
+    candidates = 2 * blocks if target == "all" else blocks
+    most = blocks - 1 if target == "block" else candidates
+    if not 1 <= n <= most:
+        raise UserError(f"--n {n}: the model has {candidates} candidates for --target {target}; choose 1 to {most}")
+    if order == "consecutive" and target != "block":
+        raise UserError(
+            f"--order consecutive looks for a run of whole blocks; use it with --target block, not {target}"
+        )
+    if order == "consecutive" and iterative:
+        raise UserError("--order consecutive chooses its run at once; leave --iterative out")
+    if score_on == "norm" and target == "block":
+        raise UserError(
+            "--score-on norm compares a sublayer's input and output; a block has none, leave it out for --target block"
+        )
+
+
 def _spec(chosen: set[Any]) -> DropSpec:
     return DropSpec.of((kind, layer) for name, layer in chosen for kind in (KINDS if name == "block" else (name,)))
 
 
-# --- cache of scores ---------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where scores are kept: $PRUNESCOPE_CACHE, else the user's cache folder."""
-    root = os.environ.get("PRUNESCOPE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunescope"
-    return Path(root) / "scores"
-
-
-def _cached(
-    loaded: LoadedModel, calibration: Calibration, score_on: ScoreOn, run: int, batch_size: int, cache: Path | None, dropped: DropSpec
+def _scored(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    score_on: ScoreOn,
+    run: int,
+    batch_size: int,
+    cache: Path | None,
+    dropped: DropSpec,
 ) -> Scores:
     """`score`, or what it gave for the same weights, tokens and settings before."""
     key = {
-        "version": 1,
+        "what": "drop scores 1",
         "model": loaded.identity,
         "dtype": str(loaded.dtype),
         "dropped": str(dropped),
@@ -187,29 +203,10 @@ def _cached(
         "score_on": score_on,
         "run": run,
     }
-    identified = any(loaded.identity.get(name) for name in ("content_hash", "revision"))
-    path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json" if cache and identified else None
-    if path is not None and path.is_file():
-        try:
-            stored = json.loads(path.read_text("utf-8"))["scores"]
-            return Scores(**{name: [float("nan") if v is None else v for v in values] for name, values in stored.items()})
-        except (ValueError, KeyError, TypeError):
-            pass  # a damaged entry is scored again and written anew
-    found = score(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)
-    if path is not None:
-        _write_cache(path, {"key": key, "scores": {name: _nan_to_none(values) for name, values in vars(found).items()}})
-    return found
-
-
-def _nan_to_none(values: Sequence[float]) -> list[float | None]:
-    return [None if value != value else value for value in values]
-
-
-def _write_cache(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(content), "utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)  # a cache that cannot be written costs time, not the result
+    return Scores(
+        **remembered(
+            cache if loaded.pinned else None,
+            key,
+            lambda: vars(score(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)),
+        )
+    )

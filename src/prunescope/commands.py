@@ -1,0 +1,450 @@
+"""Prune a causal language model and see where pruning breaks it: in h (hidden states), z (logits) or p (probabilities)."""
+
+# The public functions. Each is a command of the same name: its signature gives the options, its docstring the help. torch and
+# transformers are imported inside them, so that `import prunescope` and `--help` answer at once.
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prunescope import results
+from prunescope.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from prunescope.models.dropping import DropSpec
+    from prunescope.models.loading import LoadedModel
+
+__all__ = ["DemoResult", "DropResult", "LayerwiseResult", "demo", "drop", "layerwise", "load"]
+
+_StrPath = str | os.PathLike[str]
+
+
+@dataclass
+class LayerwiseResult:
+    """What `layerwise` found; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    _samples: list[dict[str, Any]] = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per prompt, step, position, layer and sublayer, with every metric."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Per space and column: mean, median, min, max, percentiles, confidence interval."""
+        return dict(self.info["summary"])
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder, figures included. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        import json
+
+        import pyarrow.parquet as pq
+
+        from prunescope.report.figures import draw_layerwise
+
+        pq.write_table(self._table, staging / "layerwise.parquet")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._samples)
+        (staging / "samples.jsonl").write_text(lines, "utf-8")
+        (staging / "figures").mkdir(exist_ok=True)
+        draw_layerwise(self._table, self.info, staging / "figures")
+        for path in staging.glob("part-*"):
+            path.unlink()
+        results.write_config(staging, self.info["config"])
+        results.write_json(staging / "run.json", self.info)
+
+
+@dataclass
+class DropResult:
+    """What `drop` chose: the sublayers, their scores, and how to write the checkpoint."""
+
+    record: dict[str, Any]
+    rows: list[dict[str, Any]] = field(repr=False)
+    spec: DropSpec
+    _dense: LoadedModel = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per candidate: layer, sublayer, score, dropped."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(self.rows)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Drop lists, parameters before and after."""
+        return {key: self.record[key] for key in ("drop_attn_list", "drop_mlp_list", "parameters")}
+
+    def save(
+        self, folder: _StrPath, *, format: Literal["recipe", "zeroed", "compact"] = "recipe", overwrite: bool = False
+    ) -> Path:
+        """Write a checkpoint folder. Raises UserError if it exists, or if the format cannot hold this drop."""
+        from prunescope.models.saving import checkpoint_bytes, save_dropped
+
+        results.check_free(folder, overwrite=overwrite)
+        results.require_space(folder, checkpoint_bytes(self._dense, format))
+        with results.staged(folder, overwrite=overwrite) as staging:
+            save_dropped(self._dense, self.spec, staging, format, {**self.record, "scores": self.rows})
+            results.write_config(staging, self.record["config"])
+        return Path(folder)
+
+
+@dataclass
+class DemoResult:
+    """The demo's folder, its two checkpoints, its run, and what was found in three sentences."""
+
+    folder: Path
+    sentences: list[str]
+    layerwise: LayerwiseResult
+    drops: dict[str, DropResult]
+
+    def table(self) -> pa.Table:
+        """The rows of the layerwise run."""
+        return self.layerwise.table()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The summary of the layerwise run."""
+        return self.layerwise.summary
+
+
+def load(
+    model: str,
+    *,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    drop: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model, optionally with sublayers dropped.
+
+    Args:
+        model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        drop: sublayers to drop, for example attn=0,5;mlp=7
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+
+    Returns:
+        An object with `.model` (the ordinary transformers model, `generate()` and all), `.tokenizer`, `.restore()`.
+
+    Raises:
+        UserError: whatever is wrong with the reference, the files, the weights or the architecture.
+    """
+    from prunescope.models.loading import load_model
+
+    return load_model(
+        model, dtype=dtype, device=device, drop=drop, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def drop(
+    model: str,
+    *,
+    target: Literal["attn", "mlp", "block", "all"] = "attn",
+    n: int = 8,
+    out: str | None = None,
+    format: Literal["recipe", "zeroed", "compact"] = "recipe",
+    order: Literal["discrete", "consecutive"] = "discrete",
+    iterative: bool = False,
+    score_on: Literal["stream", "norm"] = "stream",
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    overwrite: bool = False,
+) -> DropResult:
+    """Score sublayers, drop the n least needed, save a checkpoint.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        target: what to drop; all ranks attention and MLP sublayers together
+        n: how many sublayers, or blocks
+        out: checkpoint folder to write
+        format: recipe (drop lists, no weights), zeroed (full weights, silent branches) or compact (blocks removed)
+        order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
+        iterative: drop one, score again, n times
+        score_on: stream compares the residual stream before and after, norm the module's normed input with its output
+        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
+        batch_size: samples at a time
+        seed: of the calibration's choice
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
+        overwrite: replace an existing checkpoint folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.cache import cache_folder
+    from prunescope.data.calibration import calibration_tokens
+    from prunescope.models.loading import load_model
+    from prunescope.prune.drop import check_choice, choose
+    from prunescope.report.tables import show_scores
+
+    if out is not None:
+        results.check_free(out, overwrite=overwrite)
+    _check_counts(batch_size=batch_size)
+    dense = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    if dense.dropped:
+        raise UserError(f"{model} has sublayers dropped already ({dense.dropped}); give its dense model")
+    check_choice(dense, target, n, order, iterative, score_on)
+    data = calibration_tokens(
+        dense,
+        calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=batch_size,
+        cache=cache_folder() if cache else None,
+    )
+    choice = choose(
+        dense,
+        data,
+        target,
+        n,
+        order=order,
+        iterative=iterative,
+        score_on=score_on,
+        batch_size=batch_size,
+        cache=cache_folder() if cache else None,
+    )
+    before = sum(p.numel() for p in dense.model.parameters())
+    with dense.dropping(choice.spec):
+        after = sum(p.numel() for p in dense.model.parameters())
+    record: dict[str, Any] = {
+        "command": "drop",
+        "config": config | {"model": str(model)},
+        "target": target,
+        "calibration": data.describe(),
+        "parameters": {"dense": before, "dropped": after},
+    }
+    record |= {f"drop_{kind}_list": list(choice.spec.layers(kind)) for kind in ("attn", "mlp")}
+    result = DropResult(record, choice.rows, choice.spec, dense)
+    show_scores(
+        result.rows, f"{model}: {n} of {target} dropped, {before / 1e6:.1f} M -> {after / 1e6:.1f} M parameters"
+    )
+    if out is not None:
+        result.save(out, format=format, overwrite=overwrite)
+        _say(f"written: {out} ({format})")
+    return result
+
+
+def layerwise(
+    dense: str,
+    target: str | None = None,
+    *,
+    out: str | None = None,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    lens: Literal["raw", "final-norm"] = "raw",
+    metric_temperature: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> LayerwiseResult:
+    """Compare h, z and p after every sublayer at every decoding step, in the same context.
+
+    Args:
+        dense: the base model
+        target: a model, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model; left out, every sublayer is dropped in turn
+        out: run folder to write
+        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each prompt into the model's chat template
+        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        temperature: sampling temperature of the dense text; 0 is greedy
+        top_k: sample from the k likeliest tokens only; 0 is off
+        top_p: sample from the likeliest tokens of this total probability only
+        seed: of the sampling and the bootstrap
+        batch_size: prompts at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from contextlib import nullcontext
+
+    from prunescope.compare.layerwise import encode, layerwise_rows
+    from prunescope.data.prompts import read_prompts
+    from prunescope.models.dropping import DropSpec
+    from prunescope.models.generating import Sampling
+    from prunescope.models.loading import load_model
+    from prunescope.report.tables import show_layerwise
+
+    started = time.monotonic()
+    _check_counts(batch_size=batch_size, memory_mb=memory_mb)
+    if out is not None:
+        results.check_free(out, overwrite=overwrite, resume=resume)
+    chosen = read_prompts(prompts)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling.check()
+    spec = (
+        DropSpec.parse(target.removeprefix("drop:")) if isinstance(target, str) and target.startswith("drop:") else None
+    )
+    options: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    base = load_model(dense, revision=revision, **options)
+    other = load_model(target, **options) if target is not None and spec is None else None
+    encoded = encode(base, chosen, max_new_tokens, chat=chat)
+    if out is not None:
+        results.require_space(out, 2 * len(encoded) * max_new_tokens * 2 * len(base.anatomy) * 60 * 8 + 2**24)
+    with results.staged(out, overwrite=overwrite, resume=resume) if out is not None else nullcontext() as staging:
+        try:
+            found = layerwise_rows(
+                base, other or spec, encoded, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size,
+                lens=lens, temperature=metric_temperature, memory=memory_mb * 2**20, parts=staging,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise UserError(
+                f"{dense}: {error} after a sublayer; the model's activations overflow in {base.dtype}, try --dtype float32"
+            ) from error
+        info = {
+            "schema_version": results.SCHEMA_VERSION,
+            "command": "layerwise",
+            "config": config | {"dense": str(dense), "target": None if target is None else str(target)},
+            "seed": seed,
+            "versions": _versions(),
+            "device": _device_name(base),
+            "models": {"dense": base.describe(), "target": _describe_target(base, other, spec)},
+            "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in chosen],
+            "steps": sum(len(s.continuation) for s in found.sequences),
+            "noise_floor": found.floor,
+            **_summaries(found.table, seed),
+            "wall_time_s": round(time.monotonic() - started, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
+        }
+        samples = [
+            {
+                "prompt": i,
+                "id": p.id,
+                "kind": p.kind,
+                "text": p.text,
+                "prompt_tokens": s.prompt,
+                "dense_tokens": s.continuation,
+                "dense": base.tokenizer.decode(s.continuation),
+            }
+            for i, (p, s) in enumerate(zip(chosen, found.sequences, strict=True))
+        ]
+        result = LayerwiseResult(info, found.table, samples)
+        if staging is not None:
+            result._write(staging)
+    show_layerwise(result.table(), info)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def demo(*, out: str = "prunescope-demo", overwrite: bool = False) -> DemoResult:
+    """Drop attention and MLP sublayers of the bundled model and see what breaks; no network, no GPU, a few minutes.
+
+    Args:
+        out: folder for checkpoints, run, figures and summary
+        overwrite: replace an existing folder
+
+    Raises:
+        UserError: the bundled model is missing, or the folder exists.
+    """
+    from prunescope.demo import run_demo
+
+    return run_demo(out, overwrite=overwrite)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+
+
+def _summaries(table: pa.Table, seed: int) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
+
+    spaces = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
+    changed, per_kind = {}, {}
+    for kind in ("attn", "mlp"):
+        rows = table.filter(pc.equal(table["sublayer"], kind))
+        moved = rows.filter(pc.or_(pc.not_equal(rows["h_orth_rel"], 0.0), pc.not_equal(rows["h_para_rel"], 0.0)))
+        changed[kind] = sorted(pc.unique(moved["layer"]).to_pylist())
+        per_kind[kind] = results.summarise(rows.filter(pc.is_in(rows["layer"], moved["layer"])), spaces, seed=seed)
+    return {
+        "changed_layers": changed,
+        "summary": results.summarise(table, spaces, seed=seed),
+        "summary_by_sublayer": per_kind,
+    }
+
+
+def _describe_target(base: LoadedModel, other: LoadedModel | None, spec: DropSpec | None) -> dict[str, Any] | None:
+    if other is not None:
+        return other.describe()
+    if spec is None:
+        return None
+    with base.dropping(spec):
+        return base.describe()
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("prunescope", "torch", "transformers", "pyarrow")},
+    }
+
+
+def _device_name(model: LoadedModel) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+
+
+def _say(text: str) -> None:
+    from prunescope.progress import console
+
+    console.print(text, markup=False)

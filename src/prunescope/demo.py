@@ -1,0 +1,129 @@
+"""`prunescope demo`: the main job from end to end on the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunescope import commands, results
+from prunescope.commands import DemoResult, LayerwiseResult
+from prunescope.models.loading import BUNDLED, LoadedModel, load_model
+from prunescope.progress import console
+from prunescope.report.tables import worst_layers
+
+__all__ = ["run_demo"]
+
+_DROPPED = 8
+_SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
+
+
+def run_demo(
+    out: str = "prunescope-demo",
+    *,
+    overwrite: bool = False,
+    model: str = BUNDLED,
+    calibration: tuple[int, int] = (32, 128),
+    max_new_tokens: int = 32,
+) -> DemoResult:
+    """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
+
+    Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` (run with figures), ``out/demo.json`` and ``out/summary.md``.
+    """
+    results.check_free(out, overwrite=overwrite)
+    dense = load_model(model)
+    samples, seq_len = calibration
+    options: Any = {"calibration": "self", "samples": samples, "seq_len": seq_len}
+    drops = {}
+    with results.staged(out, overwrite=overwrite) as staging:
+        for kind in ("attn", "mlp"):
+            drops[kind] = commands.drop(dense, target=kind, n=_DROPPED, **options)  # type: ignore[arg-type]
+            drops[kind].save(staging / f"drop-{kind}")
+        run = commands.layerwise(dense, chat=bool(dense.tokenizer.chat_template), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+        (staging / "layerwise").mkdir()
+        run._write(staging / "layerwise")
+        sentences = _sentences(run, drops)
+        texts = _texts(dense, run, drops, max_new_tokens)
+        (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
+        results.write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
+    console.print()
+    for sentence in sentences:
+        console.print(sentence, markup=False)
+    console.print(
+        f"\nLook at {Path(out) / 'layerwise' / 'figures' / 'fig04_cosine_by_layer_attn.png'} and {Path(out) / 'summary.md'}",
+        markup=False,
+    )
+    return DemoResult(Path(out), sentences, run, drops)
+
+
+def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> list[str]:
+    """What was found, in three sentences that say what the numbers say, whichever way they fall."""
+    first = " and ".join(
+        f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"  # type: ignore[arg-type]
+        for kind, name in (("attn", "attention"), ("mlp", "MLP"))
+    )
+    stats = {kind: run.info["summary_by_sublayer"][kind] for kind in ("attn", "mlp")}
+    means = {kind: {space: stats[kind][space][f"{space}_cos"]["mean"] for space in "hzp"} for kind in stats}
+    cosines = "; ".join(
+        f"{name} {means[kind]['h']:.3f} in h, {means[kind]['z']:.3f} in z, {means[kind]['p']:.3f} in p"
+        for kind, name in (("attn", "attention"), ("mlp", "MLP"))
+    )
+    falls = all(m["p"] < m["h"] and m["p"] < m["z"] for m in means.values())
+    verdict = (
+        "the damage is larger in probabilities than in hidden states or logits"
+        if falls
+        else "the damage is not larger in probabilities for both kinds"
+    )
+    worse = max(stats, key=lambda kind: stats[kind]["p"]["kl_dense_target"]["mean"])
+    kl = {kind: stats[kind]["p"]["kl_dense_target"]["mean"] for kind in stats}
+    layers = worst_layers(run.table(), worse, "kl_dense_target", True, run.info["changed_layers"][worse])
+    names = {"attn": "attention", "mlp": "MLP"}
+    return [
+        f"Scored on text the model sampled itself, the least needed are {first}.",
+        f"Dropping one sublayer at a time in the same context, mean cosines are: {cosines}; {verdict}.",
+        f"Dropping {names[worse]} costs more (mean KL {kl[worse]:.3g} nats against {min(kl.values()):.3g}), most of all in layers {', '.join(map(str, layers))}.",
+    ]
+
+
+def _saved(drop: commands.DropResult) -> float:
+    counts = drop.record["parameters"]
+    return 100 * float(1 - counts["dropped"] / counts["dense"])
+
+
+def _texts(
+    dense: LoadedModel, run: LayerwiseResult, drops: dict[str, commands.DropResult], max_new_tokens: int
+) -> list[dict[str, str]]:
+    """What the dense and both dropped models write after a few of the prompts, greedily."""
+    from prunescope.models.generating import continue_texts
+
+    chosen = [row for row in run._samples if row["id"] in _SHOWN_PROMPTS]
+    texts = [
+        {"prompt": row["text"], "dense": dense.tokenizer.decode(row["dense_tokens"], skip_special_tokens=True)}
+        for row in chosen
+    ]
+    for kind, drop in drops.items():
+        with dense.dropping(drop.spec):
+            found = continue_texts(
+                dense, [row["prompt_tokens"] for row in chosen], max_new_tokens, batch_size=len(chosen)
+            )
+        for row, tokens in zip(texts, found, strict=True):
+            row[f"without {_DROPPED} {kind}"] = dense.tokenizer.decode(tokens, skip_special_tokens=True)
+    return texts
+
+
+def _page(sentences: list[str], texts: list[dict[str, str]]) -> str:
+    lines = [
+        "# What was found",
+        "",
+        *(f"{i}. {sentence}" for i, sentence in enumerate(sentences, 1)),
+        "",
+        "# What the models write",
+        "",
+    ]
+    for row in texts:
+        for name, text in row.items():
+            lines += [f"**{name}**", "", *(f"    {line}" for line in text.splitlines() or [""]), ""]
+    lines += ["# Figures", ""]
+    lines += [
+        f"![cosine by layer, {kind}](layerwise/figures/fig04_cosine_by_layer_{kind}.png)\n" for kind in ("attn", "mlp")
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""The paper's figures from the rows of a run, as SVG and PNG. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_layerwise"]
+
+KIND_NAMES = {"attn": "attention", "mlp": "MLP"}
+SPACES = {
+    "h": ("#0072B2", "hidden state h", "o"),
+    "z": ("#E69F00", "logits z", "s"),
+    "p": ("#009E73", "probabilities p", "^"),
+}  # Okabe-Ito
+TRUTH, ESTIMATE, FLOOR = "#0072B2", "#D55E00", "#888888"
+ESTIMATES = {  # truth -> (estimate, what it is, theorem)
+    "h_cos_dev": ("h_cos_dev_est", "1 - cos(h)", "Theorem 1"),
+    "z_cos_dev": ("z_cos_dev_est", "1 - cos(z)", "Theorem 1"),
+    "p_cos_dev": ("p_cos_dev_est", "1 - cos(p)", "Theorem 2"),
+    "kl_dense_target": ("kl_est", "KL(p || q), nats", "Theorem 3"),
+}
+_MULTIPLES = (
+    ("p_cos_dev", "attn", 14),
+    ("p_cos_dev", "mlp", 15),
+    ("kl_dense_target", "attn", 16),
+    ("kl_dense_target", "mlp", 17),
+)
+
+
+def draw_layerwise(table: pa.Table, info: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw Figs. 4, 6 and 14-17 of the paper from the rows of a layerwise run into ``folder``; returns what was written.
+
+    Sublayers that the target leaves as they are (deviation exactly zero) have nothing to show beside Fig. 4 and are left out.
+    """
+    written: list[Path] = []
+    with _style():
+        for kind in KIND_NAMES:
+            rows = table.filter(pc.equal(table["sublayer"], kind))
+            written += _save(_cosines_by_layer(rows, kind, info), folder / f"fig04_cosine_by_layer_{kind}")
+            if changed := info["changed_layers"][kind]:
+                layer = _layer_to_show(rows, changed)
+                written += _save(
+                    _truth_and_estimate(rows, kind, layer, info), folder / f"fig06_truth_and_estimate_{kind}"
+                )
+        for column, kind, number in _MULTIPLES:
+            rows = table.filter(pc.equal(table["sublayer"], kind))
+            if changed := info["changed_layers"][kind]:
+                written += _save(
+                    _small_multiples(rows, kind, column, changed, info), folder / f"fig{number}_{column}_{kind}"
+                )
+    return written
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _cosines_by_layer(rows: pa.Table, kind: str, info: dict[str, Any]) -> Figure:
+    """Paper Fig. 4: cosine of dense and target by layer, mean over prompts and steps, band from smallest to largest."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    lowest = 1.0
+    for space, (colour, label, marker) in SPACES.items():
+        layers, low, mean, high = _by(rows, "layer", f"{space}_cos")
+        axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(layers, mean, color=colour, marker=marker, markersize=3.5, label=label)
+        lowest = min(lowest, float(np.nanmin(low)))
+    axes.axhline(1.0, color=FLOOR, linewidth=0.6, linestyle=":")
+    axes.set(
+        xlabel="layer",
+        ylabel="cosine similarity",
+        title=_title(info, kind),
+        ylim=(min(0.0, lowest) - 0.03, 1.04),
+        xlim=(layers[0] - 0.5, layers[-1] + 0.5),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.10), borderaxespad=0)
+    figure.supxlabel("line: mean over prompts and steps; band: smallest to largest", fontsize=7, color="#555555")
+    return figure
+
+
+def _truth_and_estimate(rows: pa.Table, kind: str, layer: int, info: dict[str, Any]) -> Figure:
+    """Paper Fig. 6: what happened against what the theorems say, by step, at one layer."""
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True)
+    rows = rows.filter(pc.equal(rows["layer"], layer))
+    floor = info["noise_floor"]["floor"]
+    for axes, (truth, (estimate, name, theorem)) in zip(grid.flat, ESTIMATES.items(), strict=True):
+        _draw_pair(axes, rows, truth, estimate, floor.get(truth))
+        axes.set_title(f"{name}  ({theorem})")
+    for axes in grid[1]:
+        axes.set_xlabel("decoding step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.suptitle(f"Layer {layer}: what happened and what the theorems say\n{_title(info, kind)}")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], info: dict[str, Any]) -> Figure:
+    """Paper Figs. 14-17: the same over all layers, one small panel each, on one scale."""
+    estimate, name, theorem = ESTIMATES[column]
+    columns = min(6, len(layers))
+    lines = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(1.35 * columns, 4.2), 1.15 * lines + 1.1), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    floor = info["noise_floor"]["floor"].get(column)
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        _draw_pair(axes, rows.filter(pc.equal(rows["layer"], layer)), column, estimate, floor, size=1.5)
+        axes.set_title(f"layer {layer}", fontsize=7, pad=2)
+        axes.tick_params(labelsize=6)
+    for axes in list(grid.flat)[len(layers) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.suptitle(f"{name} by decoding step ({theorem})\n{_title(info, kind)}")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: float | None, size: float = 2.5) -> None:
+    """Truth and estimate by step, mean over prompts, on a logarithmic scale; what lies under the noise floor is shaded."""
+    for column, colour, label, line, marker in (
+        (truth, TRUTH, "measured", "-", "o"),
+        (estimate, ESTIMATE, "second-order estimate", "--", "x"),
+    ):
+        steps, _, mean, _ = _by(rows, "step", column)
+        positive = np.where(mean > 0, mean, np.nan)  # a logarithmic axis has no place for an exact zero
+        axes.plot(steps, positive, line, color=colour, marker=marker, markersize=size, label=label)
+    axes.set_yscale("log")
+    if floor:
+        bottom, top = axes.get_ylim()
+        if floor > bottom:
+            axes.axhspan(
+                min(bottom, floor / 10), floor, color=FLOOR, alpha=0.2, linewidth=0, label="under the noise floor"
+            )
+            axes.set_ylim(min(bottom, floor / 10), max(top, floor * 10))
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Values of ``key`` with the smallest, mean and largest ``column`` of each."""
+    found = rows.group_by(key).aggregate([(column, "min"), (column, "mean"), (column, "max")]).sort_by(key)
+    names = (key, f"{column}_min", f"{column}_mean", f"{column}_max")
+    low_to_high = tuple(found[name].to_numpy().astype(float) for name in names)
+    return low_to_high
+
+
+def _layer_to_show(rows: pa.Table, changed: list[int]) -> int:
+    """The changed layer whose KL is the median one: neither the mildest nor the worst."""
+    layers, _, mean, _ = _by(rows, "layer", "kl_dense_target")
+    ranked = [int(layers[i]) for i in np.argsort(mean, kind="stable") if int(layers[i]) in changed]
+    return ranked[len(ranked) // 2]
+
+
+def _title(info: dict[str, Any], kind: str) -> str:
+    config = info["config"]
+    against = f"against {_short(config['target'])}" if config["target"] else "dropped one at a time"
+    return f"{_short(config['dense'])}: {KIND_NAMES[kind]} sublayers {against}; lens {config['lens']}, T = {config['metric_temperature']:g}"
+
+
+def _short(name: str) -> str:
+    """A name that fits into a title, with nothing in it that matplotlib would read as mathematics."""
+    name = name if len(name) <= 40 else "..." + name[-37:]
+    return name.replace("$", r"\$")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context(
+        {
+            "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
+            "lines.linewidth": 1.2, "svg.fonttype": "none", "svg.hashsalt": "prunescope", "figure.dpi": 100,
+        }
+    ):  # fmt: skip
+        yield
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    figure.savefig(files[0], metadata={"Date": None})
+    figure.savefig(files[1], dpi=200)
+    return files

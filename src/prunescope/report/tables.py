@@ -1,0 +1,106 @@
+"""Tables for the terminal. Numbers come from rows and run.json alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["show_layerwise", "show_scores"]
+
+_SHOWN = ("h_cos", "z_cos", "p_cos", "h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js", "top1_agree")
+_UPWARD_IS_WORSE = ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js")
+
+
+def show_scores(rows: list[dict[str, Any]], title: str, console: Console | None = None) -> None:
+    """Layer, score, dropped or kept; one column of scores per kind of sublayer."""
+    names = sorted({row["sublayer"] for row in rows})
+    console = console or Console()
+    console.print(Text(title, style="bold"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("layer", justify="right")
+    for name in names:
+        table.add_column(f"{name} score", justify="right")
+        table.add_column("")
+    cells = {(row["layer"], row["sublayer"]): row for row in rows}
+    for layer in sorted({row["layer"] for row in rows}):
+        line: list[str | Text] = [str(layer)]
+        for name in names:
+            row = cells[layer, name]
+            line += [
+                f"{row['score']:.6f}",
+                Text("dropped", style="bold red") if row["dropped"] else Text("kept", style="dim"),
+            ]
+        table.add_row(*line)
+    console.print(table)
+
+
+def show_layerwise(table: pa.Table, info: dict[str, Any], console: Console | None = None) -> None:
+    """Per sublayer kind and column: mean with its confidence interval, the worst value, and the three worst layers.
+
+    A value that is not above the noise floor (the dense model against itself) bears a ``<``.
+    """
+    floor = info["noise_floor"]["floor"]
+    console = console or Console()
+    console.print(Text(_title(info), style="bold"))
+    for kind, name in (("attn", "attention"), ("mlp", "MLP")):
+        if not info["changed_layers"][kind]:
+            console.print(Text(f"{name} sublayers: the target changes none"))
+            continue
+        shown = Table(
+            title=Text(f"{name} sublayers ({len(info['changed_layers'][kind])} changed)"),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1),
+        )
+        shown.add_column("column", no_wrap=True)
+        for heading in ("mean", "95 % interval", "worst"):
+            shown.add_column(heading, justify="right", no_wrap=True)
+        shown.add_column("worst layers", no_wrap=True)
+        for column in _SHOWN:
+            stats = info["summary_by_sublayer"][kind][space_of_name(column)][column]
+            upward = column in _UPWARD_IS_WORSE
+            low, high = stats["ci95"]
+            shown.add_row(
+                column,
+                _number(stats["mean"], floor.get(column)),
+                "-" if low is None else f"{low:.3g} .. {high:.3g}",
+                _number(stats["max" if upward else "min"], floor.get(column)),
+                ", ".join(map(str, worst_layers(table, kind, column, upward, info["changed_layers"][kind]))),
+            )
+        console.print(shown)
+    console.print(
+        Text("< : not above the noise floor, which is what the dense model gives against itself", style="dim")
+    )
+
+
+def space_of_name(column: str) -> str:
+    """The space of a column that `show_layerwise` shows."""
+    return column[0] if column[1] == "_" else "p"
+
+
+def worst_layers(
+    table: pa.Table, kind: str, column: str, upward: bool, changed: list[int], count: int = 3
+) -> list[int]:
+    """The changed layers with the worst mean of a column, worst first."""
+    import pyarrow.compute as pc
+
+    means = table.filter(pc.equal(table["sublayer"], kind)).group_by("layer").aggregate([(column, "mean")])
+    ordered = means.sort_by([(f"{column}_mean", "descending" if upward else "ascending"), ("layer", "ascending")])
+    return [int(layer) for layer in ordered["layer"].to_pylist() if layer in changed][:count]
+
+
+def _number(value: float, floor: float | None) -> str:
+    return f"{'< ' if floor is not None and abs(value) <= floor else ''}{value:.6g}"
+
+
+def _title(info: dict[str, Any]) -> str:
+    config = info["config"]
+    against = config["target"] or "each sublayer dropped in turn"
+    return f"{config['dense']} against {against}: {len(info['prompts'])} prompts, {info['steps']} steps, lens {config['lens']}, T = {config['metric_temperature']:g}"
