@@ -58,12 +58,12 @@ COLUMNS = (*H_COLUMNS, *Z_COLUMNS, *P_COLUMNS)
 
 ERROR_BOUND: dict[str, tuple[float, float]] = {
     # column: (relative, absolute) error in float32 against float64 brute force on the same logits
-    **dict.fromkeys(COLUMNS, (2e-5, 1e-9)),
+    **dict.fromkeys(COLUMNS, (1e-4, 1e-9)),
     **dict.fromkeys(H_COLUMNS, (1e-9, 1e-15)),  # float64 throughout
     **dict.fromkeys(("z_alpha", "z_para_rel"), (2e-5, 5e-8)),  # signed sum over V, terms cancel
-    **dict.fromkeys(("kl_dense_target", "kl_target_dense", "js"), (5e-5, 1e-12)),
-    **dict.fromkeys(("p_cos_dev", "tv"), (5e-5, 2e-7)),
-    "dp_top1": (5e-5, 2e-7),
+    **dict.fromkeys(("kl_dense_target", "kl_target_dense", "js"), (1e-4, 1e-12)),
+    **dict.fromkeys(("z_cos", "z_cos_centred", "p_cos"), (1e-5, 2e-7)),  # near a cosine of zero only the absolute error is small
+    **dict.fromkeys(("p_cos_dev", "tv", "dp_top1"), (1e-4, 2e-7)),
     **dict.fromkeys(("nll_dense", "nll_target", "entropy_dense", "entropy_target"), (2e-5, 2e-6)),
     **dict.fromkeys(("top1_agree", "top5_overlap", "rank_in_target"), (0.0, 0.0)),  # exact
 }
@@ -117,10 +117,14 @@ def relative_change(x: Tensor, delta: Tensor) -> Change:
     return Change(alpha[:, 0].double(), (orth / length2[:, 0].sqrt()).double())
 
 
-def weighted_variance(x: Tensor, weight: Tensor) -> Tensor:
-    """Variance of ``x`` (rows, n) under ``weight`` (rows, n, normalised here), in two passes; ``(rows,)`` float64."""
+def weighted_variance(x: Tensor, weight: Tensor, peak: Tensor) -> Tensor:
+    """Variance of ``x`` (rows, n) under ``weight`` (rows, n, normalised here), in two passes; ``(rows,)`` float64.
+
+    ``peak`` (rows, 1) is where the weight is largest: x is taken relative to it, so that weights that are almost one-hot lose nothing.
+    """
     total = weight.sum(-1, keepdim=True)
-    centred = x - (weight * x).sum(-1, keepdim=True) / total
+    x = x - x.gather(-1, peak)
+    centred = x.sub_((weight * x).sum(-1, keepdim=True) / total)
     return ((weight * centred.square_()).sum(-1) / total[:, 0]).double()
 
 
@@ -144,7 +148,7 @@ def excess(p: Tensor, x: Tensor, tilted: Tensor) -> Tensor:
     series.mul_(near).mul_(near).mul_(p)
     far = (tilted - p).addcmul_(p, x, value=-1)
     is_near = (0.5 - x.abs()).sign_().clamp_(min=0)  # a float mask: comparisons and `where` are slow on a CPU
-    return torch.lerp(far, series, is_near).sum(-1).double()
+    return torch.lerp(far, series, is_near).sum(-1).double().clamp_(min=0)
 
 
 _SERIES = {torch.float32: 8, torch.float64: 14}  # the last power of x that still matters at |x| = 1/2
@@ -272,14 +276,15 @@ def _pair_columns(
     }
 
     # theorems 2 and 3: both divergences are, to second order, variances of the change of the logits
-    var_p, var_q = weighted_variance(delta, p), weighted_variance(delta, q)
-    var_r, var_r_target = weighted_variance(delta, p.square()), weighted_variance(delta, q.square())
+    var_p, var_q = weighted_variance(delta, p, best), weighted_variance(delta, q, best_target)
+    var_r, var_r_target = weighted_variance(delta, p.square(), best), weighted_variance(delta, q.square(), best_target)
     top_p = p.gather(-1, a.top)
+    first = torch.zeros_like(best)
     out |= {
         "var_p": var_p,
         "var_r": var_r,
-        "var_top5": weighted_variance(delta_top[:, :5], top_p[:, :5]),
-        "var_top10": weighted_variance(delta_top, top_p),
+        "var_top5": weighted_variance(delta_top[:, :5], top_p[:, :5], first),
+        "var_top10": weighted_variance(delta_top, top_p, first),
         "kl_est": var_p / (2 * t * t),
         "kl_est_target": var_q / (2 * t * t),
         "p_cos_dev_est": var_r / (2 * t * t),
