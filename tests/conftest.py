@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_folder
 
+from families import tiny_folder
 from prunescope.models.loading import LoadedModel, load_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,5 +55,5 @@ def dense_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def dense(dense_folder: Path) -> Iterator[LoadedModel]:
-    yield load_model(dense_folder, device="cpu")
+def dense(dense_folder: Path) -> LoadedModel:
+    return load_model(dense_folder, device="cpu")

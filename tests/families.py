@@ -92,14 +92,14 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level tokenizer over w3 ... w63, with the special ids of the tiny models."""
+    """A word-level tokenizer over w4 ... w63, with the special ids of the tiny models."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
 
 

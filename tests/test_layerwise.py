@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor, nn
 
+from families import FAMILIES, tiny_folder, tiny_model
 from prunescope.compare.layerwise import FLOOR_COLUMNS, encode, layerwise_rows
-from prunescope.compare.metrics import COLUMNS, compare_hidden, compare_logits
+from prunescope.compare.metrics import COLUMNS, compare_hidden, compare_logits, space_of
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.errors import UserError
+from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel, load_model
 from prunescope.models.saving import save_dropped
@@ -73,24 +73,31 @@ def brute_force(dense: Any, ids: list[int], layer: int, kind: str, target: Any, 
     name = "self_attn" if kind == "attn" else "mlp"
     read = torch.tensor([ids])
     before = stream_after(dense, read, layer, kind, getattr(block, name))
-    after = stream_after(dense, read, layer, kind, None if target is None else getattr(target.model.layers[layer], name))
+    after = stream_after(
+        dense, read, layer, kind, None if target is None else getattr(target.model.layers[layer], name)
+    )
     weight = dense.lm_head.weight.double()
     z, y = before.double() @ weight.T, after.double() @ weight.T
-    columns = compare_hidden(before[None], after[None]) | compare_logits(z[None], y[None], 1.0, torch.tensor([following]))
+    columns = compare_hidden(before[None], after[None]) | compare_logits(
+        z[None], y[None], 1.0, torch.tensor([following])
+    )
     return {column: value.item() for column, value in columns.items()}
 
 
-# Where a column is a small difference of large float32 numbers, "relative" is relative to the size of what is subtracted.
+# A signed or bounded column may lie near zero as a difference of larger parts: its error is relative to the size of these.
 SCALE = {
     "z_alpha": "z_orth_rel", "z_para_rel": "z_orth_rel", "h_alpha": "h_orth_rel", "h_para_rel": "h_orth_rel", "dp_top1": "tv",
-    "p_cos": None, "z_cos": None, "z_cos_centred": None, "h_cos": None,
+    "p_cos": "1", "z_cos": "1", "z_cos_centred": "1", "h_cos": "1",
 }  # fmt: skip
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, float], place: str) -> None:
-    for column, value in expected.items():
-        scale = 1.0 if column in SCALE and SCALE[column] is None else max(abs(value), expected.get(SCALE.get(column) or "", 0.0))
-        assert abs(found[column] - value) <= 1e-4 * scale + 1e-9, (place, column, found[column], value)
+def relative_errors(found: dict[str, Any], expected: dict[str, float]) -> dict[str, float]:
+    scales = expected | {"1": 1.0}
+    return {
+        column: max(0.0, abs(found[column] - value) - 1e-9)
+        / max(abs(value), scales.get(SCALE.get(column, ""), 0.0), 1e-12)
+        for column, value in expected.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +110,31 @@ def noisy(smollm2: LoadedModel) -> LoadedModel:
         for parameter in target.model.model.layers.parameters():
             if parameter.dim() == 2:
                 parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    from prunescope.models.anatomy import find_anatomy
-
     target.anatomy = find_anatomy(target.model)
     target.ref = "noisy"
     return target
 
 
 @pytest.mark.parametrize("against", ["drop", "noisy weights"])
-def test_one_pass_equals_brute_force_on_the_real_model(smollm2: LoadedModel, noisy: LoadedModel, against: str) -> None:
-    """3 prompts x 8 steps. Would catch a stream read at the wrong place or step, lost history, and a wrong context."""
-    prompts = [Prompt("The capital of France is", "a"), Prompt("Water boils at a temperature of about", "b"), Prompt("1 2 3 4 5 6", "c")]
-    encoded = encode(smollm2, prompts, 8)
-    target = noisy if against == "noisy weights" else None
-    found = layerwise_rows(smollm2, target, encoded, max_new_tokens=8, batch_size=3)
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 8), (torch.float64, 3)])
+def test_one_pass_equals_brute_force_on_the_real_model(
+    smollm2: LoadedModel, noisy: LoadedModel, against: str, dtype: torch.dtype, steps: int
+) -> None:
+    """3 prompts x 8 steps. Would catch a stream read at the wrong place or step, lost history, and a wrong context.
+
+    In float64 nothing hides behind rounding: every column agrees to 1e-9. In float32 h and z agree to 1e-4 everywhere, p to 1e-4 in
+    nine rows of ten: logits of the raw lens reach 300 here, and what two float32 passes differ by (the noise floor) moves p by more.
+    """
+    prompts = [Prompt("The capital of France is", "a"), Prompt("Water boils at about", "b"), Prompt("1 2 3 4 5 6", "c")]
+    dense, target = (in_dtype(model, dtype) for model in (smollm2, noisy))
+    encoded = encode(dense, prompts, steps)
+    found = layerwise_rows(
+        dense, target if against == "noisy weights" else None, encoded, max_new_tokens=steps, batch_size=3
+    )
     assert len(found.table) == 60 * sum(len(s.continuation) for s in found.sequences)
     assert set(COLUMNS) <= set(found.table.column_names)
-    plain, other = smollm2.model, None if target is None else target.model
+    plain, other = dense.model, target.model if against == "noisy weights" else None
+    errors: dict[str, list[float]] = {}
     for i, sequence in enumerate(found.sequences):
         read = list(sequence.prompt)
         for step, token in enumerate(sequence.continuation):
@@ -128,10 +143,27 @@ def test_one_pass_equals_brute_force_on_the_real_model(smollm2: LoadedModel, noi
                 expected = brute_force(plain, read, layer, kind, other, token)
                 row = rows_of(found.table, prompt=i, step=step, layer=layer, sublayer=kind)
                 assert row["position"] == len(read) - 1
-                assert_close(row, expected, f"{kind} {layer}, prompt {i}, step {step}")
+                for column, error in relative_errors(row, expected).items():
+                    errors.setdefault(column, []).append(error)
             read.append(token)
         with torch.no_grad():  # the continuation itself is the plain model's greedy choice
             assert plain(input_ids=torch.tensor([read[:-1]])).logits[0, -1].argmax() == read[-1]
+    for column, found_errors in errors.items():
+        ordered = sorted(found_errors)
+        if dtype == torch.float64:
+            assert ordered[-1] <= 1e-9, column
+        else:
+            assert ordered[int(0.9 * len(ordered))] <= 1e-4, column
+            assert ordered[-1] <= (5e-4 if space_of(column) == "p" else 1e-4), column
+
+
+def in_dtype(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    if loaded.dtype == dtype:
+        return loaded
+    converted = copy.copy(loaded)
+    converted.model = copy.deepcopy(loaded.model).to(dtype)
+    converted.anatomy = find_anatomy(converted.model)
+    return converted
 
 
 def test_a_drop_spec_equals_dropping_in_turn_where_it_drops(smollm2: LoadedModel) -> None:
@@ -143,7 +175,8 @@ def test_a_drop_spec_equals_dropping_in_turn_where_it_drops(smollm2: LoadedModel
             assert a == b
         else:
             assert all(b[column] == 0 for column in FLOOR_COLUMNS)
-            assert b["h_cos"] == b["z_cos"] == b["p_cos"] == 1 and b["h_under_floor"]
+            assert b["h_cos"] == b["z_cos"] == b["p_cos"] == 1
+            assert b["h_under_floor"]
 
 
 def test_a_model_against_itself_is_zero_everywhere(smollm2: LoadedModel) -> None:
@@ -179,9 +212,13 @@ def test_batches_of_any_size_give_the_same_numbers(smollm2: LoadedModel) -> None
 
 def hand_target(dense: Any, target: Any, ids: Tensor, spec_layer: int, kind: str, names: tuple[str, ...]) -> Tensor:
     """Block output of a family's own block with one branch's modules taken from the target, everything before it dense."""
-    blocks, others = (next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 6) for model in (dense, target))
+    blocks, others = (
+        next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 6) for model in (dense, target)
+    )
     caught: list[Tensor] = []
-    handle = blocks[spec_layer].register_forward_hook(lambda _, __, out: caught.append(out[0] if isinstance(out, tuple) else out))
+    handle = blocks[spec_layer].register_forward_hook(
+        lambda _, __, out: caught.append(out[0] if isinstance(out, tuple) else out)
+    )
     originals = {name: getattr(blocks[spec_layer], name) for name in names}
     try:
         for name in names:
@@ -211,7 +248,9 @@ def test_the_target_mlp_reads_the_dense_stream_in_every_family(family: str, tmp_
     """h after the target's MLP must be the block's output with just that branch exchanged: sequential, parallel, MoE, post-norm, scaled."""
     dense = load_model(tiny_folder(family, tmp_path / "a"), device="cpu")
     target = load_model(tiny_folder(family, tmp_path / "b", seed=1), device="cpu")
-    if family == "falcon":  # one norm for both branches: make it the same, so that exchanging the MLP alone is the whole branch
+    if (
+        family == "falcon"
+    ):  # one norm for both branches: make it the same, so that exchanging the MLP alone is the whole branch
         for a, b in zip(dense.anatomy.blocks, target.anatomy.blocks, strict=True):
             b.mlp.pre.load_state_dict(a.mlp.pre.state_dict())  # type: ignore[union-attr]
     ids = list(range(5, 14))
@@ -251,9 +290,11 @@ def test_checkpoints_of_a_drop_compare_like_the_drop(form: Any, dense: LoadedMod
     save_dropped(dense, spec, tmp_path / form, form)
     encoded = [[5, 6, 7], [9, 4, 12, 30, 8]]
     by_spec = layerwise_rows(dense, spec, encoded, max_new_tokens=4).table.to_pylist()
-    by_folder = layerwise_rows(dense, load_model(tmp_path / form, device="cpu"), encoded, max_new_tokens=4).table.to_pylist()
+    by_folder = layerwise_rows(
+        dense, load_model(tmp_path / form, device="cpu"), encoded, max_new_tokens=4
+    ).table.to_pylist()
     for a, b in zip(by_spec, by_folder, strict=True):
-        assert a["layer"] == b["layer"] and a["sublayer"] == b["sublayer"]
+        assert (a["layer"], a["sublayer"]) == (b["layer"], b["sublayer"])
         for column in ("h_cos_dev", "z_cos_dev", "kl_dense_target"):
             assert b[column] == pytest.approx(a[column], rel=1e-4, abs=1e-9)
 
@@ -263,6 +304,7 @@ def test_checkpoints_of_a_drop_compare_like_the_drop(form: Any, dense: LoadedMod
 
 def test_models_that_do_not_belong_together_are_refused(dense: LoadedModel, tmp_path: Path) -> None:
     import transformers
+
     from families import CONFIGS, tiny_tokenizer
 
     def variant(name: str, **changes: Any) -> LoadedModel:
@@ -304,15 +346,15 @@ def test_overflowing_activations_are_named(tmp_path: Path) -> None:
     folder = tiny_folder("llama", tmp_path / "m")
     model.save_pretrained(folder)
     dense = load_model(folder, device="cpu")
+    with torch.no_grad():
+        dense.model.lm_head.weight.mul_(1e20)
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        with torch.no_grad():
-            dense.model.lm_head.weight.mul_(1e20)
         layerwise_rows(dense, None, [[5, 6]], max_new_tokens=1)
 
 
 def test_shipped_prompts_are_of_the_three_kinds() -> None:
     prompts = read_prompts()
     kinds = [prompt.kind for prompt in prompts]
-    assert len(prompts) >= 12 and len({prompt.id for prompt in prompts}) == len(prompts)
+    assert len({prompt.id for prompt in prompts}) == len(prompts) >= 12
     assert all(kinds.count(kind) >= 4 for kind in ("multiple-choice", "arithmetic", "open-ended"))
-    assert math.isclose(len(set(kinds)), 3)
+    assert len(set(kinds)) == 3

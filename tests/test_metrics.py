@@ -151,7 +151,9 @@ def test_float64_equals_by_hand(spread: float, change: float, temperature: float
 @pytest.mark.parametrize(
     ("spread", "change"), [(1.0, 1e-6), (1.0, 1e-4), (3.0, 1e-3), (3.0, 0.1), (3.0, 1.0), (10.0, 3.0), (4.0, 40.0)]
 )
-def test_low_precision_keeps_its_error_bound(spread: float, change: float, temperature: float, dtype: torch.dtype) -> None:
+def test_low_precision_keeps_its_error_bound(
+    spread: float, change: float, temperature: float, dtype: torch.dtype
+) -> None:
     """The same logits in float32 and in float64: every column within ERROR_BOUND. Would catch eps in a log and bf16 sums."""
     z, y = (v.to(dtype) for v in logits(6, 5003, spread, change, seed=11))
     following = torch.arange(6)
@@ -266,7 +268,16 @@ def test_a_row_against_itself_is_exactly_zero(dtype: torch.dtype) -> None:
     for column in ("h_cos", "z_cos", "p_cos", "top1_agree", "top5_overlap"):
         assert (found[column] == 1).all(), column
     torch.testing.assert_close(found["z_cos_centred"], torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-15)
-    zero = set(found) - {"h_cos", "z_cos", "p_cos", "z_cos_centred", "top1_agree", "top5_overlap", "entropy_dense", "entropy_target"}
+    zero = set(found) - {
+        "h_cos",
+        "z_cos",
+        "p_cos",
+        "z_cos_centred",
+        "top1_agree",
+        "top5_overlap",
+        "entropy_dense",
+        "entropy_target",
+    }
     for column in zero:
         assert (found[column] == 0).all(), column
 
@@ -292,13 +303,20 @@ def chain(layers: int, steps: int, width: int, seed: int = 0) -> tuple[Tensor, T
 
 def test_chunks_change_nothing() -> None:
     streams, pairs = chain(6, 9, 32)
-    head = Head(torch.randn(2048, 32, generator=generator(9)), bias=torch.randn(2048, generator=generator(10)), scale=0.3, softcap=5.0)
+    head = Head(
+        torch.randn(2048, 32, generator=generator(9)),
+        bias=torch.randn(2048, generator=generator(10)),
+        scale=0.3,
+        softcap=5.0,
+    )
     following = torch.randint(-1, 2048, (len(pairs),), generator=generator(12))
     whole = compare(streams, pairs, head, next_token=following)
     pieces = compare(streams, pairs, head, next_token=following, memory=26 * 2**20)
     z = streams @ head.weight.T
     z = torch.tanh((z + head.bias) * 0.3 / 5.0) * 5.0
-    direct = compare_logits(z[pairs[:, 0]], z[pairs[:, 1]], 1.0, following) | compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
+    direct = compare_logits(z[pairs[:, 0]], z[pairs[:, 1]], 1.0, following) | compare_hidden(
+        streams[pairs[:, 0]], streams[pairs[:, 1]]
+    )
     assert set(whole) == set(COLUMNS)
     for column in COLUMNS:
         torch.testing.assert_close(whole[column], pieces[column], rtol=1e-4, atol=1e-7, equal_nan=True)
@@ -337,15 +355,12 @@ class _Held(TorchDispatchMode):
 def test_memory_stays_within_its_bound_whatever_the_number_of_tokens(memory: int, dtype: torch.dtype) -> None:
     """40 000 logits x up to 1,300 rows would be 208 MB: would catch any tensor of tokens x V, also in a temporary."""
     head = Head(torch.randn(40_000, 16, generator=generator(1)).to(dtype))
-    peaks = []
-    for steps in (20, 100):
+    for steps in (1, 20, 100):
         streams, pairs = chain(12, steps, 16)
         held = _Held()
         with held:
             compare(streams.to(dtype), pairs, head, memory=memory)
-        peaks.append(held.peak)
-        assert held.peak <= memory
-    assert peaks[1] <= peaks[0] * 1.2 + 2**21
+        assert 2**20 < held.peak <= memory
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

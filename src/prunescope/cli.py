@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"no space left on the disk ({error.filename or 'while writing'}); free some or choose another --out", 2
         )
     except KeyboardInterrupt:
-        return _complain("interrupted; a run that was under way can be continued with --resume", 1)
+        resumable = "resume" in inspect.signature(COMMANDS[argv[0]]).parameters if argv[0] in COMMANDS else False
+        return _complain(f"interrupted; {'continue with --resume' if resumable else 'nothing was written'}", 1)
     except Exception:
         traceback.print_exc()
         return 1

@@ -189,7 +189,7 @@ def drop(
         calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
-        batch_size: samples at a time
+        batch_size: samples at a time (at least 32 while the model samples)
         seed: of the calibration's choice
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
@@ -309,7 +309,7 @@ def layerwise(
     config = dict(locals())
     from contextlib import nullcontext
 
-    from prunescope.compare.layerwise import encode, layerwise_rows
+    from prunescope.compare.layerwise import check_comparable, encode, layerwise_rows
     from prunescope.data.prompts import read_prompts
     from prunescope.models.dropping import DropSpec
     from prunescope.models.generating import Sampling
@@ -318,8 +318,12 @@ def layerwise(
 
     started = time.monotonic()
     _check_counts(batch_size=batch_size, memory_mb=memory_mb)
+    if not metric_temperature > 0:
+        raise UserError(f"--metric-temperature {metric_temperature}: it must be positive")
     if out is not None:
         results.check_free(out, overwrite=overwrite, resume=resume)
+        if resume and Path(out).exists():
+            return _finished(out, config)
     chosen = read_prompts(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
@@ -329,6 +333,7 @@ def layerwise(
     options: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     base = load_model(dense, revision=revision, **options)
     other = load_model(target, **options) if target is not None and spec is None else None
+    check_comparable(base, other or spec)
     encoded = encode(base, chosen, max_new_tokens, chat=chat)
     if out is not None:
         results.require_space(out, 2 * len(encoded) * max_new_tokens * 2 * len(base.anatomy) * 60 * 8 + 2**24)
@@ -392,6 +397,18 @@ def demo(*, out: str = "prunescope-demo", overwrite: bool = False) -> DemoResult
     from prunescope.demo import run_demo
 
     return run_demo(out, overwrite=overwrite)
+
+
+def _finished(out: str, config: dict[str, Any]) -> LayerwiseResult:
+    """The run that ``--resume`` finds complete. Raises UserError if it was made with other options."""
+    run = results.open_run(out)
+    for name, value in run.info["config"].items():
+        if name not in ("out", "resume", "overwrite") and config.get(name) != value:
+            raise UserError(
+                f"{out} is complete, but was made with {name}={value}; choose another --out or give --overwrite"
+            )
+    _say(f"complete already: {out}")
+    return LayerwiseResult(run.info, run.table(), run.samples())
 
 
 def _check_counts(**counts: int) -> None:

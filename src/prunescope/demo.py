@@ -44,6 +44,7 @@ def run_demo(
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
+        results.write_config(staging, {"out": str(out), "overwrite": overwrite})
         results.write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
     console.print()
     for sentence in sentences:

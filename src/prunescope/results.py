@@ -135,7 +135,7 @@ def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: 
     partial = final.with_name(final.name + ".partial")
     if overwrite and resume:
         raise UserError("--overwrite and --resume contradict each other; give one of them")
-    if final.exists() and not overwrite:
+    if final.exists() and not overwrite and not (resume and (final / "run.json").is_file()):
         raise UserError(f"{final} exists; choose another --out or give --overwrite")
     if final.exists() and not (
         final.is_dir() and (not any(final.iterdir()) or any((final / name).is_file() for name in _OURS))

@@ -32,7 +32,16 @@ from prunescope.models.loading import LoadedModel
 from prunescope.models.streams import Passage, substituting, watching
 from prunescope.progress import progress
 
-__all__ = ["FLOOR_COLUMNS", "Lens", "Transcript", "encode", "layerwise_rows", "lens_head", "noise_floor"]
+__all__ = [
+    "FLOOR_COLUMNS",
+    "Lens",
+    "Transcript",
+    "check_comparable",
+    "encode",
+    "layerwise_rows",
+    "lens_head",
+    "noise_floor",
+]
 
 Lens = Literal["raw", "final-norm"]
 Target = LoadedModel | DropSpec | None
@@ -256,11 +265,7 @@ def layerwise_rows(
         UserError: models that cannot be compared.
         FloatingPointError: a NaN or infinite logit.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: it must be at least 1")
-    if not temperature > 0:
-        raise UserError(f"--metric-temperature {temperature}: it must be positive")
-    _check_comparable(dense, target)
+    check_comparable(dense, target)
     head = lens_head(dense, lens)
     described = target.describe() if isinstance(target, LoadedModel) else str(target)
     key = hashlib.sha256(
@@ -294,7 +299,8 @@ def layerwise_rows(
     return LayerwiseRows(_mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor)
 
 
-def _check_comparable(dense: LoadedModel, target: Target) -> None:
+def check_comparable(dense: LoadedModel, target: Target) -> None:
+    """Raise UserError if the same context does not exist for the two: a dense side that is not whole, another width, depth or vocabulary."""
     if dense.dropped:
         raise UserError(
             f"{dense.ref} has sublayers dropped ({dense.dropped}); the dense side of a comparison must be whole"

@@ -62,7 +62,9 @@ ERROR_BOUND: dict[str, tuple[float, float]] = {
     **dict.fromkeys(H_COLUMNS, (1e-9, 1e-15)),  # float64 throughout
     **dict.fromkeys(("z_alpha", "z_para_rel"), (2e-5, 5e-8)),  # signed sum over V, terms cancel
     **dict.fromkeys(("kl_dense_target", "kl_target_dense", "js"), (1e-4, 1e-12)),
-    **dict.fromkeys(("z_cos", "z_cos_centred", "p_cos"), (1e-5, 2e-7)),  # near a cosine of zero only the absolute error is small
+    **dict.fromkeys(
+        ("z_cos", "z_cos_centred", "p_cos"), (1e-5, 2e-7)
+    ),  # near a cosine of zero only the absolute error is small
     **dict.fromkeys(("p_cos_dev", "tv", "dp_top1"), (1e-4, 2e-7)),
     **dict.fromkeys(("nll_dense", "nll_target", "entropy_dense", "entropy_target"), (2e-5, 2e-6)),
     **dict.fromkeys(("top1_agree", "top5_overlap", "rank_in_target"), (0.0, 0.0)),  # exact
@@ -210,10 +212,12 @@ def _describe(z: Tensor, temperature: float) -> _Rows:
     top_logit, top = z.topk(min(_TOP, z.shape[-1]), dim=-1)
     peak = top_logit[:, :1]
     lowered = (z - peak).div_(temperature)
-    mass = _exp(lowered)
-    total = mass.sum(-1, keepdim=True).double()
-    log_mass = total.log()
-    entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / total[:, 0]
+    mass = _exp(lowered).scatter_(
+        -1, top[:, :1], 0.0
+    )  # of all but the likeliest, which has mass 1: nothing is lost beside it
+    rest = mass.sum(-1, keepdim=True).double()
+    log_mass = torch.log1p(rest)
+    entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / (1 + rest[:, 0])
     if not torch.isfinite(entropy).all() or not torch.isfinite(peak).all():
         raise FloatingPointError("a logit is NaN or infinite")
     return _Rows(peak, log_mass, top, entropy)
@@ -372,20 +376,36 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32, tile: int = 2**14) -> Tensor:
-        """Logits ``(rows, V)`` of ``h`` (rows, d), the product taken in ``dtype`` for ``tile`` tokens of the vocabulary at a time."""
-        h = (self.norm(h) if self.norm else h).to(dtype)
-        z = h.new_empty(h.shape[0], self.vocab_size)
+    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits ``(rows, V)`` in ``dtype`` of ``h`` (rows, d), a tile of the vocabulary at a time.
+
+        Residual streams hold a few huge entries, and logits are small sums of large terms: a float32 product of SmolLM2's streams is
+        off by 1e-3, and a KL of 0.1 by 1e-3 of itself. So the product is taken in float64 wherever that costs at most twice as
+        much (`_product_dtype`), and rounded once.
+        """
+        h = self.norm(h) if self.norm else h
+        product = torch.float64 if dtype == torch.float64 else _product_dtype(h.device)
+        h = h.to(product)
+        tile = _vocab_tile(self)
+        z = h.new_empty(h.shape[0], self.vocab_size, dtype=dtype)
         for start in range(0, self.vocab_size, tile):
-            part = z[:, start : start + tile]
-            part.copy_(h @ self.weight[start : start + tile].to(dtype).T)
+            part = h @ self.weight[start : start + tile].to(product).T
             if self.bias is not None:
-                part += self.bias[start : start + tile].to(dtype)
+                part += self.bias[start : start + tile]
             if self.scale != 1.0:
                 part *= self.scale
             if self.softcap is not None:
                 part.div_(self.softcap).tanh_().mul_(self.softcap)
+            z[:, start : start + tile] = part
         return z
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """float64 on a CPU and on GPUs with full-rate float64 (A100, H100 and their kin), float32 elsewhere."""
+    full_rate = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+    )
+    return torch.float64 if full_rate else torch.float32
 
 
 @torch.no_grad()
@@ -432,7 +452,7 @@ def _compare_chunk(
     pairs = pairs.to(streams.device)
     columns = compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
     used, index = torch.unique(pairs, return_inverse=True)
-    z = head.logits(streams[used], dtype, _vocab_tile(head, dtype))
+    z = head.logits(streams[used], dtype)
     group = max(1, _GROUP // head.vocab_size)
     described = [_describe(z[i : i + group], temperature) for i in range(0, len(z), group)]
     rows = _Rows(*(torch.cat(field) for field in zip(*described, strict=True)))
@@ -446,12 +466,13 @@ def _compare_chunk(
 
 def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: int) -> Iterator[slice]:
     """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
-    row = (head.vocab_size + 8 * width) * dtype.itemsize  # logits, and the float64 copies of h
+    tile = _vocab_tile(head)
     group = max(1, _GROUP // head.vocab_size)
-    fixed = (_TEMPORARIES * group * head.vocab_size + 2 * _vocab_tile(head, dtype) * width) * dtype.itemsize
-    rows = (memory - fixed) // (row + _vocab_tile(head, dtype) * dtype.itemsize)
+    row = head.vocab_size * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, one float64 tile
+    fixed = _TEMPORARIES * group * head.vocab_size * dtype.itemsize + 8 * tile * width
+    rows = (memory - fixed) // row
     if rows < 2:
-        need = fixed + 2 * (row + _vocab_tile(head, dtype) * dtype.itemsize)
+        need = fixed + 2 * row
         raise ValueError(
             f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}"
         )
@@ -465,9 +486,9 @@ def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: i
         start = stop
 
 
-def _vocab_tile(head: Head, dtype: torch.dtype) -> int:
-    """Tokens of the vocabulary projected at a time: all that fit into 16 MB of upcast weights."""
-    return min(head.vocab_size, max(256, 2**24 // (head.weight.shape[1] * dtype.itemsize)))
+def _vocab_tile(head: Head) -> int:
+    """Tokens of the vocabulary projected at a time: as many as fit into 16 MB of float64 weights."""
+    return min(head.vocab_size, max(256, 2**21 // head.weight.shape[1]))
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:

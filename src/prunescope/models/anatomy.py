@@ -329,8 +329,10 @@ def _understand_block(
 
 def _close(total: Tensor, *parts: Tensor) -> bool:
     """Whether ``total`` is the sum of ``parts``, up to the rounding of a few additions in the tensors' own dtype."""
-    slack = 8 * torch.finfo(total.dtype).eps * sum(part.float().abs() for part in parts)
-    return bool(((total.float() - sum(part.float() for part in parts)).abs() <= slack + 1e-30).all())
+    eps = torch.finfo(total.dtype).eps
+    total, *parts = (tensor.double().cpu() for tensor in (total, *parts))  # type: ignore[assignment]
+    slack = 8 * eps * sum(part.abs() for part in parts)
+    return bool(((total - sum(parts)).abs() <= slack + 1e-30).all())
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:
@@ -350,7 +352,7 @@ def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> 
         z = z * anatomy.logit_scale
         if anatomy.logit_softcap is not None:
             z = torch.tanh(z / anatomy.logit_softcap) * anatomy.logit_softcap
-    error = (z.float() - logits.float()).abs().max() / logits.float().abs().max().clamp(min=1e-30)
+    error = (z.double() - logits.double()).abs().max() / logits.double().abs().max().clamp(min=1e-30)
     if not error <= 32 * torch.finfo(logits.dtype).eps:
         raise UserError(
             f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported"

@@ -108,6 +108,12 @@ class LoadedModel:
             for earlier in before:
                 self.drop(earlier)
 
+    def sparsity(self) -> float:
+        """Share of zero weights in the matrices of the blocks that are left."""
+        matrices = [p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
+        zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
+        return zeros / max(1, sum(matrix.numel() for matrix in matrices))
+
     def describe(self) -> dict[str, Any]:
         """What a run folder records of the model."""
         dropped = self.dropped
@@ -119,6 +125,7 @@ class LoadedModel:
             "vocab_size": self.anatomy.vocab_size,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "sparsity": self.sparsity(),
             "drop_attn_list": list(dropped.attn),
             "drop_mlp_list": list(dropped.mlp),
         }
@@ -298,7 +305,7 @@ def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any)
         raise UserError(
             f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # readers of foreign files fail in ways of their own
         raise UserError(f"{ref}: {_loading_problem(error, source)}") from error
     try:
         with _quiet_transformers(Path(source).is_dir()):

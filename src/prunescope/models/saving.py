@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
@@ -86,6 +89,9 @@ def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
         model.config = config
         quantization = config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)
+    except SafetensorError as error:  # carries the system's error only in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) if number else error from error
     finally:
         model.config = dense_config
         if quantization is not None:

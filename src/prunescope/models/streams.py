@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunescope.models.anatomy import Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
+from prunescope.models.anatomy import Block, Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
 from prunescope.models.loading import LoadedModel
 
 __all__ = ["Passage", "substituting", "watching"]
@@ -24,7 +24,7 @@ class Passage:
     before: Tensor
     after: Tensor
     entered: Tensor | None  # input of the module, behind the pre-norm; None where the sublayer is dropped
-    left: Tensor | None  # what the branch adds to the stream, before its scale
+    produced: Tensor | None  # output of the module, in front of a post-norm
 
 
 @contextmanager
@@ -36,54 +36,40 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
     with hooks() as handles:
         for block in loaded.anatomy.blocks:
             state: dict[str, Tensor] = {}
-
-            def enter(_: nn.Module, args: Any, kwargs: Any, state: dict[str, Tensor] = state) -> None:
-                state.clear()
-                state["before"] = first_tensor(args, kwargs)
-
-            def leave(
-                _: nn.Module,
-                args: Any,
-                output: Any,
-                attn: Sublayer = block.attn,
-                mlp: Sublayer = block.mlp,
-                state: dict[str, Tensor] = state,
-            ) -> None:
-                before, after = state["before"], first_output(output)
-                middle = (
-                    before if "attn left" not in state else before + attn.scale * state["attn left"].view_as(before)
-                )
-                see(Passage(attn.layer, "attn", before, middle, state.get("attn entered"), state.get("attn left")))
-                see(Passage(mlp.layer, "mlp", middle, after, state.get("mlp entered"), state.get("mlp left")))
-                state.clear()
-
-            handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(block.module.register_forward_pre_hook(_keep_input(state, "before"), with_kwargs=True))
             for part in (block.attn, block.mlp):
-
-                def entered(
-                    _: nn.Module,
-                    args: Any,
-                    kwargs: Any,
-                    key: str = f"{part.kind} entered",
-                    state: dict[str, Tensor] = state,
-                ) -> None:
-                    state[key] = first_tensor(args, kwargs)
-
-                def left(
-                    _: nn.Module,
-                    args: Any,
-                    output: Any,
-                    key: str = f"{part.kind} left",
-                    state: dict[str, Tensor] = state,
-                ) -> None:
-                    state[key] = (
-                        first_output(output).clone() if key == "mlp left" else first_output(output)
-                    )  # Falcon adds in place
-
-                handles.append(part.modules[0].register_forward_pre_hook(entered, with_kwargs=True))
-                handles.append(part.exit.register_forward_hook(left))
-            handles.append(block.module.register_forward_hook(leave))
+                first, last = part.modules[0], part.modules[-1]
+                handles.append(first.register_forward_pre_hook(_keep_input(state, f"{part.kind} in"), with_kwargs=True))
+                handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out")))
+            handles.append(block.attn.exit.register_forward_hook(_keep_output(state, "attn adds")))
+            handles.append(block.module.register_forward_hook(_tell(state, block, see)))
         yield
+
+
+def _keep_input(state: dict[str, Tensor], key: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        state[key] = first_tensor(args, kwargs)
+
+    return hook
+
+
+def _keep_output(state: dict[str, Tensor], key: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        state[key] = first_output(output).clone() if key == "mlp out" else first_output(output)  # Falcon adds into it
+
+    return hook
+
+
+def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        before, after = state["before"], first_output(output)
+        added = state.get("attn adds")
+        middle = before if added is None else before + block.attn.scale * added.view_as(before)
+        see(Passage(block.attn.layer, "attn", before, middle, state.get("attn in"), state.get("attn out")))
+        see(Passage(block.mlp.layer, "mlp", middle, after, state.get("mlp in"), state.get("mlp out")))
+        state.clear()
+
+    return hook
 
 
 @contextmanager

