@@ -139,6 +139,7 @@ def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: flo
         positive = np.where(mean > 0, mean, np.nan)  # a logarithmic axis has no place for an exact zero
         axes.plot(steps, positive, line, color=colour, marker=marker, markersize=size, label=label)
     axes.set_yscale("log")
+    axes.set_xlim(-0.5, max(axes.get_xlim()[1], steps[-1] + 0.5))
     if floor:
         bottom, top = axes.get_ylim()
         if floor > bottom:
