@@ -101,3 +101,19 @@ def test_logits_that_are_not_head_of_norm_are_refused() -> None:
 def test_other_dtypes_pass_the_check(dtype: torch.dtype) -> None:
     for family in ("llama", "gemma2", "granite", "falcon"):
         find_anatomy(tiny_model(family).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "falcon_new"])
+def test_parallel_blocks_pass_whatever_the_weights(family: str, dtype: torch.dtype) -> None:
+    """Attention and stream may cancel each other: the slack must follow the parts, not their sum."""
+    for seed in range(12):
+        find_anatomy(tiny_model(family, seed).to(dtype))
+
+
+def test_overflow_on_the_probe_is_called_that() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e6)
+    with pytest.raises(UserError, match=r"overflow in torch\.float16 on a probe; try --dtype float32"):
+        find_anatomy(model.half())

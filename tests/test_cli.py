@@ -189,6 +189,9 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     "no steps": (lambda f: ["layerwise", model(f), "--max-new-tokens", "0"], "at least one step"),
     "no batch": (lambda f: ["layerwise", model(f), "--batch-size", "0"], "at least 1"),
     "cold metrics": (lambda f: ["layerwise", model(f), "--prompts", file(f, "p.txt", "w5"), "--metric-temperature", "0"], "must be positive"),
+    "negative seed": (lambda f: ["layerwise", model(f), "--seed", "-1"], "--seed -1"),
+    "too little memory": (lambda f: ["layerwise", model(f), "--prompts", file(f, "p.txt", "w5"), "--max-new-tokens", "2", "--memory-mb", "1"], "needs at least"),
+    "broken record": (lambda f: ["layerwise", (lambda d: (file(Path(d), "prunescope.json", '{"schema_version": 1}'), d)[1])(model(f))], "not a prunescope record"),
     "cold sampling": (lambda f: ["layerwise", model(f), "--temperature", "-1"], "cannot be negative"),
     "short text": (lambda f: ["drop", model(f), "--n", "1", "--calibration", file(f, "c.txt", "w5 w6")], "shorter than one sample"),
     "half a block": (lambda f: ["drop", model(f), "--n", "1", "--samples", "2", "--seq-len", "8", "--format", "compact"], "whole blocks"),
@@ -294,7 +297,9 @@ def test_a_complete_run_is_resumed_without_work(tmp_path: Path, capfd: pytest.Ca
     stamp = (tmp_path / "run" / "run.json").stat().st_mtime_ns
     assert main([*argv, "--resume"]) == 0
     assert main([*argv, "--resume", "--lens", "final-norm"]) == 2
-    assert "made with lens=raw" in capfd.readouterr().err
+    file(tmp_path, "p.txt", "w9 w6")
+    assert main([*argv, "--resume"]) == 2
+    assert capfd.readouterr().err.count("made with other models, prompts or options") == 2
     assert (tmp_path / "run" / "run.json").stat().st_mtime_ns == stamp
 
 

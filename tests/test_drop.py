@@ -150,9 +150,12 @@ def test_scores_are_kept_for_the_same_weights_and_tokens_only(
     other = load_model(tiny_folder("llama", tmp_path / "other", seed=5), device="cpu")
     choose(other, calibration(), "attn", 2, cache=cache)
     assert len(calls) == 3
+    choose(dense, calibration(TOKENS.view(-1, 3)), "attn", 2, cache=tmp_path / "shapes")
+    choose(dense, calibration(TOKENS.view(3, -1)), "attn", 2, cache=tmp_path / "shapes")
+    assert len(calls) == 5, "the same tokens in another shape are another calibration"
     for path in cache.iterdir():
         path.write_text("{ damaged")
-    assert choose(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 4
+    assert choose(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 6
 
 
 def test_scores_that_are_not_numbers_are_named(dense: LoadedModel) -> None:
@@ -286,17 +289,10 @@ def test_the_command_writes_what_it_says(dense_folder: Path, tmp_path: Path, for
     record = json.loads((out / "prunescope.json").read_text())
     assert record["drop_attn_list"] == list(result.spec.attn) and record["calibration"]["samples"] == 4
     assert record["parameters"]["dropped"] < record["parameters"]["dense"]
-    assert load_model(out, device="cpu").dropped == (result.spec if form != "zeroed" else DropSpec())
+    assert load_model(out, device="cpu").dropped == result.spec
     assert result.table().num_rows == len(result.rows) and result.summary["parameters"] == record["parameters"]
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(UserError, match="--overwrite"):
         prunescope.drop(str(dense_folder), n=1, out=str(out))
     with pytest.raises(UserError, match="give its dense model"):
-        prunescope.drop(str(out) if form != "zeroed" else str(broken_copy(dense_folder)), n=1, samples=2, seq_len=8)
-
-
-def broken_copy(folder: Path) -> Path:
-    """The dense folder as LLM-Drop would publish it, dropped already."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"drop_attn_list": [0]}))
-    return folder
+        prunescope.drop(str(out), n=1, samples=2, seq_len=8)

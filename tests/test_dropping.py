@@ -132,6 +132,39 @@ def test_a_filled_dense_cache_is_refused() -> None:
             model(input_ids=ids, past_key_values=cache)
 
 
+def test_a_cache_of_another_drop_is_refused() -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        dropped = drop_sublayers(model, find_anatomy(model), DropSpec(attn=(0,)))
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        dropped.restore()
+        drop_sublayers(model, find_anatomy(model), DropSpec(attn=(5,)))
+        with pytest.raises(ValueError, match="other sublayers dropped"):
+            model(input_ids=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("what", ["attn", "no attention left"])
+def test_beam_search_runs_on_a_dropped_model(what: str) -> None:
+    model = tiny_model("gpt2")
+    drop_sublayers(model, find_anatomy(model), SPECS[what])
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        with_cache, without = (
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                num_beams=3,
+                max_new_tokens=5,
+                eos_token_id=None,
+                do_sample=False,
+                use_cache=c,
+            )
+            for c in (True, False)
+        )
+    assert torch.equal(with_cache, without)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

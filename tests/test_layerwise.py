@@ -283,6 +283,17 @@ def test_the_last_stream_through_the_final_norm_is_the_model(family: str, lens: 
         assert any(abs(a - b) > 1e-3 for a, b in zip(ours, own, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_against_itself_is_exactly_zero(family: str, dtype: str, tmp_path: Path) -> None:
+    """As a second model in memory; would catch a sum of branches in another order, which in bf16 is no small thing."""
+    folder = tiny_folder(family, tmp_path)
+    a, b = (load_model(folder, device="cpu", dtype=dtype) for _ in range(2))
+    found = layerwise_rows(a, b, [[5, 6, 7], [9, 4, 12, 30, 8]], max_new_tokens=3)
+    for column in FLOOR_COLUMNS:
+        assert (found.table[column].to_numpy() == 0).all(), column
+
+
 @pytest.mark.parametrize("form", ["recipe", "zeroed", "compact"])
 def test_checkpoints_of_a_drop_compare_like_the_drop(form: Any, dense: LoadedModel, tmp_path: Path) -> None:
     """A target folder of any format gives the rows of the drop spec it was made from; compact ones lack whole blocks."""
@@ -359,3 +370,17 @@ def test_shipped_prompts_are_of_the_three_kinds() -> None:
     assert len({prompt.id for prompt in prompts}) == len(prompts) >= 12
     assert all(kinds.count(kind) >= 4 for kind in ("multiple-choice", "arithmetic", "open-ended"))
     assert len(set(kinds)) == 3
+
+
+def test_too_little_memory_is_said_before_any_work(dense: LoadedModel) -> None:
+    with pytest.raises(UserError, match=r"--memory-mb 1: this vocabulary needs at least \d+"):
+        layerwise_rows(dense, None, [[5, 6]], max_new_tokens=1, memory=2**20)
+
+
+def test_damaged_parts_are_computed_again(dense: LoadedModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 1, "parts": tmp_path}
+    whole = layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table
+    (tmp_path / "part-00001.parquet").write_bytes(b"PAR1 cut off")
+    assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)
+    (tmp_path / "part-state.json").write_text("{ damaged")
+    assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)

@@ -165,6 +165,22 @@ def test_low_precision_keeps_its_error_bound(
         assert (error <= relative * exact[column].abs() + absolute).all(), (column, error.max(), exact[column])
 
 
+@pytest.mark.parametrize("case", ["long dense, short target", "one-hot, to flat", "opposite"])
+def test_a_target_that_is_tiny_against_the_dense_vector(case: str) -> None:
+    """1 + alpha near zero: would catch a cosine taken from it in float32."""
+    z, y = (v.float() for v in logits(4, 20_000, 1.0, 1.0, seed=41))
+    if case == "long dense, short target":
+        z = z * 1000
+    elif case == "one-hot, to flat":
+        z = torch.zeros_like(z).index_fill_(1, torch.tensor([77]), 60.0)
+    else:
+        y = -0.001 * z + 0.0001 * y
+    found, exact = compare_logits(z, y), compare_logits(z.double(), y.double())
+    for column in ("z_cos", "z_cos_centred", "p_cos", "z_cos_dev", "p_cos_dev", "z_orth_rel", "z_cos_dev_est"):
+        relative, absolute = ERROR_BOUND[column]
+        assert ((found[column] - exact[column]).abs() <= relative * exact[column].abs() + absolute).all(), column
+
+
 def test_hidden_columns_are_float64_whatever_the_input() -> None:
     h = torch.randn(5, 96, generator=generator(1)).bfloat16()
     g = (h.float() + 0.01 * torch.randn(5, 96, generator=generator(2))).bfloat16()
@@ -289,6 +305,21 @@ def test_ties_and_tiny_vocabularies() -> None:
     assert found["rank_in_target"].tolist() == [0, 2]
     assert found["top1_agree"].tolist() == [1, 0]
     assert found["top5_overlap"].tolist() == [1, 1]
+
+
+def test_ties_go_to_the_lower_token() -> None:
+    """bf16 logits tie all the time; `topk` alone gives whichever it likes."""
+    z = (torch.randn(200, 3000, generator=generator(51)) * 8).round().bfloat16()
+    y = (z.float() + torch.randn(200, 3000, generator=generator(52))).round().bfloat16()
+    found = compare_logits(z, y)
+    order = np.argsort(-z.float().numpy(), axis=1, kind="stable")
+    best, best_target = order[:, 0], np.argsort(-y.float().numpy(), axis=1, kind="stable")[:, 0]
+    assert (found["top1_agree"].numpy() == (best == best_target)).all()
+    delta = (y.double() - z.double()).numpy()
+    np.testing.assert_allclose(
+        found["dz_top5_l1"].numpy(), np.abs(np.take_along_axis(delta, order[:, :5], 1)).mean(1), rtol=1e-5
+    )
+    assert (z.float().topk(2).values[:, 0] == z.float().topk(2).values[:, 1]).sum() > 10
 
 
 # --- many rows in bounded memory ---------------------------------------------------------------------------------------

@@ -142,6 +142,42 @@ def test_finished_parts_outlive_a_failure_and_must_be_asked_for(tmp_path: Path) 
         check_free(tmp_path / "run", overwrite=True, resume=True)
 
 
+def test_a_run_cut_off_between_two_renames_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="exists"):
+        check_free(tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists()
+    (tmp_path / "run.old").mkdir()
+    (tmp_path / "run.old" / "x").write_text("left over")
+    with staged(tmp_path / "run", overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert (tmp_path / "run" / "new").exists()
+
+
+def test_a_folder_of_the_users_that_is_called_partial_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="was not written by prunescope"), staged(tmp_path / "run"):
+        raise AssertionError
+    assert (tmp_path / "run.partial" / "thesis.txt").exists()
+
+
+def test_a_mistake_found_late_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="overflow"), staged(tmp_path / "run") as folder:  # noqa: PT012
+        (folder / "part-state.json").write_text("{}")
+        raise UserError("overflow")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_is_of_what_the_target_changes(dense_folder: Path, prompts: Path) -> None:
+    """One changed sublayer of twelve: averaging in eleven perfect cosines would hide it."""
+    result = prunescope.layerwise(str(dense_folder), "drop:attn=1", prompts=str(prompts), max_new_tokens=3)
+    rows = [row for row in result.table().to_pylist() if row["layer"] == 1 and row["sublayer"] == "attn"]
+    assert result.info["changed_layers"] == {"attn": [1], "mlp": []}
+    assert result.summary["h"]["h_cos"]["mean"] == pytest.approx(np.mean([row["h_cos"] for row in rows]))
+
+
 def test_overwrite_replaces_ours_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")

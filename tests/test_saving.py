@@ -126,3 +126,64 @@ def test_compact_refuses_settings_that_follow_the_layer_number(tmp_path: Path) -
     out.mkdir()
     with pytest.raises(UserError, match="scaling"):
         save_dropped(dense, DropSpec.parse("block=1"), out, "compact")
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        (
+            {"drop_attn_list": [False, False, False, True, False, False], "drop_mlp_list": [False] * 6},
+            DropSpec(attn=(3,)),
+        ),
+        ({"drop_attn_list": [None, True, None, None, None, None], "drop_mlp_list": []}, DropSpec(attn=(1,))),
+        ({"drop_attn_list": [5, 2], "drop_mlp_list": [0]}, DropSpec(attn=(2, 5), mlp=(0,))),
+    ],
+)
+def test_llm_drop_lists_of_indices_and_of_booleans(
+    lists: dict[str, list[object]], expected: DropSpec, tmp_path: Path
+) -> None:
+    """LLM-Drop's own config class turns index lists into one boolean a layer: True is not layer 1."""
+    folder = tiny_folder("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | lists))
+    assert load_model(folder, device="cpu").dropped == expected
+
+
+def test_a_missing_mlp_is_not_excused_by_a_dropped_attention(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_folder("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"drop_attn_list": [4]}))
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if ".4.mlp" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights are missing, first model\.layers\.4\.mlp"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("form", ["zeroed", "compact"])
+def test_weights_keep_the_dtype_they_have_on_disk_and_stay_tied(form: str, tmp_path: Path) -> None:
+    """A bf16 checkpoint is loaded as float32 on a CPU; what is written must be bf16 again, bit for bit."""
+    import transformers
+    from safetensors.torch import load_file
+
+    from families import CONFIGS, tiny_tokenizer
+
+    config = CONFIGS["llama"]()
+    config.tie_word_embeddings = True
+    folder = tmp_path / "dense"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    loaded = load_model(folder, device="cpu")
+    assert loaded.dtype == torch.float32
+    out = tmp_path / "out"
+    out.mkdir()
+    save_dropped(loaded, DropSpec.parse("block=5"), out, form)  # type: ignore[arg-type]
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in after
+    for name, value in after.items():
+        if ".5." not in name:
+            assert torch.equal(value, before[name]), name
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert loaded.dtype == loaded.model.config.dtype == torch.float32

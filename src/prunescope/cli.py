@@ -97,6 +97,9 @@ def _with_flags(argv: list[str]) -> list[str]:
     result, words = [argv[0]], list(reversed(argv[1:]))
     while words:
         word = words.pop()
+        if word.startswith("-") and not word.startswith("--"):
+            result.append(word)
+            continue
         if not word.startswith("--"):
             place = places.pop(0) if places else None
             result += [word] if place is None or place.default is place.empty else [f"--{place.name}={word}"]

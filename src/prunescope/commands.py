@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -62,10 +61,10 @@ class LayerwiseResult:
         (staging / "samples.jsonl").write_text(lines, "utf-8")
         (staging / "figures").mkdir(exist_ok=True)
         draw_layerwise(self._table, self.info, staging / "figures")
-        for path in staging.glob("part-*"):
-            path.unlink()
         results.write_config(staging, self.info["config"])
         results.write_json(staging / "run.json", self.info)
+        for path in staging.glob("part-*"):
+            path.unlink()
 
 
 @dataclass
@@ -97,8 +96,8 @@ class DropResult:
         results.check_free(folder, overwrite=overwrite)
         results.require_space(folder, checkpoint_bytes(self._dense, format))
         with results.staged(folder, overwrite=overwrite) as staging:
-            save_dropped(self._dense, self.spec, staging, format, {**self.record, "scores": self.rows})
             results.write_config(staging, self.record["config"])
+            save_dropped(self._dense, self.spec, staging, format, {**self.record, "scores": self.rows})
         return Path(folder)
 
 
@@ -166,7 +165,7 @@ def drop(
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
     device: str = "auto",
@@ -189,7 +188,7 @@ def drop(
         calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
-        batch_size: samples at a time (at least 32 while the model samples)
+        batch_size: samples at a time, by default 32 while the model samples and 8 while it scores
         seed: of the calibration's choice
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
@@ -210,7 +209,8 @@ def drop(
 
     if out is not None:
         results.check_free(out, overwrite=overwrite)
-    _check_counts(batch_size=batch_size)
+    _check_counts(batch_size=1 if batch_size is None else batch_size)
+    _check_seed(seed)
     dense = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     if dense.dropped:
         raise UserError(f"{model} has sublayers dropped already ({dense.dropped}); give its dense model")
@@ -221,7 +221,7 @@ def drop(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size or 32,
         cache=cache_folder() if cache else None,
     )
     choice = choose(
@@ -232,7 +232,7 @@ def drop(
         order=order,
         iterative=iterative,
         score_on=score_on,
-        batch_size=batch_size,
+        batch_size=batch_size or 8,
         cache=cache_folder() if cache else None,
     )
     before = sum(p.numel() for p in dense.model.parameters())
@@ -309,7 +309,7 @@ def layerwise(
     config = dict(locals())
     from contextlib import nullcontext
 
-    from prunescope.compare.layerwise import check_comparable, encode, layerwise_rows
+    from prunescope.compare.layerwise import check_comparable, encode, layerwise_rows, run_key
     from prunescope.data.prompts import read_prompts
     from prunescope.models.dropping import DropSpec
     from prunescope.models.generating import Sampling
@@ -318,12 +318,11 @@ def layerwise(
 
     started = time.monotonic()
     _check_counts(batch_size=batch_size, memory_mb=memory_mb)
+    _check_seed(seed)
     if not metric_temperature > 0:
         raise UserError(f"--metric-temperature {metric_temperature}: it must be positive")
     if out is not None:
         results.check_free(out, overwrite=overwrite, resume=resume)
-        if resume and Path(out).exists():
-            return _finished(out, config)
     chosen = read_prompts(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
@@ -335,6 +334,9 @@ def layerwise(
     other = load_model(target, **options) if target is not None and spec is None else None
     check_comparable(base, other or spec)
     encoded = encode(base, chosen, max_new_tokens, chat=chat)
+    if resume and out is not None and Path(out).exists():
+        settings = (max_new_tokens, sampling, batch_size, lens, metric_temperature)
+        return _finished(out, run_key(base, other or spec, encoded, *settings))
     if out is not None:
         results.require_space(out, 2 * len(encoded) * max_new_tokens * 2 * len(base.anatomy) * 60 * 8 + 2**24)
     with results.staged(out, overwrite=overwrite, resume=resume) if out is not None else nullcontext() as staging:
@@ -352,6 +354,7 @@ def layerwise(
             "command": "layerwise",
             "config": config | {"dense": str(dense), "target": None if target is None else str(target)},
             "seed": seed,
+            "key": found.key,
             "versions": _versions(),
             "device": _device_name(base),
             "models": {"dense": base.describe(), "target": _describe_target(base, other, spec)},
@@ -360,8 +363,7 @@ def layerwise(
             "noise_floor": found.floor,
             **_summaries(found.table, seed),
             "wall_time_s": round(time.monotonic() - started, 3),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": _peak_memory(),
         }
         samples = [
             {
@@ -399,14 +401,13 @@ def demo(*, out: str = "prunescope-demo", overwrite: bool = False) -> DemoResult
     return run_demo(out, overwrite=overwrite)
 
 
-def _finished(out: str, config: dict[str, Any]) -> LayerwiseResult:
-    """The run that ``--resume`` finds complete. Raises UserError if it was made with other options."""
+def _finished(out: str, key: str) -> LayerwiseResult:
+    """The run that ``--resume`` finds complete. Raises UserError if it was made of other models, prompts or options."""
     run = results.open_run(out)
-    for name, value in run.info["config"].items():
-        if name not in ("out", "resume", "overwrite") and config.get(name) != value:
-            raise UserError(
-                f"{out} is complete, but was made with {name}={value}; choose another --out or give --overwrite"
-            )
+    if run.info.get("key") != key:
+        raise UserError(
+            f"{out} is complete, but was made with other models, prompts or options; choose another --out or give --overwrite"
+        )
     _say(f"complete already: {out}")
     return LayerwiseResult(run.info, run.table(), run.samples())
 
@@ -417,7 +418,13 @@ def _check_counts(**counts: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed {seed}: it must be from 0 to {2**31 - 1}")
+
+
 def _summaries(table: pa.Table, seed: int) -> dict[str, Any]:
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
@@ -429,9 +436,17 @@ def _summaries(table: pa.Table, seed: int) -> dict[str, Any]:
         moved = rows.filter(pc.or_(pc.not_equal(rows["h_orth_rel"], 0.0), pc.not_equal(rows["h_para_rel"], 0.0)))
         changed[kind] = sorted(pc.unique(moved["layer"]).to_pylist())
         per_kind[kind] = results.summarise(rows.filter(pc.is_in(rows["layer"], moved["layer"])), spaces, seed=seed)
+    moved = [
+        pc.and_(pc.equal(table["sublayer"], k), pc.is_in(table["layer"], pa.array(v, pa.int32())))
+        for k, v in changed.items()
+    ]
+    rows = table.filter(pc.or_(*moved)) if any(changed.values()) else table
     return {
         "changed_layers": changed,
-        "summary": results.summarise(table, spaces, seed=seed),
+        "summary_rows": "sublayers that the target changes"
+        if any(changed.values())
+        else "all, the target changes none",
+        "summary": results.summarise(rows, spaces, seed=seed),
         "summary_by_sublayer": per_kind,
     }
 
@@ -453,6 +468,15 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("prunescope", "torch", "transformers", "pyarrow")},
     }
+
+
+def _peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None on a system that does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device_name(model: LoadedModel) -> str:

@@ -25,6 +25,7 @@ __all__ = ["SCHEMA_VERSION", "Run", "open_run", "require_space", "staged", "summ
 SCHEMA_VERSION = 1
 TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
+_MARKER = ".unfinished"  # in a folder that a run still works on
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -102,37 +103,48 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
     Raises:
         UserError: ``OUT`` exists (without ``overwrite``), or is not ours to overwrite, or cannot be written.
     """
-    final = Path(out).expanduser().absolute()
-    partial = final.with_name(final.name + ".partial")
-    check_free(final, overwrite=overwrite, resume=resume)
+    check_free(out, overwrite=overwrite, resume=resume)
+    final, partial = _names(out)
     try:
         if partial.exists() and not resume:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / _MARKER).touch()
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error.strerror}; choose another --out") from error
     try:
         yield partial
-        old = final.with_name(final.name + ".old")
+        (partial / _MARKER).unlink()
+        old = final.with_name(f"{final.name}.old-{os.getpid()}")
         if final.exists():
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        if not any(partial.glob("part-*")):
+        mistake = isinstance(error, UserError) and not resume
+        no_space = isinstance(error, OSError) and error.errno in _NO_SPACE
+        if mistake or no_space or not any(partial.glob("part-*")):
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"{final} cannot be written: {error.strerror}; free some space or choose another --out"
-            ) from error
+        if no_space:
+            raise UserError(f"{final} cannot be written: {error}; free some space or choose another --out") from error
         raise
+
+
+def _names(out: str | os.PathLike[str]) -> tuple[Path, Path]:
+    final = Path(out).expanduser().absolute()
+    if not final.name:
+        raise UserError(f"{out} cannot be a run folder; choose another --out")
+    return final, final.with_name(final.name + ".partial")
 
 
 def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
     """Say early that ``out`` is taken. Raises UserError."""
-    final = Path(out).expanduser().absolute()
-    partial = final.with_name(final.name + ".partial")
+    final, partial = _names(out)
+    if partial.is_dir() and not (partial / _MARKER).exists():
+        if not any((partial / name).is_file() for name in _OURS):
+            raise UserError(f"{partial} is in the way and was not written by prunescope; choose another --out")
+        if not final.exists():
+            partial.rename(final)  # complete, and cut off between two renames
     if overwrite and resume:
         raise UserError("--overwrite and --resume contradict each other; give one of them")
     if final.exists() and not overwrite and not (resume and (final / "run.json").is_file()):

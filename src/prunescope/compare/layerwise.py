@@ -9,20 +9,21 @@ key and value projections.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare
+from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory
 from prunescope.data.prompts import Prompt
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
@@ -80,8 +81,12 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
-        anatomy.final_norm if lens == "final-norm" else None,
+        copy.deepcopy(anatomy.final_norm).to(_at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
     )
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def encode(
@@ -148,9 +153,9 @@ def _slot(layer: int, kind: Kind) -> int:
 
 @torch.no_grad()
 def _dense_streams(
-    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Tensor] | None
+    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], _Kept] | None
 ) -> Tensor:
-    """``(steps, 2 layers + 1, d)``. With ``keep``, the stream before every sublayer is also kept at all positions."""
+    """``(steps, 2 layers + 1, d)``. With ``keep``, what a target needs of every sublayer is kept there."""
     index = _step_index(sequences, dense.device)
     slots: list[Tensor] = []
 
@@ -159,11 +164,19 @@ def _dense_streams(
             slots.append(passage.before[index])
         slots.append(passage.after[index])
         if keep is not None:
-            keep[passage.layer, passage.kind] = passage.before
+            assert passage.added is not None  # the dense model has all its branches
+            keep[passage.layer, passage.kind] = _Kept(passage.before, passage.added[index])
 
     with watching(dense, see):
         dense.model(input_ids=_padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
     return torch.stack(slots, 1)
+
+
+class _Kept(NamedTuple):
+    """Of one dense sublayer: the stream before it at all positions, and what its branch adds at every step."""
+
+    before: Tensor  # (batch, tokens, d)
+    added: Tensor  # (steps, d)
 
 
 @torch.no_grad()
@@ -178,18 +191,23 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
             for layer, kind in places
         ]
         return _Streams(rows, torch.tensor(pairs))
-    entering: dict[tuple[int, Kind], Tensor] = {}
-    rows = _dense_streams(dense, sequences, entering)
+    kept: dict[tuple[int, Kind], _Kept] = {}
+    rows = _dense_streams(dense, sequences, kept)
     index = _step_index(sequences, dense.device)
     found: dict[tuple[int, Kind], Tensor] = {}
 
     def stream(block: int, kind: Kind) -> Tensor:
-        return entering[target.layer_map[block], kind].to(target.device, target.dtype)
+        return kept[target.layer_map[block], kind].before.to(target.device, target.dtype)
 
     def see(block: int, kind: Kind, added: Tensor) -> None:
         place = (target.layer_map[block], kind)
-        before = entering[place]
-        found[place] = (before + added.to(before.device, before.dtype).view_as(before))[index]
+        before, dense_added = kept[place]
+        branch = added.to(before.device, before.dtype).view_as(before)[index]
+        if target.anatomy.blocks[block].parallel and kind == "mlp":
+            # a parallel block adds both branches in an order of its own: exchange this one in its sum, so that equals give equals
+            found[place] = rows[:, _slot(*place)] + (branch - dense_added)
+        else:
+            found[place] = before[index] + branch
 
     with substituting(target, stream, see):
         target.model(input_ids=_padded(sequences, target.device), use_cache=False, logits_to_keep=1)
@@ -235,6 +253,7 @@ class LayerwiseRows:
     table: pa.Table
     sequences: list[Transcript]
     floor: dict[str, Any] = field(repr=False)
+    key: str
 
 
 def layerwise_rows(
@@ -267,10 +286,11 @@ def layerwise_rows(
     """
     check_comparable(dense, target)
     head = lens_head(dense, lens)
-    described = target.describe() if isinstance(target, LoadedModel) else str(target)
-    key = hashlib.sha256(
-        repr((dense.describe(), described, prompts, max_new_tokens, sampling, batch_size, lens, temperature)).encode()
-    ).hexdigest()
+    least = least_memory(head, _at_least_float32(dense.dtype))
+    if memory < least:
+        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
+    settings = (max_new_tokens, sampling, batch_size, lens, temperature)
+    key = run_key(dense, target, prompts, *settings)
     state = _resume_state(parts, key)
     if state is None:
         with progress(
@@ -296,7 +316,13 @@ def layerwise_rows(
             tables.append(_part(parts, number, compute))
             advance(sum(len(s.continuation) for s in batch))
     floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
-    return LayerwiseRows(_mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor)
+    return LayerwiseRows(_mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+
+
+def run_key(dense: LoadedModel, target: Target, prompts: Sequence[list[int]], *settings: Any) -> str:
+    """A hash of everything that decides the rows of a run, so that a resumed one is known to be the same."""
+    described = target.describe() if isinstance(target, LoadedModel) else str(target)
+    return hashlib.sha256(repr((dense.describe(), described, prompts, settings)).encode()).hexdigest()
 
 
 def check_comparable(dense: LoadedModel, target: Target) -> None:
@@ -411,7 +437,8 @@ def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
 def _part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa.Table:
     path = parts / f"part-{number:05d}.parquet" if parts else None
     if path is not None and path.is_file():
-        return pq.read_table(path)
+        with contextlib.suppress(OSError, ValueError):  # a damaged part is computed again
+            return pq.read_table(path)
     table = compute()
     if path is not None:
         beside = path.with_suffix(".tmp")
@@ -424,27 +451,20 @@ def _resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
     path = parts / "part-state.json" if parts else None
     if path is None or not path.is_file():
         return None
-    state = json.loads(path.read_text("utf-8"))
+    try:
+        state = json.loads(path.read_text("utf-8"))
+        texts: list[list[int]] = state["texts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     if state["key"] != key:
         raise UserError(
-            f"{parts} was started with other models or options; --resume needs the same ones, --overwrite starts anew"
+            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts anew"
         )
-    texts: list[list[int]] = state["texts"]
     return texts
 
 
 def _save_state(parts: Path | None, key: str, texts: list[list[int]]) -> None:
     if parts:
-        beside = parts / f"state.{os.getpid()}"
+        beside = parts / "part-state.tmp"
         beside.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
         beside.replace(parts / "part-state.json")
-
-
-def remove_parts(parts: Path) -> None:
-    """Take the finished parts away once their rows are written together."""
-    for path in _part_files(parts):
-        path.unlink()
-
-
-def _part_files(parts: Path) -> Iterator[Path]:
-    yield from sorted(parts.glob("part-*"))

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import factorial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "compare_hidden",
     "compare_logits",
+    "least_memory",
     "space_of",
 ]
 
@@ -88,22 +89,22 @@ def space_of(column: str) -> str:
 
 
 class Change(NamedTuple):
-    """A change of a vector X, split along and across X; both ``(rows,)``, float64."""
+    """A change of a vector X to Y = X + delta, split along and across X; all ``(rows,)``, float64."""
 
     alpha: Tensor  # <delta, X> / |X|^2, signed
+    along: Tensor  # <Y, X> / |X|^2 = 1 + alpha, summed on its own: it may be small
     orth: Tensor  # |delta_orth| / |X|
 
     @property
     def cos(self) -> Tensor:
-        """Cosine of X and X + delta: ``(1 + alpha) / sqrt((1 + alpha)^2 + orth^2)``."""
-        return (1 + self.alpha) / torch.hypot(1 + self.alpha, self.orth)
+        """Cosine of X and Y: ``along / sqrt(along^2 + orth^2)``."""
+        return self.along / torch.hypot(self.along, self.orth)
 
     @property
     def cos_dev(self) -> Tensor:
-        """1 - cosine without cancellation: ``orth^2 / (s (s + 1 + alpha))`` with s the length of X + delta over X's."""
-        along = 1 + self.alpha
-        length = torch.hypot(along, self.orth)
-        return torch.where(along > 0, self.orth**2 / (length * (length + along)), 1 - along / length)
+        """1 - cosine without cancellation: ``orth^2 / (s (s + along))`` with s the length of Y over X's."""
+        length = torch.hypot(self.along, self.orth)
+        return torch.where(self.along > 0, self.orth**2 / (length * (length + self.along)), 1 - self.along / length)
 
     @property
     def cos_dev_est(self) -> Tensor:
@@ -111,12 +112,19 @@ class Change(NamedTuple):
         return self.orth**2 / 2
 
 
-def relative_change(x: Tensor, delta: Tensor) -> Change:
-    """Split ``delta`` (rows, n) along and across ``x`` (rows, n); orth is summed after subtracting, so it is exact."""
+def relative_change(x: Tensor, y: Tensor, delta: Tensor) -> Change:
+    """Split ``delta = y - x`` along and across ``x``, all ``(rows, n)``.
+
+    What lies across x is the same of delta and of y; it is taken from the one that is nearly across already, so that it is exact both
+    for a tiny change and for a y that is tiny against x.
+    """
     length2 = (x * x).sum(-1, keepdim=True)
     alpha = (x * delta).sum(-1, keepdim=True) / length2
-    orth = torch.linalg.vector_norm(torch.addcmul(delta, x, alpha, value=-1), dim=-1)
-    return Change(alpha[:, 0].double(), (orth / length2[:, 0].sqrt()).double())
+    along = (x * y).sum(-1, keepdim=True) / length2
+    far = (alpha.abs() > 0.5).to(x.dtype)
+    rest = torch.lerp(delta, y, far).addcmul_(x, torch.lerp(alpha, along, far), value=-1)
+    orth = torch.linalg.vector_norm(rest, dim=-1) / length2[:, 0].sqrt()
+    return Change(alpha[:, 0].double(), torch.where(far > 0, along, 1 + alpha.double())[:, 0].double(), orth.double())
 
 
 def weighted_variance(x: Tensor, weight: Tensor, peak: Tensor) -> Tensor:
@@ -208,9 +216,19 @@ class _Rows(NamedTuple):
         return _Rows(*(field[index] for field in self))
 
 
+def _likeliest(z: Tensor) -> Tensor:
+    """Ids of the 10 largest logits of each row, largest first, ties by lower id (`topk` promises nothing about ties)."""
+    value, top = z.topk(min(_TOP + 1, z.shape[-1]), dim=-1)
+    top = top[:, :_TOP].contiguous()
+    tied = (value[:, 1:] == value[:, :-1]).any(-1).nonzero()[:, 0]
+    if len(tied):
+        top[tied] = z[tied].sort(dim=-1, descending=True, stable=True).indices[:, :_TOP]
+    return top
+
+
 def _describe(z: Tensor, temperature: float) -> _Rows:
-    top_logit, top = z.topk(min(_TOP, z.shape[-1]), dim=-1)
-    peak = top_logit[:, :1]
+    top = _likeliest(z)
+    peak = z.gather(-1, top[:, :1])
     lowered = (z - peak).div_(temperature)
     mass = _exp(lowered).scatter_(
         -1, top[:, :1], 0.0
@@ -244,8 +262,8 @@ def _pair_columns(
     best, best_target = a.top[:, :1], b.top[:, :1]
 
     # logits
-    change = relative_change(z, delta)
-    centred = relative_change(z - z.mean(-1, keepdim=True), delta - delta.mean(-1, keepdim=True))
+    change = relative_change(z, z_target, delta)
+    centred = relative_change(*(v - v.mean(-1, keepdim=True) for v in (z, z_target, delta)))
     out = {
         "z_cos": change.cos,
         "z_cos_dev": change.cos_dev,
@@ -270,7 +288,7 @@ def _pair_columns(
     out["kl_target_dense"], _ = kl_divergence(q, log_q, -delta / t, best_target, -log_mass_ratio)
     loss = torch.expm1(-log_ratio.abs())
     dp = (log_ratio.sign().mul_(torch.maximum(p, q))).mul_(loss).neg_()  # q - p, right also where they agree to 1e-9
-    change = relative_change(p, dp)
+    change = relative_change(p, q, dp)
     out |= {
         "p_cos": change.cos,
         "p_cos_dev": change.cos_dev,
@@ -316,8 +334,8 @@ def _pair_columns(
 @torch.no_grad()
 def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
-    h = h.double()
-    change = relative_change(h, h_target.double() - h)
+    h, h_target = h.double(), h_target.double()
+    change = relative_change(h, h_target, h_target - h)
     return {
         "h_cos": change.cos,
         "h_cos_dev": change.cos_dev,
@@ -362,7 +380,7 @@ def compare_logits(
 class Head:
     """The map from a residual stream to logits: ``z = cap(scale * (W norm(h) + bias))``.
 
-    ``norm`` is the model's final norm for the `final-norm` lens and None for the `raw` lens; scale and soft-capping belong to
+    ``norm`` is the final norm, in float32 or better, for the `final-norm` lens and None for the `raw` lens; scale and soft-capping belong to
     the architecture and apply in both.
     """
 
@@ -383,7 +401,7 @@ class Head:
         off by 1e-3, and a KL of 0.1 by 1e-3 of itself. So the product is taken in float64 wherever that costs at most twice as
         much (`_product_dtype`), and rounded once.
         """
-        h = self.norm(h) if self.norm else h
+        h = self.norm(h.to(dtype)) if self.norm else h
         product = torch.float64 if dtype == torch.float64 else _product_dtype(h.device)
         h = h.to(product)
         tile = _vocab_tile(self)
@@ -437,7 +455,7 @@ def compare(
     _check_temperature(temperature)
     dtype = _working_dtype(streams, head.weight)
     parts: dict[str, list[Tensor]] = {}
-    for chunk in _chunks(pairs, head, streams.shape[-1], dtype, memory):
+    for chunk in _chunks(pairs, head, dtype, memory):
         columns = _compare_chunk(
             streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype
         )
@@ -454,22 +472,37 @@ def _compare_chunk(
     used, index = torch.unique(pairs, return_inverse=True)
     z = head.logits(streams[used], dtype)
     group = max(1, _GROUP // head.vocab_size)
-    described = [_describe(z[i : i + group], temperature) for i in range(0, len(z), group)]
-    rows = _Rows(*(torch.cat(field) for field in zip(*described, strict=True)))
-    parts = []
-    for i in range(0, len(index), group):
-        dense, target = index[i : i + group].unbind(-1)
-        following = None if next_token is None else next_token[i : i + group].to(z.device)
-        parts.append(_pair_columns(z[dense], z[target], rows.take(dense), rows.take(target), temperature, following))
-    return columns | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rows = _Rows(*_by_groups(len(z), group, lambda part: dict(enumerate(_describe(z[part], temperature)))).values())
+
+    def pair_columns(part: slice) -> dict[str, Tensor]:
+        dense, target = index[part].unbind(-1)
+        following = None if next_token is None else next_token[part].to(z.device)
+        return _pair_columns(z[dense], z[target], rows.take(dense), rows.take(target), temperature, following)
+
+    return columns | _by_groups(len(index), group, pair_columns)
 
 
-def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: int) -> Iterator[slice]:
+_Key = TypeVar("_Key")
+
+
+def _by_groups(count: int, group: int, work: Callable[[slice], dict[_Key, Tensor]]) -> dict[_Key, Tensor]:
+    """Run ``work`` on ``group`` rows at a time, each result copied into its place at once.
+
+    Small results kept alive between large temporaries would keep the allocator from giving memory back.
+    """
+    result: dict[_Key, Tensor] = {}
+    for start in range(0, count, group):
+        part = slice(start, min(start + group, count))
+        for name, value in work(part).items():
+            if start == 0:
+                result[name] = value.new_empty((count, *value.shape[1:]))
+            result[name][part] = value
+    return result
+
+
+def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Iterator[slice]:
     """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
-    tile = _vocab_tile(head)
-    group = max(1, _GROUP // head.vocab_size)
-    row = head.vocab_size * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, one float64 tile
-    fixed = _TEMPORARIES * group * head.vocab_size * dtype.itemsize + 8 * tile * width
+    fixed, row = _bytes(head, dtype)
     rows = (memory - fixed) // row
     if rows < 2:
         need = fixed + 2 * row
@@ -484,6 +517,22 @@ def _chunks(pairs: Tensor, head: Head, width: int, dtype: torch.dtype, memory: i
             stop = start + max(1, (stop - start) // 2)
         yield slice(start, stop)
         start = stop
+
+
+def least_memory(head: Head, dtype: torch.dtype = torch.float32) -> int:
+    """The smallest ``memory`` in bytes that `compare` can work with."""
+    fixed, row = _bytes(head, dtype)
+    return fixed + 2 * row
+
+
+def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
+    """What `compare` holds however few rows there are, and what each distinct row adds."""
+    tile, width = _vocab_tile(head), head.weight.shape[1]
+    group = max(1, _GROUP // head.vocab_size)
+    fixed = _TEMPORARIES * group * head.vocab_size * dtype.itemsize + 8 * tile * width
+    return fixed, head.vocab_size * dtype.itemsize + 8 * (
+        8 * width + tile
+    )  # logits, float64 copies of h, a float64 tile
 
 
 def _vocab_tile(head: Head) -> int:

@@ -55,7 +55,7 @@ def calibration_tokens(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = 32,
     cache: Path | None = None,
 ) -> Calibration:
     """Tokens to calibrate on.
@@ -122,7 +122,7 @@ def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batc
             loaded,
             [[start]] * samples,
             length - 1,
-            batch_size=max(batch_size, 32),
+            batch_size=batch_size,
             sampling=Sampling(1.0, seed=seed),
             stop=False,
             advance=advance,
@@ -157,7 +157,7 @@ def _texts(source: str) -> Iterator[str]:
 
 def _file_texts(path: Path) -> Iterator[str]:
     try:
-        content = path.read_text("utf-8")
+        content = path.read_text("utf-8-sig")
         if path.suffix == ".json":
             rows = json.loads(content)
         elif path.suffix == ".jsonl":

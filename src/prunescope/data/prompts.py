@@ -31,7 +31,7 @@ def read_prompts(source: str | Path | None = None) -> list[Prompt]:
         return _parse_jsonl((files("prunescope.data") / "prompts.jsonl").read_text("utf-8"), "the shipped prompts")
     path = Path(source)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompts file {path} cannot be read: {getattr(error, 'strerror', None) or error}; give a UTF-8 text or JSONL file"

@@ -202,6 +202,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             f"{name}: {len(block_list)} blocks were found but {len(blocks_io)} ran; this architecture is not supported"
         )
 
+    if not all(torch.isfinite(after).all() for _, _, _, after in blocks_io):
+        raise UserError(f"{name}: activations overflow in {logits.dtype} on a probe; try --dtype float32")
     blocks = []
     for i, module in enumerate(block_list):
         blocks.append(_understand_block(i, module, calls[i], blocks_io[i], name))
@@ -319,10 +321,9 @@ def _understand_block(
     if not torch.equal(attn_in.entering_value.flatten(), before_value.flatten()):
         raise unsupported("its attention branch does not read the residual stream")
     attn_part, mlp_part = (scale * call.leaving_value.view_as(before_value) for call in (attn_out, mlp_out))
-    middle = before_value + attn_part
     if not parallel and not _close(mlp_in.entering_value.view_as(before_value), before_value, attn_part):
         raise unsupported("stream before + attention branch is not the stream that its MLP branch reads")
-    if not _close(after_value, middle, mlp_part):
+    if not _close(after_value, before_value, attn_part, mlp_part):
         raise unsupported("stream before + attention branch + MLP branch is not the stream after")
     return Block(module, attn, mlp, parallel)
 
@@ -330,7 +331,7 @@ def _understand_block(
 def _close(total: Tensor, *parts: Tensor) -> bool:
     """Whether ``total`` is the sum of ``parts``, up to the rounding of a few additions in the tensors' own dtype."""
     eps = torch.finfo(total.dtype).eps
-    total, *parts = (tensor.double().cpu() for tensor in (total, *parts))  # type: ignore[assignment]
+    total, *parts = (tensor.cpu().double() for tensor in (total, *parts))  # type: ignore[assignment]
     slack = 8 * eps * sum(part.abs() for part in parts)
     return bool(((total - sum(parts)).abs() <= slack + 1e-30).all())
 
@@ -352,7 +353,7 @@ def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> 
         z = z * anatomy.logit_scale
         if anatomy.logit_softcap is not None:
             z = torch.tanh(z / anatomy.logit_softcap) * anatomy.logit_softcap
-    error = (z.double() - logits.double()).abs().max() / logits.double().abs().max().clamp(min=1e-30)
+    error = (z.cpu().double() - logits.cpu().double()).abs().max() / logits.cpu().double().abs().max().clamp(min=1e-30)
     if not error <= 32 * torch.finfo(logits.dtype).eps:
         raise UserError(
             f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported"

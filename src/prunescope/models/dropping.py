@@ -169,12 +169,19 @@ class _CacheCutter:
         cache = kwargs.get("past_key_values")
         if cache is None:
             use_cache = kwargs.get("use_cache")
-            if not (self.config.use_cache if use_cache is None else use_cache):
+            if use_cache is None:
+                use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
+            if not use_cache:
                 return None
             cache = DynamicCache(config=self.config)
             kwargs = {**kwargs, "past_key_values": cache}
         if not isinstance(cache, Cache):
             raise TypeError(f"a dropped model takes a transformers Cache, not a {type(cache).__name__}")
+        if getattr(cache, "kept_attention", self.kept) != self.kept:
+            raise ValueError(
+                "this cache was filled with other sublayers dropped; a dropped model needs a cache of its own"
+            )
+        cache.kept_attention = self.kept
         if len(cache.layers) == self.blocks and not isinstance(cache.layers[0], _TokenCounter):
             if cache.get_seq_length() > 0:
                 raise ValueError("this cache was filled by the dense model; a dropped model needs a cache of its own")
@@ -195,6 +202,18 @@ class _TokenCounter(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen = max(0, self.seen - abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+    def batch_select_indices(self, indices: Tensor) -> None: ...
 
 
 def _count_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -44,6 +44,7 @@ class LoadedModel:
     layer_map: tuple[int, ...]  # layer of the dense model that each block is
     dense_layers: int
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
+    stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
     _drops: list[Dropped] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -56,6 +57,8 @@ class LoadedModel:
     def dropped(self) -> DropSpec:
         """What is missing against the dense model, in the dense model's layer numbers."""
         gone = [(kind, layer) for layer in range(self.dense_layers) if layer not in self.layer_map for kind in KINDS]
+        if self.record and self.record.get("format") == "zeroed":  # silent, though its modules are there
+            gone += [(kind, layer) for kind in KINDS for layer in self.record[f"drop_{kind}_list"]]
         live = [(kind, self.layer_map[i]) for drop in self._drops for kind in KINDS for i in drop.spec.layers(kind)]
         return DropSpec.of([*gone, *live])
 
@@ -157,7 +160,7 @@ def load_model(
         return ref
     torch_device = _device(device)
     torch_dtype: Any = _dtype(dtype, torch_device)
-    ref = str(ref)
+    ref = str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code)
@@ -175,14 +178,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text("utf-8"))
-        if not isinstance(record, dict) or "schema_version" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
             raise ValueError("no schema_version")
-    except ValueError as error:
+        if record["schema_version"] > 1:
+            raise UserError(
+                f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope"
+            )
+        if not isinstance(record.get("base"), dict) or not isinstance(record["base"].get("source"), str):
+            raise ValueError("no base model")
+        if not isinstance(record.get("dense_layers"), int) or not isinstance(record.get("kept_layers"), list):
+            raise ValueError("no layers")
+        for key in ("drop_attn_list", "drop_mlp_list", "kept_layers"):
+            record[key] = list(_layer_list(f"{path}: {key}", record.get(key)))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a prunescope record ({error}); write the checkpoint again") from error
-    if record["schema_version"] > 1:
-        raise UserError(
-            f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope"
-        )
     return record
 
 
@@ -214,23 +223,25 @@ def _load_weights(
 ) -> LoadedModel:
     source, options, identity = _resolve(ref, revision)
     options["trust_remote_code"] = trust_remote_code
-    model, tokenizer, missing = _from_pretrained(ref, source, options, dtype)
+    model, tokenizer, missing, stored_dtype = _from_pretrained(ref, source, options, dtype)
     config_drop = _config_drop_lists(ref, model.config) if record is None else DropSpec()
     if "content_hash" not in identity:
         commit = getattr(model.config, "_commit_hash", None)
         if commit:
             identity["revision"] = commit
     model = model.to(device).eval()
-    _check_loaded(ref, model, missing, config_drop)
+    _check_weights(ref, model, missing)
     anatomy = find_anatomy(model)
+    config_drop.check(len(anatomy))
+    _check_missing(ref, model, anatomy, missing, config_drop)
     blocks = len(anatomy)
-    layer_map = tuple(record.get("kept_layers") or range(blocks)) if record else tuple(range(blocks))
+    layer_map = tuple(record["kept_layers"] if record else range(blocks))
     if len(layer_map) != blocks:
         raise UserError(
             f"{ref}: {RECORD} names {len(layer_map)} kept layers but the weights have {blocks} blocks; write the checkpoint again"
         )
-    dense_layers = int(record.get("dense_layers", blocks)) if record else blocks
-    loaded = LoadedModel(ref, model, tokenizer, anatomy, identity, layer_map, dense_layers, record)
+    dense_layers = record["dense_layers"] if record else blocks
+    loaded = LoadedModel(ref, model, tokenizer, anatomy, identity, layer_map, dense_layers, record, stored_dtype)
     if config_drop:
         loaded.drop(config_drop)
     return loaded
@@ -238,17 +249,12 @@ def _load_weights(
 
 def _resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
     """What transformers is asked for, its extra options, and the identity of local files."""
-    if ref == BUNDLED:
-        ref = str(_bundled_file())
-    path = Path(ref).expanduser()
+    path = _bundled_file() if ref == BUNDLED else Path(ref)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"{ref}: no such file; give the path of a .gguf file")
-        return (
-            str(path.parent),
-            {"gguf_file": path.name},
-            {"source": str(path.resolve()), "content_hash": content_hash([path])},
-        )
+        source = BUNDLED if ref == BUNDLED else str(path.resolve())
+        return str(path.parent), {"gguf_file": path.name}, {"source": source, "content_hash": content_hash([path])}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -281,7 +287,9 @@ def _bundled_file() -> Path:
     return found[0]
 
 
-def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any) -> tuple[Any, Any, set[str]]:
+def _from_pretrained(
+    ref: str, source: str, options: dict[str, Any], dtype: Any
+) -> tuple[Any, Any, set[str], torch.dtype | None]:
     import transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from safetensors import SafetensorError
@@ -294,6 +302,9 @@ def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any)
         model_options["use_safetensors"] = True
     try:
         with _quiet_transformers(Path(source).is_dir()):
+            stored_dtype = (
+                None if "gguf_file" in options else transformers.AutoConfig.from_pretrained(source, **options).dtype
+            )
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **model_options
             )
@@ -314,7 +325,7 @@ def _from_pretrained(ref: str, source: str, options: dict[str, Any], dtype: Any)
         raise UserError(
             f"{ref}: its tokenizer cannot be loaded: {_first_line(error)}; put the tokenizer's files into the folder"
         ) from error
-    return model, tokenizer, set(info["missing_keys"])
+    return model, tokenizer, set(info["missing_keys"]), stored_dtype
 
 
 def _loading_problem(error: Exception, source: str) -> str:
@@ -333,27 +344,52 @@ def _first_line(error: BaseException) -> str:
 
 
 def _config_drop_lists(ref: str, config: Any) -> DropSpec:
-    """Drop lists that a published LLM-Drop model keeps in its `config.json`: lists of layer indices, or null."""
-    try:
-        lists = [getattr(config, f"drop_{kind}_list", None) or [] for kind in KINDS]
-        return DropSpec(*(tuple(sorted({int(layer) for layer in layers if layer is not None})) for layers in lists))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{ref}: drop_attn_list or drop_mlp_list in config.json is not a list of layer indices ({_first_line(error)})"
-        ) from error
+    """Drop lists that a published LLM-Drop model keeps in its `config.json`: layer indices, one boolean per layer, or null."""
+    return DropSpec(
+        *(
+            _layer_list(f"{ref}: drop_{kind}_list in config.json", getattr(config, f"drop_{kind}_list", None))
+            for kind in KINDS
+        )
+    )
 
 
-def _check_loaded(ref: str, model: nn.Module, missing: set[str], dropped: DropSpec) -> None:
-    """No weight may be made up by transformers, except those of sublayers that the checkpoint says are dropped; none may be NaN."""
-    blocks = {f".{layer}.": layer for layer in {*dropped.attn, *dropped.mlp}}
-    made_up = sorted(name for name in missing if not any(mark in name for mark in blocks))
+def _layer_list(where: str, value: Any) -> tuple[int, ...]:
+    value = [] if value is None else value
+    if isinstance(value, list) and any(isinstance(item, bool) for item in value):
+        if all(item is None or isinstance(item, bool) for item in value):
+            return tuple(layer for layer, dropped in enumerate(value) if dropped)
+    elif isinstance(value, list) and all(isinstance(item, int) and item >= 0 for item in value):
+        return tuple(sorted(set(value)))
+    raise UserError(f"{where} is {str(value)[:60]}, not a list of layer indices; mend it, or take it out")
+
+
+def _check_weights(ref: str, model: nn.Module, missing: set[str]) -> None:
+    """No weight of the checkpoint may be NaN or infinite; what is missing is looked at by `_check_missing`."""
+    for name, parameter in model.named_parameters():
+        if name not in missing and not torch.isfinite(parameter).all():
+            raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
+
+
+def _check_missing(ref: str, model: nn.Module, anatomy: Anatomy, missing: set[str], dropped: DropSpec) -> None:
+    """No weight may be made up by transformers, except those of the very branches that the checkpoint says are dropped."""
+    spare = {
+        id(parameter)
+        for part in anatomy.sublayers()
+        if (part.kind, part.layer) in dropped
+        for module in (
+            *part.modules,
+            *([] if part.shares_pre or part.pre is None else [part.pre]),
+            *([part.post] if part.post else []),
+        )
+        for parameter in module.parameters()
+    }
+    made_up = sorted(
+        name for name, parameter in model.named_parameters() if name in missing and id(parameter) not in spare
+    )
     if made_up:
         raise UserError(
             f"{ref}: weights are missing, first {made_up[0]} ({len(made_up)} in all); the folder is incomplete or of another architecture"
         )
-    for name, parameter in model.named_parameters():
-        if name not in missing and not torch.isfinite(parameter).all():
-            raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
 
 
 def content_hash(paths: list[Path]) -> str:
@@ -377,6 +413,8 @@ def content_hash(paths: list[Path]) -> str:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {_first_line(error)}; try --device cpu") from error

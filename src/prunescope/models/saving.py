@@ -83,19 +83,27 @@ def checkpoint_bytes(loaded: LoadedModel, form: Format) -> int:
 
 
 def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
+    """`save_pretrained` with ``config``, in the dtype that the weights have on disk, whatever they were loaded in."""
     model = loaded.model
-    dense_config = model.config
+    dtype = loaded.stored_dtype or loaded.dtype
+    dense_config, config = model.config, copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    cast: dict[int, Tensor] = {}  # by storage, so that tied weights stay tied
+    weights = {
+        name: cast.setdefault(value.data_ptr(), value.to(dtype) if value.is_floating_point() else value)
+        for name, value in model.state_dict().items()
+    }
     try:
         model.config = config
-        quantization = config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:  # carries the system's error only in its text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) if number else error from error
     finally:
         model.config = dense_config
-        if quantization is not None:
-            config.quantization_config = quantization
+    path = folder / "config.json"  # transformers writes the dtype that the model has in memory
+    saved = json.loads(path.read_text("utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", "utf-8")
     loaded.tokenizer.save_pretrained(folder)
 
 

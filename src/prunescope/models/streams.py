@@ -25,6 +25,7 @@ class Passage:
     after: Tensor
     entered: Tensor | None  # input of the module, behind the pre-norm; None where the sublayer is dropped
     produced: Tensor | None  # output of the module, in front of a post-norm
+    added: Tensor | None  # what the branch adds to the stream
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
                 first, last = part.modules[0], part.modules[-1]
                 handles.append(first.register_forward_pre_hook(_keep_input(state, f"{part.kind} in"), with_kwargs=True))
                 handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out")))
-            handles.append(block.attn.exit.register_forward_hook(_keep_output(state, "attn adds")))
+                handles.append(part.exit.register_forward_hook(_keep_output(state, f"{part.kind} adds")))
             handles.append(block.module.register_forward_hook(_tell(state, block, see)))
         yield
 
@@ -55,7 +56,8 @@ def _keep_input(state: dict[str, Tensor], key: str) -> Callable[..., None]:
 
 def _keep_output(state: dict[str, Tensor], key: str) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Any) -> None:
-        state[key] = first_output(output).clone() if key == "mlp out" else first_output(output)  # Falcon adds into it
+        found = first_output(output)
+        state[key] = found.clone() if key.startswith("mlp") else found  # Falcon adds the attention into it
 
     return hook
 
@@ -63,10 +65,15 @@ def _keep_output(state: dict[str, Tensor], key: str) -> Callable[..., None]:
 def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         before, after = state["before"], first_output(output)
-        added = state.get("attn adds")
-        middle = before if added is None else before + block.attn.scale * added.view_as(before)
-        see(Passage(block.attn.layer, "attn", before, middle, state.get("attn in"), state.get("attn out")))
-        see(Passage(block.mlp.layer, "mlp", middle, after, state.get("mlp in"), state.get("mlp out")))
+        added = {
+            part.kind: part.scale * state[f"{part.kind} adds"].view_as(before)
+            for part in (block.attn, block.mlp)
+            if f"{part.kind} adds" in state
+        }
+        middle = before + added["attn"] if "attn" in added else before
+        for part, x, y in ((block.attn, before, middle), (block.mlp, middle, after)):
+            kind = part.kind
+            see(Passage(part.layer, kind, x, y, state.get(f"{kind} in"), state.get(f"{kind} out"), added.get(kind)))
         state.clear()
 
     return hook

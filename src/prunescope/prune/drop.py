@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,7 +201,8 @@ def _scored(
         "model": loaded.identity,
         "dtype": str(loaded.dtype),
         "dropped": str(dropped),
-        "tokens": calibration.describe()["tokens_sha256"],
+        "calibration": calibration.describe(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "score_on": score_on,
         "run": run,
     }

@@ -114,7 +114,7 @@ def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], 
     estimate, name, theorem = ESTIMATES[column]
     columns = min(6, len(layers))
     lines = -(-len(layers) // columns)
-    figure = Figure(figsize=(max(1.35 * columns, 4.2), 1.15 * lines + 1.1), layout="constrained")
+    figure = Figure(figsize=(max(1.35 * columns, 6.4), 1.15 * lines + 1.1), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     floor = info["noise_floor"]["floor"].get(column)
     for axes, layer in zip(grid.flat, layers, strict=False):
@@ -139,6 +139,7 @@ def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: flo
         positive = np.where(mean > 0, mean, np.nan)  # a logarithmic axis has no place for an exact zero
         axes.plot(steps, positive, line, color=colour, marker=marker, markersize=size, label=label)
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_xlim(-0.5, max(axes.get_xlim()[1], steps[-1] + 0.5))
     if floor:
         bottom, top = axes.get_ylim()
