@@ -278,6 +278,19 @@ def test_data_sets_of_the_hub_are_read_as_they_are_asked_for(
         calibration_tokens(dense, "other/columns", samples=2, seq_len=10)
 
 
+@pytest.mark.parametrize("name", ["c4_300.json", "wikitext2_test.txt"])
+def test_public_texts_calibrate_the_real_model(smollm2: LoadedModel, shared_data: Path, name: str) -> None:
+    """Windows are pieces of the text, and the scores of a real model say what is known of it: its first layer is needed most."""
+    found = calibration_tokens(smollm2, str(shared_data / name), samples=3, seq_len=96)
+    content = (shared_data / name).read_text("utf-8")
+    text = " ".join(row["text"] for row in json.loads(content)[:20]) if name.endswith("json") else content
+    window = smollm2.tokenizer.decode(found.tokens[0, 40:52])
+    assert window.strip() in text
+    scores = score(smollm2, found.tokens)
+    assert min(scores.attn) == scores.attn[0] < 0.9
+    assert sorted(scores.attn)[-8] > 0.95
+
+
 # --- the command -------------------------------------------------------------------------------------------------------
 
 
