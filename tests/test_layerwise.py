@@ -19,6 +19,7 @@ from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel, load_model
 from prunescope.models.saving import save_dropped
+from test_dropping import zeroed_by_hand
 
 
 def rows_of(table: Any, **wanted: Any) -> dict[str, Any]:
@@ -263,6 +264,45 @@ def test_the_target_mlp_reads_the_dense_stream_in_every_family(family: str, tmp_
         expected = compare_hidden(dense_out[None], target_out[None])
         row = rows_of(found.table, prompt=0, step=0, layer=layer, sublayer="mlp")
         for column, value in expected.items():
+            assert row[column] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), (layer, column)
+
+
+ATTENTION_BRANCH = {  # modules of the attention branch, norms included, by family; default is Llama's
+    "gemma2": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    "gemma3": ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    "olmo2": ("self_attn", "post_attention_layernorm"),
+    "gpt2": ("ln_1", "attn"),
+    "gpt_neox": ("input_layernorm", "attention"),
+    "gpt_neox_sequential": ("input_layernorm", "attention"),
+    "opt": ("self_attn_layer_norm", "self_attn"),
+    "falcon": ("self_attention",),
+    "falcon_new": ("ln_attn", "self_attention"),
+    "falcon_alibi": ("input_layernorm", "self_attention"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_target_attention_sees_the_dense_history_in_every_family(family: str, tmp_path: Path) -> None:
+    """h after the target's attention, by hand: that branch exchanged in the block, its MLP silenced, so that the block's output is the
+    stream after attention. Sliding windows, fused and grouped heads, latent attention and ALiBi get the masks and positions they need."""
+    dense = load_model(tiny_folder(family, tmp_path / "a"), device="cpu")
+    target = load_model(tiny_folder(family, tmp_path / "b", seed=1), device="cpu")
+    if family == "falcon":
+        for a, b in zip(dense.anatomy.blocks, target.anatomy.blocks, strict=True):
+            b.attn.pre.load_state_dict(a.attn.pre.state_dict())  # type: ignore[union-attr]
+    ids = list(range(5, 17))
+    found = layerwise_rows(dense, target, [ids], max_new_tokens=1)
+    names = ATTENTION_BRANCH.get(family, ("input_layernorm", "self_attn"))
+    for layer in (0, 2, 3):
+        handles = zeroed_by_hand(dense.model, family, DropSpec(mlp=(layer,)))
+        outs = [
+            hand_target(dense.model, m.model, torch.tensor([ids]), layer, "attn", names)[0, -1] for m in (dense, target)
+        ]
+        for handle in handles:
+            handle.remove()
+        row = rows_of(found.table, prompt=0, step=0, layer=layer, sublayer="attn")
+        assert row["h_orth_rel"] > 1e-3
+        for column, value in compare_hidden(outs[0][None], outs[1][None]).items():
             assert row[column] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), (layer, column)
 
 

@@ -264,6 +264,15 @@ def test_kl_identity_to_1e_6(case: str, temperature: float) -> None:
     assert 0 <= found["tv"].item() <= 1 + 1e-12
 
 
+def test_bounded_divergences_keep_their_bounds_in_float32() -> None:
+    """Total disagreement: js is at most ln 2 and tv at most 1, to the last digit."""
+    z, y = (v.float() for v in logits(200, 5000, 4.0, 60.0, seed=61))
+    found = compare_logits(z, y)
+    assert found["tv"].max() > 0.999999
+    assert found["tv"].max() <= 1
+    assert found["js"].max() <= np.log(2)
+
+
 def test_small_divergences_in_float32_are_not_rounding_noise() -> None:
     """A deviation of 1e-4 in float32: KL is about 1e-8, far under the rounding of one log-probability, and still right."""
     z, y = (v.float() for v in logits(8, 4096, 2.0, 1e-4, seed=31))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import re
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from prunescope import commands
 from prunescope.errors import UserError
+from prunescope.results import NO_SPACE
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": commands.demo,
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_SPACE:
             traceback.print_exc()
             return 1
         return _complain(

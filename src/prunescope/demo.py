@@ -9,6 +9,7 @@ from prunescope import commands, results
 from prunescope.commands import DemoResult, LayerwiseResult
 from prunescope.models.loading import BUNDLED, LoadedModel, load_model
 from prunescope.progress import console
+from prunescope.report import KIND_NAMES
 from prunescope.report.tables import worst_layers
 
 __all__ = ["run_demo"]
@@ -60,13 +61,13 @@ def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> l
     """What was found, in three sentences that say what the numbers say, whichever way they fall."""
     first = " and ".join(
         f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"  # type: ignore[arg-type]
-        for kind, name in (("attn", "attention"), ("mlp", "MLP"))
+        for kind, name in KIND_NAMES.items()
     )
     stats = {kind: run.info["summary_by_sublayer"][kind] for kind in ("attn", "mlp")}
     means = {kind: {space: stats[kind][space][f"{space}_cos"]["mean"] for space in "hzp"} for kind in stats}
     cosines = "; ".join(
         f"{name} {means[kind]['h']:.3f} in h, {means[kind]['z']:.3f} in z, {means[kind]['p']:.3f} in p"
-        for kind, name in (("attn", "attention"), ("mlp", "MLP"))
+        for kind, name in KIND_NAMES.items()
     )
     falls = all(m["p"] < m["h"] and m["p"] < m["z"] for m in means.values())
     verdict = (
@@ -77,11 +78,10 @@ def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> l
     worse = max(stats, key=lambda kind: stats[kind]["p"]["kl_dense_target"]["mean"])
     kl = {kind: stats[kind]["p"]["kl_dense_target"]["mean"] for kind in stats}
     layers = worst_layers(run.table(), worse, "kl_dense_target", True, run.info["changed_layers"][worse])
-    names = {"attn": "attention", "mlp": "MLP"}
     return [
         f"Scored on text the model sampled itself, the least needed are {first}.",
         f"Dropping one sublayer at a time in the same context, mean cosines are: {cosines}; {verdict}.",
-        f"Dropping {names[worse]} costs more (mean KL {kl[worse]:.3g} nats against {min(kl.values()):.3g}), most of all in layers {', '.join(map(str, layers))}.",
+        f"Dropping {KIND_NAMES[worse]} costs more (mean KL {kl[worse]:.3g} nats against {min(kl.values()):.3g}), most of all in layers {', '.join(map(str, layers))}.",
     ]
 
 

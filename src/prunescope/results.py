@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Run:
@@ -122,7 +122,7 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         mistake = isinstance(error, UserError) and not resume
-        no_space = isinstance(error, OSError) and error.errno in _NO_SPACE
+        no_space = isinstance(error, OSError) and error.errno in NO_SPACE
         if mistake or no_space or not any(partial.glob("part-*")):
             shutil.rmtree(partial, ignore_errors=True)
         if no_space:

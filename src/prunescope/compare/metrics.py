@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import factorial
+from math import factorial, log
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -174,7 +174,7 @@ def kl_divergence(
     exact also where p is nearly one-hot. Where KL > 1 the plain ``log_mass_ratio - E_p[shift]`` is just as good and cannot overflow.
 
     Args:
-        p, log_p, shift: ``(rows, V)``; shift is a copy of nothing else and is overwritten by x.
+        p, log_p, shift: ``(rows, V)``; shift is overwritten.
         peak: ``(rows, 1)`` int64, argmax of p.
         log_mass_ratio: ``(rows, 1)`` float64, log of (normaliser of q / normaliser of p), in the units of shift.
     Returns:
@@ -198,7 +198,8 @@ def js_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, loss: Tensor) -> Tens
     """
     middle = (p + q).div_(2)
     base = torch.log1p(loss / 2)
-    return (excess(p, base + log_ratio.relu(), middle) + excess(q, base + (-log_ratio).relu_(), middle)) / 2
+    both = excess(p, base + log_ratio.relu(), middle) + excess(q, base + (-log_ratio).relu_(), middle)
+    return (both / 2).clamp_(max=log(2))  # rounding must not pass the bound
 
 
 # --- one place in both models ------------------------------------------------------------------------------------------
@@ -230,9 +231,8 @@ def _describe(z: Tensor, temperature: float) -> _Rows:
     top = _likeliest(z)
     peak = z.gather(-1, top[:, :1])
     lowered = (z - peak).div_(temperature)
-    mass = _exp(lowered).scatter_(
-        -1, top[:, :1], 0.0
-    )  # of all but the likeliest, which has mass 1: nothing is lost beside it
+    # the mass of all but the likeliest token, whose own is 1: nothing is lost beside it
+    mass = _exp(lowered).scatter_(-1, top[:, :1], 0.0)
     rest = mass.sum(-1, keepdim=True).double()
     log_mass = torch.log1p(rest)
     entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / (1 + rest[:, 0])
@@ -293,7 +293,7 @@ def _pair_columns(
         "p_cos": change.cos,
         "p_cos_dev": change.cos_dev,
         "js": js_divergence(p, q, log_ratio, loss),
-        "tv": dp.abs().sum(-1) / 2,
+        "tv": (dp.abs().sum(-1) / 2).clamp_(max=1),
         "dp_top1": dp.gather(-1, best)[:, 0],
     }
 

@@ -147,7 +147,7 @@ def load_model(
 
     Args:
         ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, or a prunescope or LLM-Drop checkpoint folder. A
-            model that is loaded already is returned as it is.
+            model that is loaded already is returned, ``drop`` applied; dtype and device stay what they are.
         dtype: float32, float64, bfloat16, float16, or auto: the checkpoint's own on an accelerator, float32 on a CPU.
         device: a torch device, or auto: cuda where there is one, else cpu.
         drop: sublayers to drop in place.
@@ -157,6 +157,8 @@ def load_model(
         UserError: whatever is wrong with the reference, the files, the weights or the architecture, in one line.
     """
     if isinstance(ref, LoadedModel):
+        if drop is not None:
+            ref.drop(drop)
         return ref
     torch_device = _device(device)
     torch_dtype: Any = _dtype(dtype, torch_device)

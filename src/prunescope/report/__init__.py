@@ -1,0 +1,3 @@
+"""Tables, figures and pages from run folders alone."""
+
+KIND_NAMES = {"attn": "attention", "mlp": "MLP"}  # what people read for a kind of sublayer

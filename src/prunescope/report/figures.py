@@ -13,13 +13,14 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from prunescope.report import KIND_NAMES
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
 __all__ = ["draw_layerwise"]
 
-KIND_NAMES = {"attn": "attention", "mlp": "MLP"}
 SPACES = {
     "h": ("#0072B2", "hidden state h", "o"),
     "z": ("#E69F00", "logits z", "s"),

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prunescope.report import KIND_NAMES
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -49,7 +51,7 @@ def show_layerwise(table: pa.Table, info: dict[str, Any], console: Console | Non
     floor = info["noise_floor"]["floor"]
     console = console or Console()
     console.print(Text(_title(info), style="bold"))
-    for kind, name in (("attn", "attention"), ("mlp", "MLP")):
+    for kind, name in KIND_NAMES.items():
         if not info["changed_layers"][kind]:
             console.print(Text(f"{name} sublayers: the target changes none"))
             continue
