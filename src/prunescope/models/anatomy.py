@@ -32,6 +32,7 @@ __all__ = [
     "Kind",
     "Sublayer",
     "find_anatomy",
+    "find_blocks",
     "first_tensor",
     "hooks",
     "swap_first_tensor",
@@ -78,6 +79,7 @@ class Block:
     attn: Sublayer
     mlp: Sublayer
     parallel: bool
+    returns: int  # length of the tuple that the block returns, 0 for a bare tensor
 
     def sublayer(self, kind: Kind) -> Sublayer:
         return self.attn if kind == "attn" else self.mlp
@@ -101,6 +103,11 @@ class Anatomy:
         for block in self.blocks:
             yield block.attn
             yield block.mlp
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """The model's logits ``(..., V)`` from the stream ``(..., d)`` after its last block."""
+        z: Tensor = self.head(self.final_norm(stream) if self.final_norm else stream) * self.logit_scale
+        return z if self.logit_softcap is None else torch.tanh(z / self.logit_softcap) * self.logit_softcap
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -159,6 +166,16 @@ class _Call(NamedTuple):
     leaving_value: Tensor
 
 
+class _Stream(NamedTuple):
+    """The residual stream into and out of one block during the probe."""
+
+    entering: Tensor
+    leaving: Tensor
+    before: Tensor  # values, as they were at the time
+    after: Tensor
+    returns: int
+
+
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Find and check the parts of a transformers causal LM.
 
@@ -174,12 +191,12 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise UserError(f"{name} has no output head: prunescope needs a causal language model")
-    parent, block_list = _find_blocks(model, text_config.num_hidden_layers, name)
+    parent, block_list = find_blocks(model)
     scale, softcap = _logit_transform(text_config)
 
     probe = _probe_ids(model, head)
     calls: list[list[_Call]] = [[] for _ in block_list]
-    blocks_io: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    blocks_io: list[_Stream] = []
     last_norm: list[tuple[nn.Module, Tensor, Tensor]] = []
     with hooks() as handles, torch.no_grad():
         for i, module in enumerate(block_list):
@@ -202,12 +219,12 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             f"{name}: {len(block_list)} blocks were found but {len(blocks_io)} ran; this architecture is not supported"
         )
 
-    if not all(torch.isfinite(after).all() for _, _, _, after in blocks_io):
+    if not all(torch.isfinite(stream.after).all() for stream in blocks_io):
         raise UserError(f"{name}: activations overflow in {logits.dtype} on a probe; try --dtype float32")
     blocks = []
     for i, module in enumerate(block_list):
         blocks.append(_understand_block(i, module, calls[i], blocks_io[i], name))
-    final_norm = next((module for module, entering, _ in last_norm if torch.equal(entering, blocks_io[-1][3])), None)
+    final_norm = next((module for module, entering, _ in last_norm if torch.equal(entering, blocks_io[-1].after)), None)
     anatomy = Anatomy(
         decoder=parent,
         blocks=tuple(blocks),
@@ -216,14 +233,17 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         head=head,
         logit_scale=scale,
         logit_softcap=softcap,
-        hidden_size=blocks_io[0][2].shape[-1],
+        hidden_size=blocks_io[0].before.shape[-1],
         vocab_size=head.weight.shape[0],
     )
-    _check_logits(anatomy, blocks_io[-1][3], logits, name)
+    _check_logits(anatomy, blocks_io[-1].after, logits, name)
     return anatomy
 
 
-def _find_blocks(model: nn.Module, count: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the decoder blocks, and the list of them; no weights are needed. Raises UserError."""
+    config: Any = model.config
+    count, name = config.get_text_config(decoder=True).num_hidden_layers, type(model).__name__
     for module in model.modules():  # outermost first
         for child in module.children():
             if (
@@ -264,10 +284,11 @@ def _recorder(calls: list[_Call], name: str) -> Callable[..., None]:
     return record
 
 
-def _block_recorder(seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Callable[..., None]:
+def _block_recorder(seen: list[_Stream]) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         entering, leaving = first_tensor(args, kwargs), first_output(output)
-        seen.append((entering, leaving, entering.clone(), leaving.clone()))
+        returns = len(output) if isinstance(output, tuple) else 0
+        seen.append(_Stream(entering, leaving, entering.clone(), leaving.clone(), returns))
 
     return record
 
@@ -284,13 +305,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _understand_block(
-    layer: int, module: nn.Module, calls: list[_Call], stream: tuple[Tensor, Tensor, Tensor, Tensor], name: str
-) -> Block:
+def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream: _Stream, name: str) -> Block:
     def unsupported(reason: str) -> UserError:
         return UserError(f"{name}, layer {layer}: {reason}; this architecture is not supported")
 
-    before, _, before_value, after_value = stream
+    before, _, before_value, after_value, returns = stream
     attention = _attention(module)
     if attention is None:
         raise unsupported("no single attention module with a layer_idx")
@@ -325,7 +344,7 @@ def _understand_block(
         raise unsupported("stream before + attention branch is not the stream that its MLP branch reads")
     if not _close(after_value, before_value, attn_part, mlp_part):
         raise unsupported("stream before + attention branch + MLP branch is not the stream after")
-    return Block(module, attn, mlp, parallel)
+    return Block(module, attn, mlp, parallel, returns)
 
 
 def _close(total: Tensor, *parts: Tensor) -> bool:
@@ -349,10 +368,7 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
 
 def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> None:
     with torch.no_grad():
-        z = anatomy.head(anatomy.final_norm(last) if anatomy.final_norm else last)
-        z = z * anatomy.logit_scale
-        if anatomy.logit_softcap is not None:
-            z = torch.tanh(z / anatomy.logit_softcap) * anatomy.logit_softcap
+        z = anatomy.logits(last)
     error = (z.cpu().double() - logits.cpu().double()).abs().max() / logits.cpu().double().abs().max().clamp(min=1e-30)
     if not error <= 32 * torch.finfo(logits.dtype).eps:
         raise UserError(

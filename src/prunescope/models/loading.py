@@ -290,13 +290,13 @@ def _bundled_file() -> Path:
 
 
 def _from_pretrained(
-    ref: str, source: str, options: dict[str, Any], dtype: Any
+    ref: str, source: str, options: dict[str, Any], dtype: Any, placement: dict[str, Any] | None = None
 ) -> tuple[Any, Any, set[str], torch.dtype | None]:
     import transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
-    model_options = dict(options)
+    model_options = options | (placement or {})
     if "gguf_file" in options:
         model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         dtype = torch.float32 if dtype == "auto" else dtype

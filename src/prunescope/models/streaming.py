@@ -1,0 +1,279 @@
+"""A model whose weights stay on disk: its structure in memory, one block's weights at a time.
+
+transformers itself maps the names of the checkpoint to those of the model, and fuses what it fuses (experts of MoE models), by loading
+everything to `disk`; its hooks are then taken off, and blocks are loaded and let go here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunescope.errors import UserError
+from prunescope.models import loading
+from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
+from prunescope.models.gguf import dequantise
+from prunescope.models.loading import RECORD, LoadedModel, read_record
+from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
+
+__all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass
+class StreamedModel:
+    """A causal LM whose parameters are on the meta device but for the length of a ``with`` block."""
+
+    loaded: LoadedModel
+    device: torch.device
+    folder: Path  # plain folder of safetensors that the weights are read from
+    stored: dict[str, Stored]  # every tensor on disk, by its name there
+    weights: Mapping[str, Tensor]  # by the model's own names
+    blocks: nn.ModuleList
+    names: tuple[str, ...]  # of the blocks
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @contextmanager
+    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``."""
+        source = self.weights if weights is None else weights
+        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device):
+            yield
+
+    @contextmanager
+    def outside(self, skip: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Everything outside the blocks with its weights (embeddings, final norm, head), but for ``skip``."""
+        skipped = {id(parameter) for module in (self.blocks, *skip) for parameter in module.parameters()}
+        with _filled(self.model, "", self.weights, self.device, skipped):
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The whole model can run: each block's weights come when it is entered and go when it is left."""
+        with self.outside(), hooks() as handles, ExitStack() as all_blocks:
+            for layer, block in enumerate(self.blocks):
+                held = all_blocks.enter_context(ExitStack())
+
+                def enter(*_: Any, layer: int = layer, held: ExitStack = held) -> None:
+                    held.enter_context(self.block(layer))
+
+                def leave(*_: Any, held: ExitStack = held) -> None:
+                    held.close()
+
+                handles.append(block.register_forward_pre_hook(enter))
+                handles.append(block.register_forward_hook(leave))
+            yield
+
+    def on_disk(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A parameter as the checkpoint stores it: its name or names there, with its values.
+
+        Raises:
+            UserError: the checkpoint does not hold such a tensor.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        prefix = self.model.base_model_prefix + "."
+        result = {}
+        for key, tensor in revert_weight_conversion(self.model, {name: value}).items():
+            spellings = (key, key.removeprefix(prefix), prefix + key)
+            match = next((spelling for spelling in spellings if spelling in self.stored), None)
+            if match is None:
+                raise UserError(
+                    f"{self.loaded.ref}: {name} would be stored as {key}, which its weights files do not hold; this checkpoint's format is not supported"
+                )
+            result[match] = tensor
+        return result
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a parameter has on disk. Raises UserError for one that is not a plain float."""
+        shape = self.model.get_parameter(name).shape
+        kinds = {self.stored[key].dtype for key in self.on_disk(name, torch.empty(shape, device="meta"))}
+        if len(kinds) != 1 or not kinds <= set(DTYPES):
+            raise UserError(
+                f"{self.loaded.ref}: {name} is stored as {', '.join(sorted(kinds))}; give a model in float32, bfloat16 or float16"
+            )
+        return DTYPES[kinds.pop()]
+
+
+def stream_model(
+    ref: str,
+    scratch: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
+
+    Args:
+        ref: as `load_model` takes it, but a recipe. A `.gguf` file is dequantised into ``scratch``, a tensor at a time.
+        scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models).
+        dtype, device, revision, trust_remote_code: as in `load_model`; the dtype is that of the computation.
+    Raises:
+        UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
+    """
+    torch_device = loading._device(device)
+    torch_dtype: Any = loading._dtype(dtype, torch_device)
+    ref = str(Path(ref).expanduser()) if ref.startswith("~") else ref
+    record = read_record(Path(ref)) if Path(ref).is_dir() else None
+    if record is not None and record.get("format") == "recipe":
+        raise UserError(
+            f"{ref}: a recipe has no weights of its own; write it with drop --format zeroed or compact, and give that"
+        )
+    source, options, identity = loading._resolve(ref, revision)
+    if "gguf_file" in options:
+        folder = dequantise(ref, Path(source) / options["gguf_file"], scratch / "dense")
+    elif Path(source).is_dir():
+        folder = Path(source)
+    else:
+        folder = _snapshot(ref, source, revision)
+        identity["revision"] = folder.name
+    stored = stored_tensors(folder, ref)
+    opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
+    model, tokenizer, weights, stored_dtype = opened
+    if loading._config_drop_lists(ref, model.config):
+        raise UserError(
+            f"{ref}: its config.json drops sublayers; write it with drop --format zeroed or compact, and give that"
+        )
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(torch_device)
+    _, blocks = find_blocks(model)
+    where = {id(module): name for name, module in model.named_modules()}
+    names = tuple(where[id(block)] for block in blocks)
+    loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
+    streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
+    with streamed.running():
+        loaded.anatomy = find_anatomy(model)
+    loaded.layer_map = tuple(record["kept_layers"] if record else range(len(blocks)))
+    loaded.dense_layers = record["dense_layers"] if record else len(blocks)
+    if len(loaded.layer_map) != len(blocks):
+        raise UserError(
+            f"{ref}: {RECORD} names {len(loaded.layer_map)} kept layers but the weights have {len(blocks)} blocks; write the checkpoint again"
+        )
+    return streamed
+
+
+def pruned_weights(streamed: StreamedModel, parts: Collection[Path], scratch: Path) -> Mapping[str, Tensor]:
+    """Weights by the model's names, those that ``parts`` hold (in the checkpoint's format) instead of the checkpoint's."""
+    view = scratch / "view"
+    view.mkdir(parents=True, exist_ok=True)
+    for path in streamed.folder.iterdir():
+        if path.is_file() and not is_weights(path.name):
+            _link(path, view / path.name)
+    files = {name: tensor.file for name, tensor in streamed.stored.items()}
+    for part in parts:
+        files |= dict.fromkeys(read_header(part, str(part)), part)
+    links = {file: f"shard-{i:05d}.safetensors" for i, file in enumerate(sorted(set(files.values())))}
+    for file, link in links.items():
+        _link(file, view / link)
+    index = {"metadata": {}, "weight_map": {name: links[file] for name, file in files.items()}}
+    (view / INDEX).write_text(json.dumps(index), "utf-8")
+    custom = bool(getattr(streamed.model.config, "auto_map", None))
+    return _open(streamed.loaded.ref, view, scratch / "view-converted", streamed.model.dtype, custom)[2]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a model folder holds weights, or says where they are."""
+    return name.endswith(_WEIGHTS)
+
+
+def _link(file: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.resolve())
+
+
+def _open(
+    ref: str, folder: Path, converted: Path, dtype: Any, trust_remote_code: bool
+) -> tuple[Any, Any, Mapping[str, Tensor], torch.dtype | None]:
+    """Structure, tokenizer, weights by name, and the dtype on disk. No weight is in memory afterwards."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
+    if config.get("quantization_config"):
+        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
+    placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
+    options = {"trust_remote_code": trust_remote_code}
+    model, tokenizer, missing, stored_dtype = loading._from_pretrained(ref, str(folder), options, dtype, placement)
+    if missing:
+        raise UserError(
+            f"{ref}: weights are missing, first {min(missing)} ({len(missing)} in all); the folder is incomplete or of another architecture"
+        )
+    weights = _offloaded(model)
+    remove_hook_from_submodules(model)
+    return model.eval(), tokenizer, weights, stored_dtype
+
+
+def _offloaded(model: nn.Module) -> Mapping[str, Tensor]:
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            weights = getattr(single, "weights_map", None)
+            if weights is not None:
+                found: Mapping[str, Tensor] = getattr(weights, "dataset", weights)
+                return found
+    raise UserError(f"{type(model).__name__}: accelerate left no map of the weights on disk; use another version of it")
+
+
+def _snapshot(ref: str, source: str, revision: str | None) -> Path:
+    """The files of a Hugging Face id, in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"{ref}: not found on the Hugging Face hub, or no access to it: {loading._first_line(error)}; check the id and the network"
+        ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"
+        )
+    return folder
+
+
+@contextmanager
+def _filled(
+    module: nn.Module,
+    prefix: str,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    skipped: Collection[int] = (),
+) -> Iterator[None]:
+    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    fresh: dict[int, nn.Parameter] = {}
+    try:
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+            if id(parameter) in skipped:
+                continue
+            if id(parameter) not in fresh:
+                value = weights[prefix + name].to(device=device, dtype=parameter.dtype)
+                if not torch.isfinite(value).all():
+                    raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
+                fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            owner._parameters[leaf] = fresh[id(parameter)]
+            replaced.append((owner, leaf, parameter))
+        yield
+    finally:
+        for owner, leaf, parameter in replaced:
+            owner._parameters[leaf] = parameter

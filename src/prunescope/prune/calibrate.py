@@ -1,0 +1,342 @@
+"""Calibration, streamed: what each matrix reads, block by block, while the text passes through the model once.
+
+A text enters as tokens and is kept as the hidden states ``(samples, length, d)`` in front of the block that is worked on: in memory, or in a
+file past a limit. The arguments with which the model calls its blocks (masks, rotary embeddings, ...) are recorded once, by running the
+model's own forward with its blocks passing the stream on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunescope.errors import UserError
+from prunescope.models.anatomy import first_output, swap_first_tensor
+from prunescope.models.matrices import Matrix, reading
+from prunescope.models.streaming import StreamedModel
+
+__all__ = ["InputStatistic", "Text", "gather"]
+
+_SAMPLED_ROWS = (
+    1024  # rows of an input that are kept to measure a reconstruction error, where no Gram matrix is gathered
+)
+_STRIPES = 8  # of the upper triangle of a Gram matrix
+
+
+class InputStatistic:
+    """What is known of the inputs of a matrix: sums that add up, so that they can be gathered in parts.
+
+    Attributes:
+        tokens: rows seen.
+        squares: ``(n,)`` float32, sum of squares of each input.
+        gram: ``(n, n)`` float32, sum of x x^T, or None where it is not asked for. Read it through `hessian`.
+        rows: ``(k, n)`` some of the rows, evenly spread; empty where a Gram matrix is gathered.
+    """
+
+    def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
+        self.tokens = 0
+        self.squares = torch.zeros(width, device=device)
+        self.gram = torch.zeros(width, width, device=device) if gram else None
+        self.rows = torch.zeros(0, width, device=device)
+        self._mirrored = not gram
+
+    def add(self, x: Tensor, sampled: Tensor | None = None) -> None:
+        """Add rows ``x`` ``(tokens, n)``; ``sampled`` are those of them to keep."""
+        self.tokens += len(x)
+        if self.gram is None:
+            self.squares += x.float().square().sum(0)
+            if sampled is not None:
+                self.rows = torch.cat([self.rows, sampled.float()])
+        else:
+            _add_upper_gram(self.gram, x)
+            self._mirrored = False
+
+    def merge(self, other: InputStatistic) -> None:
+        """Add what another part of the calibration text gave."""
+        self.tokens += other.tokens
+        self.squares += other.squares
+        self.rows = torch.cat([self.rows, other.rows])
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
+            self._mirrored = False
+
+    def hessian(self) -> Tensor:
+        """``(n, n)`` float32, sum of x x^T, symmetric. The same memory as ``gram``."""
+        if self.gram is None:
+            raise ValueError("no Gram matrix was gathered")
+        for low, high in [] if self._mirrored else _stripes(len(self.gram)):
+            square = self.gram[low:high, low:high]
+            square.copy_(square.triu() + square.triu(1).T)
+            self.gram[high:, low:high] = self.gram[low:high, high:].T
+        self._mirrored = True
+        return self.gram
+
+    def norm(self) -> Tensor:
+        """``(n,)`` float32, root mean square of each input."""
+        squares = self.squares if self.gram is None else self.gram.diagonal()
+        return (squares / max(1, self.tokens)).sqrt()
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.squares if self.gram is None else self.gram.diagonal()).all())
+
+    def relative_error(self, old: Tensor, new: Tensor) -> float:
+        """``||(W - W') X|| / ||W X||`` (Frobenius) over the tokens seen, or over the rows kept; NaN without any."""
+        lost, whole = (self._energy(weight.float()) for weight in (old.float() - new.float(), old))
+        return math.sqrt(lost / whole) if whole > 0 else math.nan
+
+    def _energy(self, weight: Tensor) -> float:
+        if self.gram is not None:
+            return max(0.0, float(((weight @ self.hessian()) * weight).sum(dtype=torch.float64)))
+        return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
+
+
+def _stripes(n: int) -> list[tuple[int, int]]:
+    size = max(64, -(-n // _STRIPES))
+    return [(low, min(low + size, n)) for low in range(0, n, size)]
+
+
+def _add_upper_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x to the upper triangle, in float32. Below the diagonal only the stripes' own squares are kept up."""
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):  # exact products, float32 sums
+        for low, high in _stripes(len(gram)):
+            gram[low:high, low:] += torch.mm(x[:, low:high].T, x[:, low:], out_dtype=torch.float32)
+        return
+    x = x.float()
+    for low, high in _stripes(len(gram)):
+        gram[low:high, low:].addmm_(x[:, low:high].T, x[:, low:])
+
+
+class Text:
+    """Tokens on their way through the model: hidden states in front of the block that is next.
+
+    Args:
+        tokens: ``(samples, length)`` int64.
+        batch_size: samples that run at a time.
+        limit: bytes of hidden states to hold in memory; more are kept in ``file``.
+    """
+
+    def __init__(self, streamed: StreamedModel, tokens: Tensor, batch_size: int, limit: int, file: Path) -> None:
+        self.streamed = streamed
+        self.tokens = tokens
+        self.batches = [(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
+        self.calls: list[list[tuple[Any, Any]]] = []
+        self._pool: list[Tensor] = []
+        width, dtype = streamed.loaded.anatomy.hidden_size, streamed.model.dtype
+        self._shape = (tokens.shape[1], width)
+        self._dtype = dtype
+        self._row_bytes = tokens.shape[1] * width * dtype.itemsize
+        self._file = file if self._row_bytes * len(tokens) > limit else None
+        self._memory = (
+            torch.empty(len(tokens), *self._shape, dtype=dtype, device=streamed.device) if self._file is None else None
+        )
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+        self._embed()
+
+    @property
+    def spilled(self) -> bool:
+        return self._file is not None
+
+    def hidden(self, low: int, high: int) -> Tensor:
+        """Samples ``low`` to ``high``: ``(high - low, length, d)`` on the model's device."""
+        if self._memory is not None:
+            return self._memory[low:high]
+        assert self._file is not None
+        buffer = torch.empty((high - low) * self._row_bytes, dtype=torch.uint8)
+        with self._file.open("rb") as file:
+            file.seek(low * self._row_bytes)
+            file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+        return buffer.view(self._dtype).view(high - low, *self._shape).to(self.streamed.device)
+
+    def _store(self, low: int, hidden: Tensor) -> None:
+        if self._memory is not None:
+            self._memory[low : low + len(hidden)] = hidden
+            return
+        assert self._file is not None
+        with self._file.open("r+b") as file:
+            file.seek(low * self._row_bytes)
+            file.write(memoryview(hidden.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _embed(self) -> None:
+        """Hidden states in front of block 0, and the arguments of every block for every batch."""
+        model = self.streamed.model
+        head = model.get_output_embeddings()
+        tied = head.weight is model.get_input_embeddings().weight
+        with self.streamed.outside(skip=() if tied else (head,)), self._passing() as calls:
+            for low, high in self.batches:
+                calls.clear()
+                with suppress(_EndOfBlocksError):
+                    model(input_ids=self.tokens[low:high].to(self.streamed.device), use_cache=False)
+                self._store(low, calls[0][2])
+                shared: dict[int, Tensor] = {}
+                self.calls.append([(self._kept(args, shared), self._kept(kwargs, shared)) for args, kwargs, _ in calls])
+
+    @contextmanager
+    def _passing(self) -> Iterator[list[tuple[Any, Any, Tensor]]]:
+        """Blocks that only record their arguments and pass the stream on; behind the last one the forward pass ends."""
+        calls: list[tuple[Any, Any, Tensor]] = []
+        blocks = self.streamed.loaded.anatomy.blocks
+        try:
+            for block in blocks:
+                block.module.forward = _passer(calls, block.returns, len(blocks))
+            yield calls
+        finally:
+            for block in blocks:
+                block.module.__dict__.pop("forward", None)
+
+    def _kept(self, value: Any, shared: dict[int, Tensor]) -> Any:
+        """``value`` with its tensors replaced by equal ones that are kept already: batches of one shape share masks and positions."""
+        if isinstance(value, Tensor):
+            if id(value) not in shared:
+                same = (
+                    t for t in self._pool if t.shape == value.shape and t.dtype == value.dtype and torch.equal(t, value)
+                )
+                found = next(same, None)
+                if found is None:
+                    self._pool.append(value)
+                shared[id(value)] = value if found is None else found
+            return shared[id(value)]
+        if isinstance(value, dict):
+            return {key: self._kept(item, shared) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            kept = [self._kept(item, shared) for item in value]
+            return kept if isinstance(value, list) else tuple(kept)
+        return value
+
+    @torch.no_grad()
+    def run(
+        self, layer: int, *, keep: bool, before: Callable[[int], None] | None = None, advance: Callable[[int], None]
+    ) -> None:
+        """Run block ``layer``, whose weights are in memory, on the whole text.
+
+        Args:
+            keep: whether its outputs become the hidden states in front of the next block.
+            before: called in front of each batch with its number of samples; ``advance`` behind it, with the same.
+        Raises:
+            FloatingPointError: the block's output holds NaN or infinite values.
+        """
+        block = self.streamed.loaded.anatomy.blocks[layer].module
+        for (low, high), calls in zip(self.batches, self.calls, strict=True):
+            if before is not None:
+                before(high - low)
+            args, kwargs = calls[layer]
+            hidden = self.hidden(low, high)
+            args, kwargs = swap_first_tensor(args, kwargs, hidden)
+            out = first_output(block(*args, **kwargs))
+            if keep:
+                if not torch.isfinite(out).all():
+                    raise FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
+                self._store(low, out)
+            advance(high - low)
+
+    @torch.no_grad()
+    def first_output(self, layer: int) -> Tensor:
+        """What block ``layer``, whose weights are in memory, makes of the first batch: ``(batch, length, d)``."""
+        args, kwargs = self.calls[0][layer]
+        args, kwargs = swap_first_tensor(args, kwargs, self.hidden(*self.batches[0]))
+        return first_output(self.streamed.loaded.anatomy.blocks[layer].module(*args, **kwargs)).clone()
+
+    @torch.no_grad()
+    def perplexity(self, advance: Callable[[int], None]) -> float:
+        """Perplexity of the tokens, once every block has run: exp of the mean of -log p of each token but a sample's first."""
+        anatomy = self.streamed.loaded.anatomy
+        total, count = 0.0, 0
+        for i, ids in enumerate(self.tokens.to(self.streamed.device)):
+            hidden = self.hidden(i, i + 1)[0, :-1]
+            for rows, targets in zip(hidden.split(256), ids[1:].split(256), strict=True):
+                logits = anatomy.logits(rows[None])[0].float()
+                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double())
+                count += len(targets)
+            advance(1)
+        return math.exp(total / count) if total / count < 700 else math.inf
+
+    def close(self) -> None:
+        """Let go of memory and file."""
+        self._memory = None
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+class _EndOfBlocksError(Exception):
+    pass
+
+
+def _passer(calls: list[tuple[Any, Any, Tensor]], returns: int, blocks: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        calls.append(((None, *args[1:]) if args else (), others, hidden))
+        if len(calls) == blocks:
+            raise _EndOfBlocksError
+        return (hidden, *(None for _ in range(returns - 1))) if returns else hidden
+
+    return forward
+
+
+def gather(
+    text: Text, layer: int, matrices: Sequence[Matrix], *, gram: bool, advance: Callable[[int], None]
+) -> tuple[dict[str, InputStatistic], dict[str, str]]:
+    """Run block ``layer`` on the text as it stands and gather what its matrices read.
+
+    Returns:
+        Statistics by the name of the first matrix of each shared input; and for every matrix that ran, the name of that first one.
+    Raises:
+        UserError: a matrix reads NaN or infinite values, or a matrix that is not an expert's never ran.
+    """
+    statistics: dict[str, InputStatistic] = {}
+    shares: dict[str, str] = {}
+    samples, length = text.tokens.shape
+    picked = _picked_positions(samples, length).to(text.streamed.device)
+    running = 0
+
+    def see(matrix: Matrix, entering: Tensor, first: Matrix) -> None:
+        if shares.setdefault(matrix.name, first.name) != first.name:
+            raise UserError(
+                f"{matrix.name} shares its input in one batch and not in another; this architecture is not supported"
+            )
+        if first is not matrix:
+            return
+        width = entering.shape[-1]
+        rows = entering.detach().reshape(-1, width)
+        if matrix.name not in statistics:
+            statistics[matrix.name] = InputStatistic(width, rows.device, gram=gram)
+        sampled = None
+        if not gram and len(rows) == running * length:
+            sampled = rows.view(running, length, width)[:, picked].reshape(-1, width)
+        elif not gram and len(rows):  # an expert's: some of what it got
+            sampled = rows[torch.linspace(0, len(rows) - 1, min(len(picked), len(rows))).round().long()]
+        statistics[matrix.name].add(rows, sampled)
+
+    with reading(matrices, see) as start:
+
+        def before(batch: int) -> None:
+            nonlocal running
+            running = batch
+            start()
+
+        text.run(layer, keep=False, before=before, advance=advance)
+    for matrix in matrices:
+        if matrix.name not in shares and not matrix.fused:
+            raise UserError(
+                f"{matrix.name} is never applied to the calibration text; this architecture is not supported"
+            )
+    for name, statistic in statistics.items():
+        if not statistic.finite():
+            raise UserError(
+                f"{text.streamed.loaded.ref}: NaN or infinite values enter {name} (block {layer}); the activations overflow in {text.streamed.model.dtype}, try --dtype float32"
+            )
+    return statistics, shares
+
+
+def _picked_positions(samples: int, length: int) -> Tensor:
+    """Token positions of every sample whose rows are kept, so that about `_SAMPLED_ROWS` come together."""
+    each = min(length, max(1, math.ceil(_SAMPLED_ROWS / samples)))
+    return torch.linspace(0, length - 1, each).round().long()

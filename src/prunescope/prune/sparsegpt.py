@@ -1,0 +1,140 @@
+"""SparseGPT: prune column by column, and let the columns to come make up for it (Frantar and Alistarh, arXiv 2301.00774).
+
+With H = X X^T + damping, the inverse's factor H^-1 = U^T U (U upper triangular) holds every row of the optimal brain surgeon's updates.
+It takes one Cholesky factorisation of H with both axes reversed and one triangular solve. Modules that read the same input share it
+and are solved as one matrix. Columns are worked through in sub-blocks, so that most of the update is a matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunescope.prune.selection import Goal, lowest, lowest_along_first
+
+__all__ = ["NotPositiveDefiniteError", "inverse_factor", "sparsegpt"]
+
+_SUB_BLOCK = 16
+_PANEL = 512
+_DAMPING_STEPS = 3  # each ten times the one before
+
+
+class NotPositiveDefiniteError(ArithmeticError):
+    """The Hessian could not be factorised, not even with the highest damping."""
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``, upper triangular; where an input is dead, its diagonal counts as 1.
+
+    Args:
+        hessian: ``(n, n)`` float32 or float64, symmetric; left as it is.
+        damping: relative to the mean of the diagonal. Raised tenfold, at most twice, where H is not positive definite.
+    Returns:
+        U, and the damping that was used.
+    Raises:
+        NotPositiveDefiniteError: no damping helped.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = torch.where(dead, 1.0, diagonal).mean()
+    for step in range(_DAMPING_STEPS):
+        used = damping * 10**step
+        flipped = hessian.flip(0, 1)
+        flipped.diagonal().add_(dead.flip(0)).add_(used * mean)
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(flipped, out=(flipped, info))
+        if int(info) == 0 and bool(torch.isfinite(flipped.diagonal()).all()):
+            return _triangular_inverse(flipped).flip(0, 1), used
+        del flipped
+    raise NotPositiveDefiniteError
+
+
+def _triangular_inverse(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, a panel of columns at a time: nothing above the diagonal is computed."""
+    n = len(lower)
+    inverse = torch.zeros_like(lower)
+    for start in range(0, n, _PANEL):
+        stop = min(start + _PANEL, n)
+        unit = torch.zeros(n - start, stop - start, dtype=lower.dtype, device=lower.device)
+        unit.diagonal().fill_(1)
+        inverse[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    return inverse
+
+
+def sparsegpt(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    goals: Sequence[Goal],
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> tuple[list[Tensor], float]:
+    """Prune matrices that read the same input.
+
+    Args:
+        weights: each ``(out, in)``; left as they are.
+        hessian: ``(in, in)`` float32, sum of x x^T over calibration tokens (its scale does not matter); left as it is.
+        goals: one a matrix. Of an unstructured share, exactly floor(share x count) go, spread evenly over blocks of columns; the weights
+            of N:M are chosen when their columns are reached.
+        block_size: columns of a block; rounded down to a multiple of M.
+        damping: see `inverse_factor`.
+    Returns:
+        The pruned matrices, float32, and the damping that was used.
+    Raises:
+        NotPositiveDefiniteError: see `inverse_factor`.
+    """
+    factor, used = inverse_factor(hessian, damping)
+    dead = hessian.diagonal() == 0
+    stacked = torch.cat(
+        [weight.float() for weight in weights]
+    ).T.contiguous()  # (in, rows): a column's weights lie together
+    ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
+    segments = [(end - len(weight), end, goal) for end, weight, goal in zip(ends, weights, goals, strict=True)]
+    group = math.lcm(*(goal.of or 1 for goal in goals))
+    block_size = max(group, block_size - block_size % group)
+    sub_block = min(block_size, max(group, _SUB_BLOCK - _SUB_BLOCK % group))
+    for start in range(0, len(stacked), block_size):
+        stop = min(start + block_size, len(stacked))
+        errors = _solve_block(
+            stacked[start:stop], factor[start:stop, start:stop], dead[start:stop], segments, start, sub_block
+        )
+        if stop < len(stacked):
+            stacked[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return [part.contiguous() for part in stacked.T.split([len(weight) for weight in weights])], used
+
+
+def _solve_block(
+    columns: Tensor, factor: Tensor, dead: Tensor, segments: list[tuple[int, int, Goal]], start: int, sub_block: int
+) -> Tensor:
+    """Prune the columns of one block in place; gives the errors ``(columns, rows)`` that the later blocks shall make up for."""
+    count = len(columns)
+    diagonal = factor.diagonal()
+    weighting = torch.where(dead, 0.0, 1 / diagonal).square()  # a dead input costs nothing
+    gone = torch.zeros_like(columns)  # 1 where a weight goes
+    for first, last, goal in segments:
+        if not goal.of:
+            scores = (columns[:, first:last].square() * weighting[:, None]).T
+            before, after = (goal.count((last - first) * n) for n in (start, start + count))
+            gone[:, first:last] = lowest(scores.contiguous(), after - before).T
+    errors = torch.empty_like(columns)
+    scale = (1 / diagonal)[:, None]
+    gone_scaled = gone * scale
+    for low in range(0, count, sub_block):
+        high = min(low + sub_block, count)
+        for i in range(low, high):
+            for first, last, goal in segments:
+                if goal.of and i % goal.of == 0:
+                    here = slice(i, i + goal.of)
+                    scores = columns[here, first:last].square() * weighting[here, None]
+                    gone[here, first:last] = lowest_along_first(scores, goal.keep)
+                    gone_scaled[here, first:last] = gone[here, first:last] * scale[here]
+            torch.mul(columns[i], gone_scaled[i], out=errors[i])
+            if i + 1 < high:
+                columns[i + 1 : high].addr_(factor[i, i + 1 : high], errors[i], alpha=-1)
+        if high < count:
+            columns[high:].addmm_(factor[low:high, high:].T, errors[low:high], alpha=-1)
+    columns.mul_(1 - gone)
+    return errors

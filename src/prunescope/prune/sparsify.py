@@ -1,0 +1,601 @@
+"""Prune the weights of a model, block by block, each calibrated on the outputs of the pruned ones before it.
+
+Weights are read from disk a block at a time and written as soon as they are pruned: a shard a block, which is also what an interrupted run
+goes on from. Everything that the source checkpoint holds and pruning does not touch is copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prunescope.errors import UserError
+from prunescope.models.matrices import MLP_SIZES, Matrix, Neurons, find_matrices, find_neurons, remove_neurons
+from prunescope.models.shards import INDEX, Stored, read_header, write_shard
+from prunescope.models.streaming import StreamedModel, is_weights, pruned_weights
+from prunescope.progress import Advance, console, progress
+from prunescope.prune.calibrate import InputStatistic, Text, gather
+from prunescope.prune.magnitude import magnitude
+from prunescope.prune.selection import Goal
+from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt
+from prunescope.prune.structured import structured
+from prunescope.prune.wanda import wanda, wanda_scores
+
+__all__ = ["METHODS", "Method", "Plan", "Pruned", "make_plan", "prune_model"]
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "structured"]
+METHODS: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt", "structured")
+_EXPERT_MULTIPLE = 8  # PyTorch's grouped product of fused experts takes rows of whole 16 bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each matrix shall lose, by its name; for `structured`, what each MLP shall lose of its neurons."""
+
+    method: Method
+    goals: dict[str, Goal]  # matrices with nothing to lose are left out
+    block_size: int = 128
+    damping: float = 0.01
+    variant: bool = False
+    sizes: tuple[int, ...] = ()  # numbers of neurons that the config names, for `structured`
+    multiple: int = 1  # of which the neurons that stay are a multiple
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "block_size": self.block_size,
+            "damping": self.damping,
+            "variant": self.variant,
+            "goals": {name: str(goal) for name, goal in self.goals.items()},
+        }
+
+
+@dataclass
+class Pruned:
+    """What was done: a row a matrix, perplexities, and where the weights are (layer -> tensors by file)."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    perplexity: dict[str, float] = field(default_factory=dict)
+    config: dict[str, int] = field(default_factory=dict)  # fields of config.json that change
+
+
+# --- planning ----------------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    streamed: StreamedModel,
+    method: Method,
+    goal: Goal,
+    *,
+    overrides: Mapping[str, Goal] | None = None,
+    by_layer: Sequence[float] | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+    variant: bool = False,
+) -> Plan:
+    """Decide what every matrix shall lose.
+
+    Args:
+        goal: for all matrices that nothing else is said of.
+        overrides: glob pattern of matrix names -> goal; the last pattern that matches a name counts. Sparsity 0 leaves a matrix alone.
+        by_layer: sparsity of each block (OWL); overrides go before it.
+    Raises:
+        UserError: a pattern that matches nothing, N:M that does not divide a width, or neurons of different number a layer.
+    """
+    matrices = [matrix for layer in range(len(streamed.blocks)) for matrix in block_matrices(streamed, layer)]
+    goals = {m.name: goal for m in matrices}
+    if by_layer is not None:
+        for layer, sparsity in enumerate(by_layer):
+            goals |= {matrix.name: Goal(sparsity) for matrix in block_matrices(streamed, layer)}
+    for pattern, chosen in (overrides or {}).items():
+        matched = [name for name in goals if _matches(name, pattern)]
+        if not matched:
+            raise UserError(
+                f"module pattern {pattern!r} matches no matrix of the model; its names are like {matrices[0].parameter}"
+            )
+        goals |= dict.fromkeys(matched, chosen)
+    for matrix in matrices:
+        chosen, width = goals[matrix.name], matrix.weight.shape[1]
+        if chosen.of and width % chosen.of and method != "structured":
+            raise UserError(
+                f"pattern {chosen}: {matrix.name} has {width} inputs, which {chosen.of} does not divide; choose another M, or leave it out with --sparsity-map"
+            )
+    if method == "structured":
+        if goal.of:
+            raise UserError("structured pruning removes whole neurons; give --sparsity, not --pattern")
+        if overrides or by_layer is not None:
+            raise UserError(
+                "structured pruning needs the same share in every layer, since config.json holds one size; leave --sparsity-map and --allocation out"
+            )
+        goals = {matrix.name: goal for matrix in matrices if matrix.kind == "mlp"}
+    kept = {name: chosen for name, chosen in goals.items() if chosen.of or chosen.sparsity > 0}
+    if not kept:
+        raise UserError("nothing would be pruned: every matrix has sparsity 0; raise --sparsity")
+    sizes = tuple(sorted(set(config_sizes(streamed).values()))) if method == "structured" else ()
+    multiple = _EXPERT_MULTIPLE if any(matrix.fused for matrix in matrices) else 1
+    return Plan(method, kept, block_size, damping, variant, sizes, multiple)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    plain = name.removesuffix(".weight")
+    return any(fnmatch.fnmatchcase(spelling, pattern) for spelling in (name, plain, name.partition("[")[0]))
+
+
+def block_matrices(streamed: StreamedModel, layer: int) -> list[Matrix]:
+    return find_matrices(streamed.loaded.anatomy.blocks[layer], streamed.names[layer])
+
+
+def has_fused_experts(streamed: StreamedModel) -> bool:
+    """Whether a block keeps its experts in one weight; then samples run one by one, so that batches change nothing."""
+    return any(matrix.fused for layer in range(len(streamed.blocks)) for matrix in block_matrices(streamed, layer))
+
+
+# --- pruning -----------------------------------------------------------------------------------------------------------
+
+
+def prune_model(
+    streamed: StreamedModel,
+    plan: Plan,
+    tokens: Tensor | None,
+    folder: Path,
+    *,
+    perplexity: Tensor | None = None,
+    batch_size: int = 1,
+    limit: int = 2**32,
+) -> Pruned:
+    """Prune every block and write the checkpoint's weights and config into ``folder``.
+
+    Blocks that ``folder`` holds already (``part-*``, of the same plan and text) are not pruned again.
+
+    Args:
+        tokens: calibration ``(samples, length)``; None only for magnitude, which then measures no reconstruction error.
+        perplexity: ``(windows, length)``; measured before and after, in the same passage of the blocks.
+        limit: bytes of hidden states in memory.
+    Raises:
+        UserError: see `gather`; a Hessian that cannot be factorised.
+        FloatingPointError: a block's output overflows.
+    """
+    scratch = folder / "scratch"
+    blocks = len(streamed.blocks)
+    shapes: dict[str, torch.Size] = {}
+    pruned = Pruned()
+    if plan.method == "structured":
+        pruned.config, shapes = _smaller(streamed, plan)
+    done = _finished_parts(folder, blocks)
+    shares = limit // (1 + 2 * (perplexity is not None))
+
+    def text(of: Tensor, name: str) -> Text:
+        return Text(streamed, of, batch_size, shares, scratch / name)
+
+    calibration = text(tokens, "calibration.bin") if tokens is not None else None
+    before = after = None
+    if perplexity is not None:
+        before, after = text(perplexity, "before.bin"), text(perplexity, "after.bin")
+    units = (2 * len(tokens) if tokens is not None else 0) + (2 * len(perplexity) if perplexity is not None else 0) or 1
+    earlier: Mapping[str, Tensor] | None = None
+    if done and plan.method != "structured":
+        earlier = pruned_weights(streamed, [_part(folder, layer) for layer in range(done)], scratch)
+    with progress(f"pruning {blocks} blocks ({plan.method})", blocks * units) as advance:
+        for layer in range(blocks):
+            started = time.monotonic()
+            last = layer == blocks - 1
+            if layer < done and before is not None and earlier is not None:
+                with streamed.block(layer):
+                    before.run(layer, keep=True, advance=advance)
+            with streamed.block(layer, earlier if layer < done else None):
+                if before is not None and not (layer < done and earlier is not None):
+                    before.run(layer, keep=True, advance=advance)
+                if layer < done:
+                    found = json.loads(_part(folder, layer, ".json").read_text("utf-8"))
+                    if plan.method == "structured":
+                        _cut_again(streamed, plan, layer, found["kept"])
+                    if calibration is not None:
+                        advance(len(calibration.tokens))
+                else:
+                    found = _prune_block(streamed, plan, layer, calibration, advance)
+                    if shapes:
+                        _check_shapes(streamed, layer, shapes)
+                    _write_part(streamed, folder, layer, found)
+                pruned.rows += found["rows"]
+                for stream in (calibration if not last else None, after):
+                    if stream is not None:
+                        stream.run(layer, keep=True, advance=advance)
+            if layer >= done:
+                _say_block(layer, blocks, found["rows"], time.monotonic() - started)
+    if before is not None and after is not None:
+        head = streamed.model.get_input_embeddings()
+        tied = streamed.model.get_output_embeddings().weight is head.weight
+        with streamed.outside(skip=() if tied else (head,)), progress("perplexity", 2 * len(before.tokens)) as advance:
+            pruned.perplexity = {"dense": before.perplexity(advance), "pruned": after.perplexity(advance)}
+    for stream in (calibration, before, after):
+        if stream is not None:
+            stream.close()
+    _finish(streamed, folder, pruned.config)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return pruned
+
+
+def _prune_block(
+    streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance
+) -> dict[str, Any]:
+    """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
+    matrices = block_matrices(streamed, layer)
+    chosen = [matrix for matrix in matrices if matrix.name in plan.goals]
+    statistics: dict[str, InputStatistic] = {}
+    shares: dict[str, str] = {}
+    if text is not None and chosen:
+        gram = plan.method == "sparsegpt"
+        statistics, shares = gather(text, layer, chosen, gram=gram, advance=advance)
+    if plan.method == "structured":
+        return _prune_neurons(plan, layer, chosen, statistics, shares, text)
+    groups: dict[str, list[Matrix]] = {}
+    for matrix in chosen:
+        groups.setdefault(shares.get(matrix.name, matrix.name), []).append(matrix)
+    dtypes = {parameter: streamed.stored_dtype(parameter) for parameter in {matrix.parameter for matrix in chosen}}
+    rows = []
+    for first, group in groups.items():
+        statistic = statistics.pop(first, None)
+        unseen = text is not None and (statistic is None or statistic.tokens == 0)
+        if unseen:
+            statistic = _uniform(group[0], plan.method == "sparsegpt")
+        old = [matrix.weight.to(torch.float32, copy=True) for matrix in group]
+        advance.note(f"block {layer}: {group[0].name}")
+        new, damping = _solve(plan, group, old, statistic)
+        for matrix, before, after in zip(group, old, new, strict=True):
+            matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
+            rows.append(
+                _row(layer, matrix, plan, before, matrix.weight.float(), None if unseen else statistic, damping)
+            )
+        if unseen:
+            console.print(
+                f"{group[0].name}: no calibration token reached it; pruned as if all its inputs were alike",
+                markup=False,
+            )
+    few = [row for row in rows if row["few_tokens"] and row["tokens"]]
+    if few:
+        console.print(
+            f"block {layer}: {len(few)} expert matrices saw fewer tokens than they have inputs, first {few[0]['name']} ({few[0]['tokens']}); give more samples",
+            markup=False,
+        )
+    place = {matrix.name: i for i, matrix in enumerate(matrices)}
+    return {"rows": sorted(rows, key=lambda row: place[row["name"]])}
+
+
+def _uniform(matrix: Matrix, gram: bool) -> InputStatistic:
+    """Stands in for an expert that no token reached: every input alike."""
+    width = matrix.weight.shape[1]
+    statistic = InputStatistic(width, matrix.weight.device, gram=gram)
+    statistic.squares.fill_(1)
+    if statistic.gram is not None:
+        statistic.gram.diagonal().fill_(1)
+    return statistic
+
+
+def _solve(
+    plan: Plan, group: Sequence[Matrix], old: Sequence[Tensor], statistic: InputStatistic | None
+) -> tuple[list[Tensor], float | None]:
+    goals = [plan.goals[matrix.name] for matrix in group]
+    if plan.method == "sparsegpt":
+        assert statistic is not None
+        try:
+            new, damping = sparsegpt(old, statistic.hessian(), goals, block_size=plan.block_size, damping=plan.damping)
+        except NotPositiveDefiniteError as error:
+            raise UserError(
+                f"{group[0].name}: its Hessian is not positive definite, not even with damping {100 * plan.damping:g}; give more or other calibration text, or a higher --damping"
+            ) from error
+        if damping != plan.damping:
+            console.print(
+                f"{group[0].name}: its Hessian is not positive definite with damping {plan.damping:g}; {damping:g} was used",
+                markup=False,
+            )
+        return new, damping
+    if plan.method == "magnitude":
+        return [weight.masked_fill(magnitude(weight, goal), 0.0) for weight, goal in zip(old, goals, strict=True)], None
+    assert statistic is not None
+    norm = statistic.norm()
+    masks = [wanda(weight, norm, goal, variant=plan.variant) for weight, goal in zip(old, goals, strict=True)]
+    return [weight.masked_fill(mask, 0.0) for weight, mask in zip(old, masks, strict=True)], None
+
+
+def _row(
+    layer: int,
+    matrix: Matrix,
+    plan: Plan,
+    old: Tensor,
+    new: Tensor,
+    statistic: InputStatistic | None,
+    damping: float | None,
+) -> dict[str, Any]:
+    goal = plan.goals[matrix.name]
+    zeros = new.numel() - int(new.count_nonzero())
+    tokens = None if statistic is None else statistic.tokens
+    error = math.nan if statistic is None else statistic.relative_error(old, new)
+    return {
+        "layer": layer,
+        "name": matrix.name,
+        "outputs": new.shape[0],
+        "inputs": new.shape[1],
+        "asked": str(goal),
+        "zeros": zeros,
+        "sparsity": zeros / new.numel(),
+        "error": None if math.isnan(error) else error,
+        "dead_inputs": None if statistic is None else int((statistic.norm() == 0).sum()),
+        "damping": damping,
+        "tokens": tokens,
+        "few_tokens": matrix.fused and statistic is not None and statistic.tokens < new.shape[1],
+    }
+
+
+# --- structured --------------------------------------------------------------------------------------------------------
+
+
+def _prune_neurons(
+    plan: Plan,
+    layer: int,
+    matrices: Sequence[Matrix],
+    statistics: dict[str, InputStatistic],
+    shares: dict[str, str],
+    text: Text | None,
+) -> dict[str, Any]:
+    assert text is not None
+    units = find_neurons(matrices)
+    kept: list[Tensor] = []
+    rows = []
+    for neurons in units:
+        statistic = statistics.get(shares.get(neurons.reader.name, ""))
+        unseen = statistic is None or statistic.tokens == 0
+        if statistic is None or unseen:
+            statistic = _uniform(neurons.reader, False)
+            console.print(
+                f"{neurons.name}: no calibration token reached it; pruned as if all its inputs were alike", markup=False
+            )
+        weight = neurons.reader.weight
+        stay = structured(weight, statistic.norm(), _removed(plan, neurons))
+        kept.append(stay)
+        zeroed = torch.zeros_like(weight).index_copy_(1, stay, weight.index_select(1, stay))
+        row = _row(layer, neurons.reader, plan, weight, zeroed, None if unseen else statistic, None)
+        rows.append(row | {"neurons": neurons.count, "removed": neurons.count - len(stay)})
+    expected = _zeroed_output(text, layer, units, kept)
+    remove_neurons(units, kept)
+    _check_cut(text, layer, expected)
+    for row, neurons in zip(rows, units, strict=True):
+        outputs, inputs = neurons.reader.weight.shape
+        row |= {"outputs": outputs, "inputs": inputs, "zeros": 0, "sparsity": row["removed"] / row["neurons"]}
+        row["zeros"] = int(neurons.reader.weight.numel() - neurons.reader.weight.count_nonzero())
+    return {"rows": rows, "kept": [stay.tolist() for stay in kept]}
+
+
+def _removed(plan: Plan, neurons: Neurons) -> int:
+    """Neurons that go; at least one stays. Shared experts are several experts side by side, and lose a multiple of what one loses."""
+    one = next(
+        (size for size in plan.sizes if neurons.count % size == 0 and neurons.count not in plan.sizes), neurons.count
+    )
+    return neurons.count // one * (one - _left(plan, one))
+
+
+def _left(plan: Plan, size: int) -> int:
+    """Neurons that stay of ``size``: never none, and a multiple where experts are fused."""
+    goal = next(iter(plan.goals.values()))
+    left = max(1, size - goal.count(size))
+    return min(size, -(-left // plan.multiple) * plan.multiple)
+
+
+def _zeroed_output(text: Text, layer: int, units: Sequence[Neurons], kept: Sequence[Tensor]) -> Tensor:
+    """The block's output on the first batch with the neurons silenced instead of removed."""
+    saved = []
+    for neurons, stay in zip(units, kept, strict=True):
+        weight = neurons.reader.weight
+        saved.append((neurons.reader, weight.clone()))
+        neurons.reader.set(torch.zeros_like(weight).index_copy_(1, stay, weight.index_select(1, stay)))
+    out = text.first_output(layer)
+    for matrix, value in saved:
+        matrix.set(value)
+    return out
+
+
+def _check_cut(text: Text, layer: int, expected: Tensor) -> None:
+    """Removing neurons must give what silencing them gives: it does not where a matrix is laid out otherwise than is known here."""
+    out = text.first_output(layer)
+    scale = expected.float().abs().max().clamp(min=1e-30)
+    error = float((out.float() - expected.float()).abs().max() / scale)
+    if not error <= 64 * torch.finfo(out.dtype).eps * math.sqrt(out.shape[-1]):
+        raise UserError(
+            f"block {layer}: removing neurons changes more than silencing them does (by {error:.1e}); the MLP of this architecture is not supported by structured"
+        )
+
+
+def _cut_again(streamed: StreamedModel, plan: Plan, layer: int, kept: list[list[int]]) -> None:
+    matrices = [matrix for matrix in block_matrices(streamed, layer) if matrix.name in plan.goals]
+    units = find_neurons(matrices)
+    remove_neurons(units, [torch.tensor(stay, device=streamed.device) for stay in kept])
+
+
+def config_sizes(streamed: StreamedModel) -> dict[str, int]:
+    """The fields of the config that hold numbers of neurons of an MLP, with their values."""
+    config = streamed.model.config.get_text_config(decoder=True)
+    counts = {n.count for layer in range(len(streamed.blocks)) for n in find_neurons(block_matrices(streamed, layer))}
+    sizes = {}
+    for key in MLP_SIZES:
+        size = getattr(config, key, None)
+        if key == "n_inner" and size is None and hasattr(config, key):
+            size = 4 * config.n_embd
+        if isinstance(size, int) and any(count % size == 0 for count in counts):
+            sizes[key] = size
+    return sizes
+
+
+def _smaller(streamed: StreamedModel, plan: Plan) -> tuple[dict[str, int], dict[str, torch.Size]]:
+    """New values of the config's sizes, and the shapes of all parameters in a model built from them.
+
+    Raises:
+        UserError: no field of the config gives the sizes of this architecture.
+    """
+    sizes = {key: _left(plan, size) for key, size in config_sizes(streamed).items()}
+    name = type(streamed.model).__name__
+    if not sizes:
+        raise UserError(f"{name}: no field of its config gives its number of MLP neurons; use another method")
+    if all(size == old for size, old in zip(sizes.values(), config_sizes(streamed).values(), strict=True)):
+        raise UserError(
+            f"structured pruning at sparsity {next(iter(plan.goals.values()))} would remove no neuron of {min(sizes.values())} (multiples of {plan.multiple} stay); raise --sparsity"
+        )
+    config = copy.deepcopy(streamed.model.config)
+    inner = config.get_text_config(decoder=True)
+    for key, size in sizes.items():
+        setattr(inner, key, size)
+    with torch.device("meta"):
+        rebuilt = type(streamed.model)(config)
+    return sizes, {key: parameter.shape for key, parameter in rebuilt.named_parameters(remove_duplicate=False)}
+
+
+def _check_shapes(streamed: StreamedModel, layer: int, shapes: Mapping[str, torch.Size]) -> None:
+    """What is left of a block must be what transformers will build from the new config."""
+    for name, parameter in streamed.blocks[layer].named_parameters(prefix=streamed.names[layer]):
+        if shapes.get(name) != parameter.shape:
+            raise UserError(
+                f"{name} would have the shape {tuple(parameter.shape)}, but the config can only say {tuple(shapes.get(name, ()))}; use another --sparsity or method"
+            )
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def _part(folder: Path, layer: int, suffix: str = ".safetensors") -> Path:
+    return folder / f"part-{layer:05d}{suffix}"
+
+
+def _finished_parts(folder: Path, blocks: int) -> int:
+    """How many of the first blocks are written: the report goes before the weights, the weights are renamed when complete."""
+    for layer in range(blocks):  # cut off while shards got their final names
+        named = folder / _shard_name(layer + 1, blocks)
+        if named.is_file() and not _part(folder, layer).exists():
+            named.rename(_part(folder, layer))
+    done = 0
+    while done < blocks and _part(folder, done).is_file() and _part(folder, done, ".json").is_file():
+        done += 1
+    return done
+
+
+def _shard_name(number: int, blocks: int) -> str:
+    """Shard 0 holds what lies outside the blocks."""
+    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def _write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
+    """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
+    prefix, block = streamed.names[layer] + ".", streamed.blocks[layer]
+    touched = {
+        matrix.parameter
+        for matrix in block_matrices(streamed, layer)
+        if matrix.name in {r["name"] for r in found["rows"]}
+    }
+    tensors: dict[str, Tensor | Stored] = {}
+    for name, parameter in block.named_parameters(prefix=prefix[:-1]):
+        stored = streamed.on_disk(name, parameter.detach())
+        for key, value in stored.items():
+            source = streamed.stored[key]
+            changed = name in touched or tuple(value.shape) != source.shape
+            tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
+    report = _part(folder, layer, ".json")
+    report.write_text(json.dumps(found), "utf-8")
+    write_shard(_part(folder, layer), dict(sorted(tensors.items())))
+
+
+def _finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Shards under their final names, what lies outside the blocks, the index, config and tokenizer."""
+    blocks = len(streamed.blocks)
+    parts = [_part(folder, layer) for layer in range(blocks)]
+    weight_map: dict[str, str] = {}
+    total = 0
+    names = [_shard_name(i, blocks) for i in range(blocks + 1)]
+    inside: dict[str, str] = {}
+    for layer, part in enumerate(parts):
+        header = read_header(part, str(part))
+        inside |= dict.fromkeys(header, names[layer + 1])
+        total += sum(tensor.nbytes for tensor in header.values())
+    outside = {name: tensor for name, tensor in streamed.stored.items() if name not in inside}
+    write_shard(folder / names[0], outside)
+    total += sum(tensor.nbytes for tensor in outside.values())
+    weight_map = dict.fromkeys(outside, names[0]) | inside
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    for path in sorted(streamed.folder.iterdir()):
+        ours = path.name in ("prunescope.json", "run.json", "config.yaml")
+        if path.is_file() and not is_weights(path.name) and not ours and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    if sizes:
+        path = folder / "config.json"
+        content = json.loads(path.read_text("utf-8"))
+        inner = content["text_config"] if isinstance(content.get("text_config"), dict) else content
+        inner |= sizes
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    for layer, part in enumerate(parts):
+        part.rename(folder / names[layer + 1])
+    for path in folder.glob("part-*"):
+        path.unlink()
+
+
+def _say_block(layer: int, blocks: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    worst = f", relative error {max(errors):.3f} at worst" if errors else ""
+    console.print(f"block {layer + 1} of {blocks}{worst}, {seconds:.1f} s", markup=False)
+
+
+# --- outlier-weighed sparsity ------------------------------------------------------------------------------------------
+
+
+def owl_sparsities(
+    streamed: StreamedModel,
+    tokens: Tensor,
+    sparsity: float,
+    *,
+    threshold: float,
+    spread: float,
+    batch_size: int,
+    limit: int,
+    file: Path,
+) -> list[float]:
+    """Sparsity of each block by OWL (Yin et al., arXiv 2310.05175): blocks with more outliers among their Wanda scores lose less.
+
+    A block's outlier ratio is the share of its scores |W| x input norm above ``threshold`` times their mean, in the dense model. Ratios are
+    stretched to ``sparsity`` plus or minus ``spread`` at most, their mean kept.
+    """
+    text = Text(streamed, tokens, batch_size, limit, file)
+    blocks = len(streamed.blocks)
+    ratios = []
+    with progress(f"outliers of {blocks} blocks", 2 * blocks * len(tokens)) as advance:
+        for layer in range(blocks):
+            with streamed.block(layer):
+                matrices = block_matrices(streamed, layer)
+                statistics, shares = gather(text, layer, matrices, gram=False, advance=advance)
+                norms = {m.name: statistics[shares[m.name]].norm() for m in matrices if m.name in shares}
+                scores = [wanda_scores(m.weight, norms[m.name]) for m in matrices if m.name in norms]
+                count = sum(score.numel() for score in scores)
+                mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+                ratios.append(sum(int((score > threshold * mean).sum()) for score in scores) / count)
+                text.run(layer, keep=True, advance=advance)
+    text.close()
+    return stretch(ratios, sparsity, spread)
+
+
+def stretch(ratios: Sequence[float], sparsity: float, spread: float) -> list[float]:
+    """OWL's rule: the densities ``1 - sparsity`` of blocks follow their ratios over a range of 2 x spread, mean kept."""
+    low, high = min(ratios), max(ratios)
+    scaled = [(ratio - low) / (high - low) * 2 * spread if high > low else 0.0 for ratio in ratios]
+    mean = sum(scaled) / len(scaled)
+    found = [sparsity - (value - mean) for value in scaled]
+    if not all(0 <= value < 1 for value in found):
+        raise UserError(
+            f"sparsity {sparsity} with a spread of {spread} gives a block {min(found):.2f} or {max(found):.2f}; choose a smaller --owl-spread"
+        )
+    return found
