@@ -5,7 +5,17 @@ Everything public is named here. Importing this package loads neither torch nor 
 
 from __future__ import annotations
 
-from prunescope.commands import DemoResult, DropResult, LayerwiseResult, demo, drop, layerwise, load
+from prunescope.commands import (
+    DemoResult,
+    DropResult,
+    LayerwiseResult,
+    SparsifyResult,
+    demo,
+    drop,
+    layerwise,
+    load,
+    sparsify,
+)
 from prunescope.errors import UserError
 from prunescope.results import Run
 from prunescope.results import open_run as open
@@ -16,10 +26,12 @@ __all__ = [
     "DropResult",
     "LayerwiseResult",
     "Run",
+    "SparsifyResult",
     "UserError",
     "demo",
     "drop",
     "layerwise",
     "load",
     "open",
+    "sparsify",
 ]

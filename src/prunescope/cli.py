@@ -16,6 +16,7 @@ from prunescope.results import NO_SPACE
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": commands.demo,
     "drop": commands.drop,
+    "sparsify": commands.sparsify,
     "layerwise": commands.layerwise,
 }
 

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loading import LoadedModel
 
-__all__ = ["DemoResult", "DropResult", "LayerwiseResult", "demo", "drop", "layerwise", "load"]
+__all__ = [
+    "DemoResult",
+    "DropResult",
+    "LayerwiseResult",
+    "SparsifyResult",
+    "demo",
+    "drop",
+    "layerwise",
+    "load",
+    "sparsify",
+]
 
 _StrPath = str | os.PathLike[str]
 
@@ -98,6 +108,42 @@ class DropResult:
         with results.staged(folder, overwrite=overwrite) as staging:
             results.write_config(staging, self.record["config"])
             save_dropped(self._dense, self.spec, staging, format, {**self.record, "scores": self.rows})
+        return Path(folder)
+
+
+@dataclass
+class SparsifyResult:
+    """What `sparsify` did: a checkpoint folder, and for every matrix what was asked and what was reached."""
+
+    record: dict[str, Any] = field(repr=False)
+    folder: Path | None  # of the checkpoint; None after a dry run
+    _held: Any = field(default=None, repr=False)  # a temporary folder, as long as this object lives
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self.record["modules"])
+
+    def table(self) -> pa.Table:
+        """A row per matrix (for `structured`, per MLP): sparsity asked and reached, relative error, dead inputs, damping."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(self.rows)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Method, sparsity over all pruned matrices, perplexity before and after where it was measured."""
+        return {key: self.record[key] for key in ("method", "sparsity", "perplexity")}
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> Path:
+        """Copy the checkpoint to another folder. Raises UserError if it exists, or after a dry run."""
+        import shutil
+
+        if self.folder is None:
+            raise UserError("a dry run leaves no checkpoint to save; run it without dry_run")
+        results.require_space(folder, sum(path.stat().st_size for path in self.folder.iterdir()))
+        with results.staged(folder, overwrite=overwrite) as staging:
+            for path in self.folder.iterdir():
+                shutil.copyfile(path, staging / path.name)
         return Path(folder)
 
 
@@ -254,6 +300,78 @@ def drop(
         result.save(out, format=format, overwrite=overwrite)
         _say(f"written: {out} ({format})")
     return result
+
+
+def sparsify(
+    model: str,
+    *,
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    out: str | None = None,
+    variant: bool = False,
+    sparsity_map: str | None = None,
+    allocation: Literal["uniform", "owl"] = "uniform",
+    owl_spread: float = 0.08,
+    owl_threshold: float = 5.0,
+    block_size: int = 128,
+    damping: float = 0.01,
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    perplexity: str | None = None,
+    perplexity_windows: int | None = None,
+    memory_mb: int = 4096,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SparsifyResult:
+    """Prune weights block by block, without ever holding the model, and save a plain checkpoint.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
+        sparsity: share of the weights to remove, from 0 up to, not including, 1
+        pattern: N:M, at most N weights are left of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
+        out: checkpoint folder to write
+        variant: of wanda, one threshold for a matrix on the share of each row's score that is lost
+        sparsity_map: YAML file, glob pattern of module names -> share or N:M; the last that matches counts, 0 leaves a module alone
+        allocation: uniform, or owl (blocks with more outliers lose less)
+        owl_spread: of owl, how far a block's sparsity may be from the mean
+        owl_threshold: of owl, how many times the mean score makes an outlier
+        block_size: of sparsegpt, columns of a block
+        damping: of sparsegpt, relative to the mean of the Hessian's diagonal
+        calibration: self (text the model samples), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
+        batch_size: samples at a time, by default as many as make 2048 tokens; models with fused experts take one at a time
+        seed: of the calibration's choice
+        perplexity: text, JSON or JSONL file to measure perplexity on, before and after
+        perplexity_windows: take only so many windows of it
+        memory_mb: memory for hidden states, in MB; more are kept on disk
+        dtype: of the computation; auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep self-sampled calibration text for the next call
+        dry_run: say what would be pruned, with memory and time estimated, and write nothing
+        resume: continue an interrupted run
+        overwrite: replace an existing checkpoint folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals()) | {"model": str(model)}
+    from prunescope.prune.job import run_sparsify
+
+    return run_sparsify(config)
 
 
 def layerwise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loading import LoadedModel
 from prunescope.progress import console, progress
 
-__all__ = ["SELF", "Calibration", "calibration_tokens"]
+__all__ = ["SELF", "Calibration", "calibration_tokens", "perplexity_tokens"]
 
 SELF = "self"
 _HUB: dict[str, tuple[str, dict[str, Any]]] = {  # short name -> (id, keyword arguments of load_dataset)
@@ -57,6 +57,7 @@ def calibration_tokens(
     seed: int = 0,
     batch_size: int = 32,
     cache: Path | None = None,
+    sampler: Callable[[], LoadedModel] | None = None,
 ) -> Calibration:
     """Tokens to calibrate on.
 
@@ -68,6 +69,7 @@ def calibration_tokens(
         seed: of the sampling, or of the choice of windows from a text. Windows do not overlap; if a text has fewer than
             asked for, all of them are taken and it is said.
         cache: folder in which self-sampled tokens are kept; None keeps none.
+        sampler: gives the model that samples, where ``loaded`` cannot run; only called if tokens must be sampled.
     Raises:
         UserError: no such source, or a text shorter than one sample.
     """
@@ -89,7 +91,9 @@ def calibration_tokens(
         }
         key |= {"samples": samples, "length": length, "seed": seed}
         tokens = remembered(
-            cache if loaded.pinned else None, key, lambda: _sample_self(loaded, samples, length, seed, batch_size)
+            cache if loaded.pinned else None,
+            key,
+            lambda: _sample_self(sampler() if sampler else loaded, samples, length, seed, batch_size),
         )
         return Calibration(torch.tensor(tokens), source, seed)
     wanted = samples * length * 2  # some to choose from
@@ -106,6 +110,34 @@ def calibration_tokens(
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return Calibration(torch.tensor(stream[: windows * length]).view(windows, length)[order], source, seed)
+
+
+def perplexity_tokens(
+    loaded: LoadedModel, source: str, *, length: int | None = None, windows: int | None = None
+) -> Tensor:
+    """A text cut into windows that do not overlap, as perplexity is usually measured: ``(windows, length)`` int64.
+
+    The text is tokenised in one piece (rows of JSON are joined by blank lines), with the tokenizer's start token; what does not fill the
+    last window is left out.
+
+    Args:
+        length: by default 2048 or the model's context, whichever is shorter; a text shorter than that is one window.
+        windows: take only the first so many.
+    Raises:
+        UserError: no such file, or fewer than two tokens.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"perplexity file {source}: no such file; give a text, JSON or JSONL file")
+    text = "\n\n".join(_file_texts(path, "perplexity"))
+    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    if length is not None and length < 2:
+        raise UserError(f"--seq-len {length}: perplexity needs windows of at least two tokens")
+    length = min(length or 2048, loaded.context or 2048, len(ids))
+    if length < 2:
+        raise UserError(f"perplexity file {source} has {len(ids)} tokens; at least two are needed")
+    count = min(len(ids) // length, windows or len(ids))
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int) -> list[list[int]]:
@@ -155,7 +187,7 @@ def _texts(source: str) -> Iterator[str]:
     yield from _hub_texts(source)
 
 
-def _file_texts(path: Path) -> Iterator[str]:
+def _file_texts(path: Path, what: str = "calibration") -> Iterator[str]:
     try:
         content = path.read_text("utf-8-sig")
         if path.suffix == ".json":
@@ -171,7 +203,7 @@ def _file_texts(path: Path) -> Iterator[str]:
             raise TypeError("a 'text' that is not a string")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"calibration file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'"
+            f"{what} file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'"
         ) from error
     yield from texts
 

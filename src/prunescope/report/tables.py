@@ -14,7 +14,7 @@ from prunescope.report import KIND_NAMES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["show_layerwise", "show_scores"]
+__all__ = ["show_layerwise", "show_plan", "show_scores", "show_sparsified"]
 
 _SHOWN = ("h_cos", "z_cos", "p_cos", "h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js", "top1_agree")
 _UPWARD_IS_WORSE = ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js")
@@ -41,6 +41,74 @@ def show_scores(rows: list[dict[str, Any]], title: str, console: Console | None 
             ]
         table.add_row(*line)
     console.print(table)
+
+
+def show_sparsified(record: dict[str, Any], console: Console | None = None) -> None:
+    """Relative reconstruction error per block and kind of matrix (mean over experts), sparsity reached, perplexity."""
+    console = console or Console()
+    console.print(Text(_sparsified_title(record), style="bold"))
+    kinds = list(dict.fromkeys(_short(row["name"]) for row in record["modules"]))
+    table = Table(
+        title=Text("relative error |(W - W\u2032)X| / |WX|"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    table.add_column("block", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for layer in sorted({row["layer"] for row in record["modules"]}):
+        cells = []
+        for kind in kinds:
+            here = [row for row in record["modules"] if row["layer"] == layer and _short(row["name"]) == kind]
+            errors = [row["error"] for row in here if row["error"] is not None]
+            cells.append(f"{sum(errors) / len(errors):.4f}" if errors else "-")
+        table.add_row(str(layer), *cells)
+    console.print(table)
+    dead = [row for row in record["modules"] if row["dead_inputs"]]
+    few = [row for row in record["modules"] if row["few_tokens"] or row["tokens"] == 0]
+    if dead:
+        console.print(
+            Text(f"dead inputs: {sum(r['dead_inputs'] for r in dead)} in {len(dead)} matrices, first {dead[0]['name']}")
+        )
+    if few:
+        console.print(Text(f"too few calibration tokens: {len(few)} expert matrices, first {few[0]['name']}"))
+    if record["perplexity"]:
+        console.print(
+            Text(f"perplexity: {record['perplexity']['dense']:.3f} dense, {record['perplexity']['pruned']:.3f} pruned")
+        )
+
+
+def show_plan(record: dict[str, Any], console: Console | None = None) -> None:
+    """What a dry run found: matrices by kind, and what the run would need."""
+    console = console or Console()
+    console.print(Text(f"dry run: {_sparsified_title(record)}", style="bold"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("module", "count", "shape", "asked", "weights", "removed"):
+        table.add_column(heading, justify="left" if heading == "module" else "right")
+    groups: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
+    for row in record["modules"]:
+        groups.setdefault((_short(row["name"]), row["outputs"], row["inputs"], row["asked"]), []).append(row)
+    for (kind, outputs, inputs, asked), rows in groups.items():
+        weights, gone = outputs * inputs * len(rows), sum(row["zeros"] for row in rows)
+        table.add_row(kind, str(len(rows)), f"{outputs} x {inputs}", asked, f"{weights:,}", f"{gone:,}")
+    console.print(table)
+    spilled = f"; {record['spilled_bytes'] / 2**20:.0f} MB of hidden states on disk" if record["spilled_bytes"] else ""
+    console.print(
+        Text(
+            f"about {record['memory_bytes'] / 2**20:.0f} MB beside the process itself, {record['bytes_written'] / 2**20:.0f} MB to write{spilled}, "
+            f"{record['seconds']:.0f} s of computing on {record['tokens']:,} calibration tokens"
+        )
+    )
+
+
+def _short(name: str) -> str:
+    """`self_attn.q_proj` of a matrix's full name, without its expert."""
+    return ".".join(name.partition("[")[0].removesuffix(".weight").split(".")[-2:])
+
+
+def _sparsified_title(record: dict[str, Any]) -> str:
+    config = record["config"]
+    asked = config["pattern"] if config["pattern"] not in (None, "unstructured") else f"sparsity {config['sparsity']:g}"
+    what = "neurons" if record["method"] == "structured" else "weights"
+    return f"{config['model']}: {record['method']}, {asked}, {100 * record['sparsity']:.2f} % of the {what} of {len(record['modules'])} matrices"
 
 
 def show_layerwise(table: pa.Table, info: dict[str, Any], console: Console | None = None) -> None:
