@@ -116,8 +116,9 @@ class SparsifyResult:
     """What `sparsify` did: a checkpoint folder, and for every matrix what was asked and what was reached."""
 
     record: dict[str, Any] = field(repr=False)
-    folder: Path | None  # of the checkpoint; None after a dry run
-    _held: Any = field(default=None, repr=False)  # a temporary folder, as long as this object lives
+    folder: (
+        Path | None
+    )  # of the checkpoint, kept only as long as this object where no out was given; None after a dry run
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: 
             partial.rename(final)  # complete, and cut off between two renames
     if overwrite and resume:
         raise UserError("--overwrite and --resume contradict each other; give one of them")
-    if final.exists() and not overwrite and not (resume and (final / "run.json").is_file()):
+    if final.exists() and not overwrite and not (resume and any((final / name).is_file() for name in _OURS)):
         raise UserError(f"{final} exists; choose another --out or give --overwrite")
     if final.exists() and not (
         final.is_dir() and (not any(final.iterdir()) or any((final / name).is_file() for name in _OURS))

@@ -174,15 +174,34 @@ def pruned_weights(streamed: StreamedModel, parts: Collection[Path], scratch: Pa
         if path.is_file() and not is_weights(path.name):
             _link(path, view / path.name)
     files = {name: tensor.file for name, tensor in streamed.stored.items()}
-    for part in parts:
-        files |= dict.fromkeys(read_header(part, str(part)), part)
-    links = {file: f"shard-{i:05d}.safetensors" for i, file in enumerate(sorted(set(files.values())))}
+    inside = {name: part for part in parts for name in read_header(part, str(part))}
+    # transformers reads whole shards in the order of their names, and of a tensor that is in two it keeps the last
+    ordered = [*sorted(set(files.values())), *sorted(set(inside.values()))]
+    links = {file: f"shard-{i:05d}.safetensors" for i, file in enumerate(ordered)}
+    files |= inside
     for file, link in links.items():
         _link(file, view / link)
     index = {"metadata": {}, "weight_map": {name: links[file] for name, file in files.items()}}
     (view / INDEX).write_text(json.dumps(index), "utf-8")
     custom = bool(getattr(streamed.model.config, "auto_map", None))
-    return _open(streamed.loaded.ref, view, scratch / "view-converted", streamed.model.dtype, custom)[2]
+    weights = _open(streamed.loaded.ref, view, scratch / "view-converted", streamed.model.dtype, custom)[2]
+    _check_read(streamed, weights, inside)
+    return weights
+
+
+def _check_read(streamed: StreamedModel, weights: Mapping[str, Tensor], inside: Mapping[str, Path]) -> None:
+    """What was read must be what the parts hold."""
+    from safetensors import safe_open
+
+    for name, parameter in streamed.model.named_parameters():
+        meta = torch.empty(parameter.shape, device="meta")
+        keys = [key for key in streamed.on_disk(name, meta) if key in inside]
+        if keys:
+            values = streamed.on_disk(name, weights[name])
+            for key in keys:
+                with safe_open(inside[key], framework="pt") as file:
+                    if not torch.equal(values[key], file.get_tensor(key).to(values[key].dtype)):
+                        raise RuntimeError(f"{key} was not read back from {inside[key]}")
 
 
 def is_weights(name: str) -> bool:
@@ -265,7 +284,8 @@ def _filled(
             if id(parameter) in skipped:
                 continue
             if id(parameter) not in fresh:
-                value = weights[prefix + name].to(device=device, dtype=parameter.dtype)
+                # a copy: what lies in a mapped file is aligned at random, and products round by that
+                value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=True)
                 if not torch.isfinite(value).all():
                     raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
                 fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)

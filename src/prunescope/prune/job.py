@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -45,8 +47,8 @@ def run_sparsify(config: dict[str, Any]) -> SparsifyResult:
     held = None
     out = config["out"]
     if out is None:
-        held = tempfile.TemporaryDirectory(prefix="prunescope-")
-        out = str(Path(held.name) / "checkpoint")
+        held = tempfile.mkdtemp(prefix="prunescope-")
+        out = str(Path(held) / "checkpoint")
     elif config["resume"] and Path(out).expanduser().exists():
         return _finished(config)
     with (
@@ -73,7 +75,10 @@ def run_sparsify(config: dict[str, Any]) -> SparsifyResult:
     show_sparsified(record)
     if config["out"] is not None:
         console.print(f"written: {out}", markup=False)
-    return SparsifyResult(record, Path(out), held)
+    result = SparsifyResult(record, Path(out))
+    if held is not None:
+        weakref.finalize(result, shutil.rmtree, held, ignore_errors=True)
+    return result
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------

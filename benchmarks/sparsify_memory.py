@@ -1,0 +1,129 @@
+"""Peak memory of `prunescope sparsify` on a model of random weights, and its time a block as the calibration text doubles.
+
+    python benchmarks/sparsify_memory.py                            # Qwen2.5-1.5B's shape, float32, 6 GB on disk
+    python benchmarks/sparsify_memory.py --blocks 2 --tokens 1024 2048 4096 8192   # the time a block, on two of its blocks
+
+The floor of memory is what must be held at once: the process itself with its libraries, and the largest of embeddings and of one block
+with its largest Hessian and that Hessian's factor. The floor of time is the operations of the text's two passes and of the Hessians
+at the rate of a matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from prunescope.models.shards import INDEX, write_shard
+
+SHAPE = {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+    "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+RUN = """
+import json, sys
+from pathlib import Path
+from prunescope.cli import main
+code = main(json.loads(sys.argv[1]))
+print("PEAK", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
+sys.exit(code)
+"""  # VmHWM, in KiB: getrusage's figure would start from the resident memory of the process that starts this one
+
+
+def make_model(folder: Path, blocks: int) -> int:
+    """Write a model of random float32 weights, a block at a time; gives its bytes."""
+    config = transformers.Qwen2Config(**SHAPE, num_hidden_layers=blocks)
+    config.architectures, config.dtype = ["Qwen2ForCausalLM"], torch.float32
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        place = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "outside"
+        shards.setdefault(place, {})[name] = parameter.shape
+    generator = torch.Generator().manual_seed(0)
+    weight_map, total = {}, 0
+    for i, (_, shapes) in enumerate(shards.items()):
+        tensors = {
+            name: torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+            for name, shape in shapes.items()
+        }
+        file = f"model-{i:05d}.safetensors"
+        write_shard(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(4 * tensor.numel() for tensor in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(5000)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3").save_pretrained(folder)
+    words = torch.randint(0, 5000, (40000,), generator=generator)
+    (folder.parent / "text.txt").write_text(" ".join(f"w{i}" for i in words.tolist()))
+    return total
+
+
+def rate() -> float:
+    """Float32 operations a second of a large matrix product."""
+    a = torch.randn(3000, 3000)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * 3000**3 / best
+
+
+def bare_process() -> float:
+    code = "from transformers import Qwen2ForCausalLM; import prunescope.prune.job; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    return 1024 * float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--blocks", type=int, default=28)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--memory-mb", type=int, default=16, help="hidden states past this go to disk")
+    parser.add_argument("--folder", default=None, help="where to put the model (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        (folder / "model").mkdir()
+        total = make_model(folder / "model", options.blocks)
+        d, hidden, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
+        block = 4 * (2 * d * d + 2 * 256 * d + 3 * d * hidden)
+        bare, speed = bare_process(), rate()
+        floor = bare + max(4 * vocabulary * d, block + 8 * hidden**2)
+        print(f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB; {speed / 1e9:.0f} GFLOP/s")
+        for tokens in options.tokens:
+            length = 512
+            argv = [
+                "sparsify", str(folder / "model"), "--method", options.method, "--sparsity", "0.5", "--calibration", str(folder / "text.txt"),
+                "--samples", str(tokens // length), "--seq-len", str(length), "--memory-mb", str(options.memory_mb), "--overwrite",
+                "--out", str(folder / "out"), "--device", "cpu",
+            ]  # fmt: skip
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            peak = 1024 * float(done.stderr.split("PEAK")[1])
+            seconds = [float(line.split(",")[-1].split()[0]) for line in done.stderr.splitlines() if line.startswith("block ")]
+            middle = sorted(seconds)[len(seconds) // 2]
+            operations = 4 * block / 4 * tokens + (1.2 * tokens * (3 * d**2 + hidden**2) if options.method == "sparsegpt" else 0)
+            print(
+                f"{options.method}, {tokens} tokens: peak {peak / 2**30:.2f} GiB ({peak / 1e9:.2f} GB), {peak / floor:.2f} x the floor of {floor / 1e9:.2f} GB; "
+                f"{middle:.2f} s a block, {middle / (operations / speed):.2f} x the floor of {operations / speed:.2f} s; {time.perf_counter() - started:.0f} s in all",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
