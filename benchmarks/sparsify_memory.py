@@ -4,8 +4,8 @@
     python benchmarks/sparsify_memory.py --blocks 2 --tokens 1024 2048 4096 8192   # the time a block, on two of its blocks
 
 The floor of memory is what must be held at once: the process itself with its libraries, and the largest of embeddings and of one block
-with its largest Hessian and that Hessian's factor. The floor of time is the operations of the text's two passes and of the Hessians
-at the rate of a matrix product measured in the same run.
+with its largest Hessian and that Hessian's factor. The floor of time is the operations of the text's two passes, of the Hessians, their
+factors and the updates at the rate of a matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -117,7 +117,11 @@ def main() -> None:
             peak = 1024 * float(done.stderr.split("PEAK")[1])
             seconds = [float(line.split(",")[-1].split()[0]) for line in done.stderr.splitlines() if line.startswith("block ")]
             middle = sorted(seconds)[len(seconds) // 2]
-            operations = 4 * block / 4 * tokens + (1.2 * tokens * (3 * d**2 + hidden**2) if options.method == "sparsegpt" else 0)
+            operations = 4 * block / 4 * tokens
+            if options.method == "sparsegpt":  # half of each Gram matrix; a factorisation and an inverse; updates
+                widths = {d: 2 * d + 2 * 256 + 2 * hidden, hidden: d}  # inputs -> outputs that read them
+                operations += tokens * (3 * d**2 + hidden**2) + 2 / 3 * (3 * d**3 + hidden**3)
+                operations += sum(outputs * inputs**2 for inputs, outputs in widths.items())
             print(
                 f"{options.method}, {tokens} tokens: peak {peak / 2**30:.2f} GiB ({peak / 1e9:.2f} GB), {peak / floor:.2f} x the floor of {floor / 1e9:.2f} GB; "
                 f"{middle:.2f} s a block, {middle / (operations / speed):.2f} x the floor of {operations / speed:.2f} s; {time.perf_counter() - started:.0f} s in all",

@@ -25,6 +25,7 @@ from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
+_PIECE = 2**22  # elements that are checked at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -48,7 +49,8 @@ class StreamedModel:
     def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``."""
         source = self.weights if weights is None else weights
-        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device):
+        # copies: what lies in a mapped file is aligned at random, and products round by that
+        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=True):
             yield
 
     @contextmanager
@@ -275,6 +277,7 @@ def _filled(
     weights: Mapping[str, Tensor],
     device: torch.device,
     skipped: Collection[int] = (),
+    copies: bool = False,
 ) -> Iterator[None]:
     """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -284,9 +287,8 @@ def _filled(
             if id(parameter) in skipped:
                 continue
             if id(parameter) not in fresh:
-                # a copy: what lies in a mapped file is aligned at random, and products round by that
-                value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=True)
-                if not torch.isfinite(value).all():
+                value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
+                if not all(torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)):
                     raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
                 fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
             path, _, leaf = name.rpartition(".")

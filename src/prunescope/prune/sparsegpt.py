@@ -27,13 +27,15 @@ class NotPositiveDefiniteError(ArithmeticError):
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``, upper triangular; where an input is dead, its diagonal counts as 1.
+    """``R``, lower triangular, whose reversal in both axes is the ``U`` of ``U^T U = (H + damping * mean(diag H) * I)^-1``.
+
+    Where an input is dead, its diagonal counts as 1.
 
     Args:
         hessian: ``(n, n)`` float32 or float64, symmetric; left as it is.
         damping: relative to the mean of the diagonal. Raised tenfold, at most twice, where H is not positive definite.
     Returns:
-        U, and the damping that was used.
+        R, and the damping that was used. One more matrix of H's size is all that is held.
     Raises:
         NotPositiveDefiniteError: no damping helped.
     """
@@ -42,26 +44,28 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = torch.where(dead, 1.0, diagonal).mean()
     for step in range(_DAMPING_STEPS):
         used = damping * 10**step
-        flipped = hessian.flip(0, 1)
-        flipped.diagonal().add_(dead.flip(0)).add_(used * mean)
+        lower = hessian.flip(0, 1).mT  # symmetric; by columns, as LAPACK wants it, so that nothing is copied
+        lower.diagonal().add_(dead.flip(0)).add_(used * mean)
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(flipped, out=(flipped, info))
-        if int(info) == 0 and bool(torch.isfinite(flipped.diagonal()).all()):
-            return _triangular_inverse(flipped).flip(0, 1), used
-        del flipped
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            _invert_in_place(lower)
+            return lower, used
+        del lower
     raise NotPositiveDefiniteError
 
 
-def _triangular_inverse(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix, a panel of columns at a time: nothing above the diagonal is computed."""
+def _invert_in_place(lower: Tensor) -> None:
+    """Invert a lower triangular matrix (zeros above the diagonal), a panel of rows at a time, most of it by matrix products."""
     n = len(lower)
-    inverse = torch.zeros_like(lower)
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
-        unit = torch.zeros(n - start, stop - start, dtype=lower.dtype, device=lower.device)
-        unit.diagonal().fill_(1)
-        inverse[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
-    return inverse
+        unit = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], unit, upper=False)
+        for low in range(0, start, 4 * _PANEL):  # the inverse so far is lower triangular too
+            high = min(low + 4 * _PANEL, start)
+            lower[start:stop, low:high] = -corner @ (lower[start:stop, low:start] @ lower[low:start, low:high])
+        lower[start:stop, start:stop] = corner
 
 
 def sparsegpt(
@@ -86,7 +90,13 @@ def sparsegpt(
     Raises:
         NotPositiveDefiniteError: see `inverse_factor`.
     """
-    factor, used = inverse_factor(hessian, damping)
+    reverse, used = inverse_factor(hessian, damping)
+    n = len(reverse)
+
+    def factor(rows: slice, columns: slice) -> Tensor:
+        """A part of U."""
+        return reverse[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start].flip(0, 1)
+
     dead = hessian.diagonal() == 0
     stacked = torch.cat(
         [weight.float() for weight in weights]
@@ -96,13 +106,11 @@ def sparsegpt(
     group = math.lcm(*(goal.of or 1 for goal in goals))
     block_size = max(group, block_size - block_size % group)
     sub_block = min(block_size, max(group, _SUB_BLOCK - _SUB_BLOCK % group))
-    for start in range(0, len(stacked), block_size):
-        stop = min(start + block_size, len(stacked))
-        errors = _solve_block(
-            stacked[start:stop], factor[start:stop, start:stop], dead[start:stop], segments, start, sub_block
-        )
-        if stop < len(stacked):
-            stacked[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    for start in range(0, n, block_size):
+        here = slice(start, min(start + block_size, n))
+        errors = _solve_block(stacked[here], factor(here, here), dead[here], segments, start, sub_block)
+        if here.stop < n:
+            stacked[here.stop :].addmm_(factor(here, slice(here.stop, n)).T, errors, alpha=-1)
     return [part.contiguous() for part in stacked.T.split([len(weight) for weight in weights])], used
 
 
