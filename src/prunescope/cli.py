@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = _with_flags(list(sys.argv[1:] if argv is None else argv))
     try:
         command, options = _parse(argv)
+        if command == "sparsify" and options["out"] is None and not options["dry_run"]:
+            raise UserError("sparsify: say where the checkpoint goes, with --out DIR (or look first, with --dry-run)")
         COMMANDS[command](**options)
     except UserError as error:
         return _complain(str(error), 2)

@@ -334,7 +334,7 @@ def sparsify(
     resume: bool = False,
     overwrite: bool = False,
 ) -> SparsifyResult:
-    """Prune weights block by block, without ever holding the model, and save a plain checkpoint.
+    """Prune weights block by block, with one block of the model in memory at a time, and save a plain checkpoint.
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
@@ -349,7 +349,7 @@ def sparsify(
         owl_threshold: of owl, how many times the mean score makes an outlier
         block_size: of sparsegpt, columns of a block
         damping: of sparsegpt, relative to the mean of the Hessian's diagonal
-        calibration: self (text the model samples), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
+        calibration: self (text that the model samples, for which it is loaded whole), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
         batch_size: samples at a time, by default as many as make 2048 tokens; models with fused experts take one at a time
@@ -357,12 +357,12 @@ def sparsify(
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
         perplexity_windows: take only so many windows of it
         memory_mb: memory for hidden states, in MB; more are kept on disk
-        dtype: of the computation; auto is the checkpoint's own on an accelerator and float32 on a CPU
+        dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
         trust_remote_code: run code that comes with the model
         cache: keep self-sampled calibration text for the next call
-        dry_run: say what would be pruned, with memory and time estimated, and write nothing
+        dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
         resume: continue an interrupted run
         overwrite: replace an existing checkpoint folder
 

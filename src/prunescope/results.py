@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,7 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
     try:
         if partial.exists() and not resume:
             shutil.rmtree(partial)
+        made = [parent for parent in partial.parents if not parent.exists()]
         partial.mkdir(parents=True, exist_ok=True)
         (partial / _MARKER).touch()
     except OSError as error:
@@ -123,8 +124,11 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
     except BaseException as error:
         mistake = isinstance(error, UserError) and not resume
         no_space = isinstance(error, OSError) and error.errno in NO_SPACE
-        if mistake or no_space or not any(partial.glob("part-*")):
+        if mistake or (no_space and not resume) or not any(partial.glob("part-*")):
             shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:  # the deepest first; one that holds something stays
+                with suppress(OSError):
+                    parent.rmdir()
         if no_space:
             raise UserError(f"{final} cannot be written: {error}; free some space or choose another --out") from error
         raise
@@ -140,7 +144,7 @@ def _names(out: str | os.PathLike[str]) -> tuple[Path, Path]:
 def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
     """Say early that ``out`` is taken. Raises UserError."""
     final, partial = _names(out)
-    if partial.is_dir() and not (partial / _MARKER).exists():
+    if partial.is_dir() and not (partial / _MARKER).exists() and any(partial.iterdir()):
         if not any((partial / name).is_file() for name in _OURS):
             raise UserError(f"{partial} is in the way and was not written by prunescope; choose another --out")
         if not final.exists():
@@ -172,12 +176,14 @@ def require_space(out: str | os.PathLike[str], needed: int) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write and sync, so that what is renamed afterwards is really there. NaN becomes null."""
-    with path.open("w", encoding="utf-8") as file:
+    """Write beside, sync and rename, so that what bears the name is whole. NaN becomes null."""
+    beside = path.with_name(path.name + ".writing")
+    with beside.open("w", encoding="utf-8") as file:
         json.dump(_plain(content), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from prunescope.errors import UserError
 from prunescope.models import loading
 from prunescope.models.shards import INDEX, write_shard
 from prunescope.progress import progress
+from prunescope.results import write_json
 
 __all__ = ["dequantise"]
 
@@ -32,7 +33,10 @@ def dequantise(ref: str, path: Path, folder: Path) -> Path:
         UserError: the file cannot be read, or transformers does not know its architecture.
     """
     if (folder / INDEX).is_file():
-        return folder
+        shards = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+        if all((folder / shard).is_file() for shard in shards):
+            return folder
+        (folder / INDEX).unlink()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with loading._quiet_transformers(True):
@@ -103,7 +107,7 @@ def _write(path: Path, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     index = {"metadata": {}, "weight_map": {name: _shard_name(shard) for name, shard in written.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_json(folder / INDEX, index)
 
 
 def _shard_name(number: int) -> str:

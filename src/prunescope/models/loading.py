@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch import nn
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy, find_anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
+from prunescope.results import NO_SPACE
 
 __all__ = ["BUNDLED", "RECORD", "LoadedModel", "load_model", "read_record"]
 
@@ -315,6 +318,9 @@ def _from_pretrained(
             f"{ref}: not found on the Hugging Face hub, or no access to it: {_first_line(error)}; check the id and the network"
         ) from error
     except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number and int(number[1]) in NO_SPACE:  # while weights are converted on disk
+            raise OSError(int(number[1]), os.strerror(int(number[1])), source) from error
         raise UserError(
             f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again"
         ) from error

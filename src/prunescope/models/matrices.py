@@ -99,9 +99,12 @@ def find_matrices(block: Block, prefix: str) -> list[Matrix]:
                     found.append(Matrix(f"{name}.weight", part.kind, module, "weight", None, transposed))
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and parameter.shape[0] == experts:
+                    by_inputs = bool(
+                        getattr(module, "is_transposed", False)
+                    )  # transformers' word for (experts, in, out)
+                    numbers = range(experts)
                     found += [
-                        Matrix(f"{name}.{attribute}[{i}]", part.kind, module, attribute, i, False)
-                        for i in range(experts)
+                        Matrix(f"{name}.{attribute}[{i}]", part.kind, module, attribute, i, by_inputs) for i in numbers
                     ]
     if not found:
         raise UserError(f"{prefix}: no linear layer was found in this block; this architecture is not supported")
@@ -152,7 +155,7 @@ def _nothing() -> Iterator[None]:
 
 
 class _Products(TorchFunctionMode):
-    """Sees the products of fused expert weights, known by their storage: ``linear(x, weight[expert])``."""
+    """Sees the products of fused expert weights, known by their storage: ``linear(x, weight[expert])`` or ``x @ weight[expert]``."""
 
     def __init__(self, matrices: Sequence[Matrix], tell: Callable[[Matrix, Tensor], None]) -> None:
         super().__init__()
@@ -161,12 +164,19 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            entering, weight = (*args, *(kwargs[key] for key in ("input", "weight")[len(args) :]))[:2]
-            matrix = self.by_place.get((weight.data_ptr(), weight.shape))
-            if matrix is not None:
-                self.tell(matrix, entering)
+        if func is torch.nn.functional.linear and len(args) >= 2:
+            self._see(args[0], args[1])
+        elif func in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            self._see(args[0], args[1].T)
         return func(*args, **kwargs)
+
+    def _see(self, entering: Tensor, weight: Tensor) -> None:
+        matrix = self.by_place.get((weight.data_ptr(), weight.shape))
+        if matrix is not None:
+            self.tell(matrix, entering)
+
+
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
 
 def find_neurons(matrices: Sequence[Matrix]) -> list[Neurons]:
@@ -221,7 +231,9 @@ def remove_neurons(all_neurons: Sequence[Neurons], kept: Sequence[Tensor]) -> No
                 if isinstance(bias, Tensor):
                     matrix.module.bias = nn.Parameter(bias.detach().index_select(0, rows), requires_grad=False)
             if matrix.fused:
-                fused.setdefault((id(matrix.module), matrix.attribute), (matrix.module, []))[1].append(new)
+                fused.setdefault((id(matrix.module), matrix.attribute), (matrix.module, []))[1].append(
+                    new.T.contiguous() if matrix.transposed else new
+                )
             else:
                 _replace(matrix, new)
     for (_, attribute), (module, slices) in fused.items():

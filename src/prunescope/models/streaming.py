@@ -98,14 +98,19 @@ class StreamedModel:
         return result
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that a parameter has on disk. Raises UserError for one that is not a plain float."""
+        """The dtype that a parameter has on disk. Raises UserError for one that the dtype of the computation cannot hold."""
         shape = self.model.get_parameter(name).shape
         kinds = {self.stored[key].dtype for key in self.on_disk(name, torch.empty(shape, device="meta"))}
         if len(kinds) != 1 or not kinds <= set(DTYPES):
             raise UserError(
                 f"{self.loaded.ref}: {name} is stored as {', '.join(sorted(kinds))}; give a model in float32, bfloat16 or float16"
             )
-        return DTYPES[kinds.pop()]
+        stored, computed = DTYPES[kinds.pop()], self.model.dtype
+        if torch.promote_types(stored, computed) != computed:
+            raise UserError(
+                f"{self.loaded.ref}: {name} is stored as {stored}, which {computed} cannot hold; give --dtype {str(torch.promote_types(stored, torch.float32)).removeprefix('torch.')}"
+            )
+        return stored
 
 
 def stream_model(
@@ -224,6 +229,8 @@ def _open(
 
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
     if config.get("quantization_config"):

@@ -21,11 +21,12 @@ from prunescope.models.anatomy import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
 from prunescope.models.streaming import StreamedModel
 
-__all__ = ["InputStatistic", "Text", "gather"]
+__all__ = ["InputStatistic", "Text", "gather", "overflow"]
 
 _SAMPLED_ROWS = (
     1024  # rows of an input that are kept to measure a reconstruction error, where no Gram matrix is gathered
 )
+_EXPERT_ROWS = 256  # the same for one expert among many
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 
 
@@ -312,7 +313,8 @@ def gather(
         if not gram and len(rows) == running * length:
             sampled = rows.view(running, length, width)[:, picked].reshape(-1, width)
         elif not gram and len(rows):  # an expert's: some of what it got
-            sampled = rows[torch.linspace(0, len(rows) - 1, min(len(picked), len(rows))).round().long()]
+            few = min(-(-_EXPERT_ROWS // samples), len(rows))
+            sampled = rows[torch.linspace(0, len(rows) - 1, few).round().long()]
         statistics[matrix.name].add(rows, sampled)
 
     with reading(matrices, see) as start:
@@ -323,6 +325,11 @@ def gather(
             start()
 
         text.run(layer, keep=False, before=before, advance=advance)
+    fused = [matrix for matrix in matrices if matrix.fused]
+    if fused and not any(matrix.name in shares for matrix in fused):
+        raise UserError(
+            f"{fused[0].parameter}: the products of these experts cannot be followed; this architecture is not supported"
+        )
     for matrix in matrices:
         if matrix.name not in shares and not matrix.fused:
             raise UserError(
@@ -331,9 +338,16 @@ def gather(
     for name, statistic in statistics.items():
         if not statistic.finite():
             raise UserError(
-                f"{text.streamed.loaded.ref}: NaN or infinite values enter {name} (block {layer}); the activations overflow in {text.streamed.model.dtype}, try --dtype float32"
+                f"{text.streamed.loaded.ref}: NaN or infinite values enter {name} (block {layer}); {overflow(text.streamed.model.dtype)}"
             )
     return statistics, shares
+
+
+def overflow(dtype: torch.dtype) -> str:
+    """What to do about activations that overflow."""
+    if dtype in (torch.float32, torch.float64):
+        return f"the model itself overflows in {dtype} on this text; give another text"
+    return f"the activations overflow in {dtype}, try --dtype float32"
 
 
 def _picked_positions(samples: int, length: int) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from prunescope.models.matrices import find_neurons
 from prunescope.models.streaming import StreamedModel
-from prunescope.prune.sparsify import Plan, block_matrices
+from prunescope.prune.sparsify import Plan, block_matrices, removed_neurons, smaller_config
 
 __all__ = ["estimate"]
 
@@ -19,6 +20,8 @@ def estimate(streamed: StreamedModel, plan: Plan, tokens: int, tokens_at_a_time:
     Time counts floating-point operations: two passes of the text, the Gram matrices, and SparseGPT's factorisation and updates, at the
     rate of a matrix product measured now. Memory is that of the largest block on top of the process itself.
     """
+    if plan.method == "structured":
+        smaller_config(streamed, plan)  # complains where the run would
     rows: list[dict[str, Any]] = []
     operations, memory = 0.0, 0
     for layer in range(len(streamed.blocks)):
@@ -26,12 +29,17 @@ def estimate(streamed: StreamedModel, plan: Plan, tokens: int, tokens_at_a_time:
         parameters = sum(p.numel() for p in streamed.blocks[layer].parameters())
         operations += (4 if tokens else 0) * parameters * tokens
         widths: dict[tuple[str, int | None, int], int] = {}
-        for matrix in (m for m in matrices if m.name in plan.goals):
+        removed = {}
+        if plan.method == "structured":
+            removed = {neurons.name: removed_neurons(plan, neurons) for neurons in find_neurons(matrices)}
+        for matrix in (m for m in matrices if m.name in plan.goals and (not removed or m.name in removed)):
             outputs, inputs = matrix.weight.shape
             goal = plan.goals[matrix.name]
             gone = (
                 goal.count(outputs * inputs) if plan.method != "wanda" or plan.variant else goal.count(inputs) * outputs
             )
+            if removed:
+                gone = outputs * removed[matrix.name]
             rows.append(
                 {
                     "layer": layer,

@@ -26,15 +26,25 @@ from prunescope.errors import UserError
 from prunescope.models.loading import RECORD, LoadedModel, load_model
 from prunescope.models.streaming import StreamedModel, stream_model
 from prunescope.progress import console
+from prunescope.prune.calibrate import overflow
 from prunescope.prune.estimate import estimate
 from prunescope.prune.selection import Goal
-from prunescope.prune.sparsify import Plan, Pruned, has_fused_experts, make_plan, owl_sparsities, prune_model
+from prunescope.prune.sparsify import (
+    Plan,
+    Pruned,
+    has_fused_experts,
+    make_plan,
+    owl_sparsities,
+    prune_model,
+    reports,
+)
 from prunescope.report.tables import show_plan, show_sparsified
 
 __all__ = ["run_sparsify"]
 
 _TOKENS_AT_A_TIME = 2048
-_KEY = "part-key.json"
+_FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
+_BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
 
 def run_sparsify(config: dict[str, Any]) -> SparsifyResult:
@@ -51,27 +61,21 @@ def run_sparsify(config: dict[str, Any]) -> SparsifyResult:
         out = str(Path(held) / "checkpoint")
     elif config["resume"] and Path(out).expanduser().exists():
         return _finished(config)
-    with (
-        results.staged(out, overwrite=config["overwrite"], resume=config["resume"]) as staging,
-        _interruptible(staging),
-    ):
-        streamed, batch_size = _open(config, staging / "scratch")
-        results.require_space(out, sum(tensor.nbytes for tensor in streamed.stored.values()) + 2**24)
-        calibration, windows = _texts(config, streamed, batch_size)
-        key = _key(config, streamed, calibration, windows)
-        plan = _plan(config, streamed, goal, overrides, calibration, batch_size, staging, key)
-        try:
-            pruned = prune_model(
-                streamed, plan, None if calibration is None else calibration.tokens, staging,
-                perplexity=windows, batch_size=batch_size, limit=config["memory_mb"] * 2**20,
-            )  # fmt: skip
-        except FloatingPointError as error:
-            raise UserError(
-                f"{config['model']}: {error}; the activations overflow in {streamed.model.dtype}, try --dtype float32"
-            ) from error
-        record = _record(config, streamed, plan, calibration, pruned, key, started)
-        results.write_config(staging, config)
-        results.write_json(staging / RECORD, record)
+    try:
+        with (
+            results.staged(out, overwrite=config["overwrite"], resume=config["resume"]) as staging,
+            _leaving_nothing_useless(staging),
+        ):
+            if (staging / RECORD).is_file() and not reports(staging).is_dir():  # cut off behind the last block
+                record = _same(config, staging)
+            else:
+                record = _prune(config, goal, overrides, out, staging, started)
+            for name in ("scratch", "finished"):
+                shutil.rmtree(staging / name, ignore_errors=True)
+    except BaseException:
+        if held is not None:
+            shutil.rmtree(held, ignore_errors=True)
+        raise
     show_sparsified(record)
     if config["out"] is not None:
         console.print(f"written: {out}", markup=False)
@@ -79,6 +83,42 @@ def run_sparsify(config: dict[str, Any]) -> SparsifyResult:
     if held is not None:
         weakref.finalize(result, shutil.rmtree, held, ignore_errors=True)
     return result
+
+
+def _prune(
+    config: dict[str, Any], goal: Goal, overrides: Mapping[str, Goal], out: str, staging: Path, started: float
+) -> dict[str, Any]:
+    """Everything into ``staging``; gives the record that is written there."""
+    streamed = _open(config, staging / "scratch")
+    batch_size = _batch(config, streamed, _length(config, streamed))
+    options: Any = {name: config[name] for name in ("block_size", "damping", "variant")} | {"overrides": overrides}
+    make_plan(streamed, config["method"], goal, **options)  # complains before any work
+    calibration, windows = _texts(config, streamed)
+    hidden = sum(t.numel() for t in (windows, windows, calibration.tokens if calibration else None) if t is not None)
+    hidden *= streamed.loaded.anatomy.hidden_size * streamed.model.dtype.itemsize
+    spilled = hidden if hidden > config["memory_mb"] * 2**20 else 0
+    results.require_space(out, sum(tensor.nbytes for tensor in streamed.stored.values()) + spilled + 2**24)
+    key = _key(config, streamed, calibration, windows, overrides)
+    try:
+        by_layer = _allocation(config, streamed, goal, calibration, batch_size, staging, key)
+        plan = make_plan(streamed, config["method"], goal, by_layer=by_layer, **options)
+        pruned = prune_model(
+            streamed,
+            plan,
+            None if calibration is None else calibration.tokens,
+            staging,
+            perplexity=windows,
+            batch_size=batch_size,
+            perplexity_batch_size=1 if windows is None else _batch(config, streamed, windows.shape[1]),
+            limit=config["memory_mb"] * 2**20,
+        )
+    except FloatingPointError as error:
+        raise UserError(f"{config['model']}: {error}; {overflow(streamed.model.dtype)}") from error
+    record = _record(config, streamed, plan, calibration, pruned, key, started)
+    results.write_config(staging, config)
+    results.write_json(staging / RECORD, record)
+    reports(staging).rename(staging / "finished")
+    return record
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------
@@ -89,26 +129,45 @@ def _check(config: Mapping[str, Any]) -> tuple[Goal, dict[str, Goal]]:
     for name in ("batch_size", "memory_mb", "block_size", "perplexity_windows", "samples"):
         if config[name] is not None and config[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} {config[name]}: it must be at least 1")
+    if config["seq_len"] is not None and config["seq_len"] < 2:
+        raise UserError(f"--seq-len {config['seq_len']}: at least two tokens are needed")
     if not 0 <= config["seed"] < 2**31:
         raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
     if not config["damping"] > 0:
         raise UserError(f"--damping {config['damping']}: it must be positive")
-    if config["variant"] and config["method"] != "wanda":
-        raise UserError(f"--variant is one of wanda, not of {config['method']}; leave it out")
-    if config["calibration"] == "none" and (config["method"] != "magnitude" or config["allocation"] == "owl"):
-        raise UserError("--calibration none goes with magnitude and uniform allocation only; the others need a text")
+    if config["perplexity"] is not None and not Path(config["perplexity"]).is_file():
+        raise UserError(f"perplexity file {config['perplexity']}: no such file; give a text, JSON or JSONL file")
     if config["perplexity_windows"] is not None and config["perplexity"] is None:
         raise UserError("--perplexity-windows goes with --perplexity FILE; give the file")
     goal = _goal(config)
-    if config["allocation"] == "owl" and goal.of:
-        raise UserError(f"--allocation owl varies the share from block to block; it does not go with --pattern {goal}")
-    if not 0 < config["owl_spread"] < 1 or not config["owl_threshold"] > 1:
-        raise UserError("--owl-spread must lie between 0 and 1, --owl-threshold above 1")
+    _check_together(config, goal)
     if config["out"] is not None:
-        results.check_free(config["out"], overwrite=config["overwrite"], resume=config["resume"])
+        out = Path(config["out"]).expanduser().absolute()
+        if out == Path(config["model"]).expanduser().absolute():
+            raise UserError(f"--out {config['out']} is the model itself; choose another folder")
+        results.check_free(out, overwrite=config["overwrite"], resume=config["resume"])
     elif config["resume"]:
         raise UserError("--resume goes on with an interrupted run; say where with --out")
     return goal, _overrides(config["sparsity_map"])
+
+
+def _check_together(config: Mapping[str, Any], goal: Goal) -> None:
+    """Options that do not go together. Raises UserError."""
+    method, owl = config["method"], config["allocation"] == "owl"
+    if config["variant"] and method != "wanda":
+        raise UserError(f"--variant is one of wanda, not of {method}; leave it out")
+    if config["variant"] and goal.of:
+        raise UserError(f"--variant moves weights between rows; it does not go with --pattern {goal}")
+    if method == "structured" and (goal.of or config["sparsity_map"] or owl):
+        raise UserError(
+            "structured removes the same share of whole neurons in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
+        )
+    if owl and goal.of:
+        raise UserError(f"--allocation owl varies the share from block to block; it does not go with --pattern {goal}")
+    if config["calibration"] == "none" and (method != "magnitude" or owl):
+        raise UserError("--calibration none goes with magnitude and uniform allocation only; the others need a text")
+    if not 0 < config["owl_spread"] < 1 or not config["owl_threshold"] > 1:
+        raise UserError("--owl-spread must lie between 0 and 1, --owl-threshold above 1")
 
 
 def _goal(config: Mapping[str, Any]) -> Goal:
@@ -131,121 +190,147 @@ def _overrides(path: str | None) -> dict[str, Goal]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        # scalars as they are written: YAML would read 2:4 as a time of day
+        content = yaml.load(Path(path).read_text("utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         first = next(iter(str(error).splitlines()), "")
         raise UserError(
             f"sparsity map {path} cannot be read ({first}); give a YAML file of module patterns and shares"
         ) from error
     if not isinstance(content, dict) or not content:
-        raise UserError(f"sparsity map {path} holds no 'pattern: share' lines; write for example '*.down_proj: 0.4'")
+        raise UserError(f"sparsity map {path} holds no 'pattern: share' lines; write for example '*.down_proj': 0.4")
     try:
-        return {str(pattern): Goal.parse(_minutes(value)) for pattern, value in content.items()}
+        return {str(pattern): Goal.parse(value) for pattern, value in content.items()}
     except UserError as error:
         raise UserError(f"sparsity map {path}: {error}") from error
-
-
-def _minutes(value: Any) -> Any:
-    """YAML 1.1 reads an unquoted 2:4 as two minutes and four seconds."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
-        return f"{value // 60}:{value % 60}"
-    return value
 
 
 # --- stages ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _interruptible(staging: Path) -> Iterator[None]:
-    """What was converted is of use to a resumed run only with a finished block; without one nothing is left behind."""
+def _leaving_nothing_useless(staging: Path) -> Iterator[None]:
+    """What was begun is of use to a resumed run only with a finished block; without one nothing is left behind."""
     try:
         yield
     except BaseException:
-        if not any(staging.glob("part-*.safetensors")):
-            (staging / _KEY).unlink(missing_ok=True)
+        if not any(staging.glob("*.safetensors")):
+            shutil.rmtree(reports(staging), ignore_errors=True)
         raise
 
 
-def _open(config: Mapping[str, Any], scratch: Path) -> tuple[StreamedModel, int]:
+def _open(config: Mapping[str, Any], scratch: Path) -> StreamedModel:
     streamed = stream_model(
-        config["model"], scratch, dtype=config["dtype"], device=config["device"],
-        revision=config["revision"], trust_remote_code=config["trust_remote_code"],
-    )  # fmt: skip
-    length = config["seq_len"] or (256 if config["calibration"] == SELF else min(2048, streamed.loaded.context or 2048))
-    batch_size = config["batch_size"] or max(1, _TOKENS_AT_A_TIME // length)
-    return streamed, 1 if has_fused_experts(streamed) else batch_size
-
-
-def _texts(
-    config: Mapping[str, Any], streamed: StreamedModel, batch_size: int
-) -> tuple[Calibration | None, Tensor | None]:
-    def sampler() -> LoadedModel:
-        full = load_model(
-            str(streamed.folder),
-            dtype=config["dtype"],
-            device=config["device"],
-            trust_remote_code=config["trust_remote_code"],
+        config["model"],
+        scratch,
+        dtype=config["dtype"],
+        device=config["device"],
+        revision=config["revision"],
+        trust_remote_code=config["trust_remote_code"],
+    )
+    if config["calibration"] == "none" and ":" in (config["pattern"] or "") and has_fused_experts(streamed):
+        raise UserError(
+            "--calibration none: which way the experts of this model lie is seen only when a text runs; give a text with --pattern"
         )
+    return streamed
+
+
+def _length(config: Mapping[str, Any], streamed: StreamedModel) -> int:
+    """Tokens of a calibration sample."""
+    return int(
+        config["seq_len"] or min(256 if config["calibration"] == SELF else 2048, streamed.loaded.context or 2048)
+    )
+
+
+def _batch(config: Mapping[str, Any], streamed: StreamedModel, length: int) -> int:
+    """Samples at a time; one where experts are fused, since which rows an expert gets must not depend on the batch."""
+    return 1 if has_fused_experts(streamed) else int(config["batch_size"] or max(1, _TOKENS_AT_A_TIME // length))
+
+
+def _texts(config: Mapping[str, Any], streamed: StreamedModel) -> tuple[Calibration | None, Tensor | None]:
+    def sampler() -> LoadedModel:
+        options = {name: config[name] for name in ("dtype", "device", "trust_remote_code")}
+        full = load_model(str(streamed.folder), **options)
         full.ref, full.identity = streamed.loaded.ref, streamed.loaded.identity
         return full
 
-    calibration = None
-    if config["calibration"] != "none":
-        calibration = calibration_tokens(
-            streamed.loaded, config["calibration"], samples=config["samples"], seq_len=config["seq_len"], seed=config["seed"],
-            cache=cache_folder() if config["cache"] else None, sampler=sampler,
-        )  # fmt: skip
     windows = None
     if config["perplexity"] is not None:
         windows = perplexity_tokens(
             streamed.loaded, config["perplexity"], length=config["seq_len"], windows=config["perplexity_windows"]
         )
+    calibration = None
+    if config["calibration"] != "none":
+        calibration = calibration_tokens(
+            streamed.loaded,
+            config["calibration"],
+            samples=config["samples"],
+            seq_len=config["seq_len"],
+            seed=config["seed"],
+            cache=cache_folder() if config["cache"] else None,
+            sampler=sampler,
+        )
     return calibration, windows
 
 
-def _plan(
+def _allocation(
     config: Mapping[str, Any],
     streamed: StreamedModel,
     goal: Goal,
-    overrides: Mapping[str, Goal],
     calibration: Calibration | None,
     batch_size: int,
     staging: Path,
     key: str,
-) -> Plan:
-    """The plan of a run that is resumed (outliers are not counted again), else a new one, kept for that."""
-    options: Any = {name: config[name] for name in ("block_size", "damping", "variant")} | {"overrides": overrides}
-    make_plan(streamed, config["method"], goal, **options)  # complain before any work
-    path = staging / _KEY
-    by_layer = None
+) -> list[float] | None:
+    """Sparsity by block where it is not uniform: that of the run that is resumed, else found now and kept for one.
+
+    Raises:
+        UserError: the run that is resumed was begun with something else.
+    """
+    path = reports(staging) / "plan.json"
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
         if kept["key"] != key:
             raise UserError(
                 f"{staging} was begun with another model, text or options; go on with those, or start anew with --overwrite"
             )
-        by_layer = kept["by_layer"]
-    elif config["allocation"] == "owl" and calibration is not None:
+        found: list[float] | None = kept["by_layer"]
+        return found
+    for part in staging.glob("*.safetensors"):  # of nobody knows what
+        part.unlink()
+    by_layer = None
+    if config["allocation"] == "owl" and calibration is not None:
         by_layer = owl_sparsities(
-            streamed, calibration.tokens, goal.sparsity, threshold=config["owl_threshold"], spread=config["owl_spread"],
-            batch_size=batch_size, limit=config["memory_mb"] * 2**20, file=staging / "scratch" / "outliers.bin",
-        )  # fmt: skip
+            streamed,
+            calibration.tokens,
+            goal.sparsity,
+            threshold=config["owl_threshold"],
+            spread=config["owl_spread"],
+            batch_size=batch_size,
+            limit=config["memory_mb"] * 2**20,
+            file=staging / "scratch" / "outliers.bin",
+        )
+    path.parent.mkdir(exist_ok=True)
     results.write_json(path, {"key": key, "by_layer": by_layer})
-    return make_plan(streamed, config["method"], goal, by_layer=by_layer, **options)
+    return by_layer
 
 
 def _key(
-    config: Mapping[str, Any], streamed: StreamedModel, calibration: Calibration | None, windows: Tensor | None
+    config: Mapping[str, Any],
+    streamed: StreamedModel,
+    calibration: Calibration | None,
+    windows: Tensor | None,
+    overrides: Mapping[str, Goal],
 ) -> str:
     """Names everything that decides the result."""
-    left_out = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb", "model")
+    text = None if calibration is None else {k: v for k, v in calibration.describe().items() if k != "source"}
     content = {
-        "config": {name: value for name, value in config.items() if name not in left_out},
-        "map": {pattern: str(goal) for pattern, goal in _overrides(config["sparsity_map"]).items()},
+        "config": {name: value for name, value in config.items() if name not in (*_FREE, *_BY_CONTENT)},
+        "map": {pattern: str(goal) for pattern, goal in overrides.items()},
         "model": streamed.loaded.identity,
         "dtype": str(streamed.model.dtype),
         "device": streamed.device.type,
-        "calibration": None if calibration is None else calibration.describe(),
+        "calibration": text,
         "windows": None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "versions": {name: version(name) for name in ("prunescope", "torch", "transformers")},
     }
@@ -263,6 +348,9 @@ def _record(
 ) -> dict[str, Any]:
     loaded = streamed.loaded
     before = loaded.record or {}
+    earlier = list(before.get("pruned_before", []))
+    if before.get("command") == "sparsify":
+        earlier.append({name: before.get(name) for name in ("base", "method", "asked", "sparsity")})
     return {
         "schema_version": 1,
         "command": "sparsify",
@@ -273,6 +361,7 @@ def _record(
         "kept_layers": list(loaded.layer_map),
         "drop_attn_list": before.get("drop_attn_list", []),
         "drop_mlp_list": before.get("drop_mlp_list", []),
+        "pruned_before": earlier,
         "method": plan.method,
         "asked": config["pattern"] if config["pattern"] not in (None, "unstructured") else config["sparsity"],
         "sparsity": _overall(plan, pruned.rows),
@@ -298,35 +387,38 @@ def _overall(plan: Plan, rows: list[dict[str, Any]]) -> float:
 
 
 def _finished(config: Mapping[str, Any]) -> SparsifyResult:
-    """What ``--resume`` finds complete. Raises UserError if it was made of something else."""
+    """What ``--resume`` finds complete."""
     folder = Path(config["out"]).expanduser()
-    path = folder / RECORD
+    record = _same(config, folder)
+    console.print(f"complete already: {folder}", markup=False)
+    return SparsifyResult(record, folder)
+
+
+def _same(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The record of a complete folder. Raises UserError if it was made of something else."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
         made_with = dict(record["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} exists and is no checkpoint of sparsify; choose another --out or give --overwrite"
         ) from error
-    free = ("out", "overwrite", "resume", "cache", "memory_mb")
-    if any(made_with.get(name) != value for name, value in config.items() if name not in free):
+    if any(made_with.get(name) != value for name, value in config.items() if name not in _FREE):
         raise UserError(
             f"{folder} is complete, but was made with other options; choose another --out or give --overwrite"
         )
-    console.print(f"complete already: {folder}", markup=False)
-    return SparsifyResult(record, folder)
+    return record
 
 
 def _dry_run(config: Mapping[str, Any], goal: Goal, overrides: Mapping[str, Goal], folder: Path) -> SparsifyResult:
-    streamed, batch_size = _open(config, folder)
+    streamed = _open(config, folder)
     options: Any = {name: config[name] for name in ("block_size", "damping", "variant")} | {"overrides": overrides}
     plan = make_plan(streamed, config["method"], goal, **options)
-    default = (32, 256) if config["calibration"] == SELF else (128, min(2048, streamed.loaded.context or 2048))
-    samples, length = config["samples"] or default[0], config["seq_len"] or default[1]
-    tokens = 0 if config["calibration"] == "none" else samples * length
-    found = estimate(streamed, plan, tokens, batch_size * length, config["memory_mb"] * 2**20)
-    record = (
-        {"method": plan.method, "sparsity": found["sparsity"], "perplexity": None} | found | {"config": dict(config)}
-    )
+    length = _length(config, streamed)
+    default = 32 if config["calibration"] == SELF else 128
+    samples = 0 if config["calibration"] == "none" else config["samples"] or default
+    tokens_at_a_time = _batch(config, streamed, length) * length
+    found = estimate(streamed, plan, samples * length, tokens_at_a_time, config["memory_mb"] * 2**20)
+    record = {"method": plan.method, "perplexity": None} | found | {"config": dict(config)}
     show_plan(record)
     return SparsifyResult(record, None)

@@ -29,7 +29,7 @@ class NotPositiveDefiniteError(ArithmeticError):
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """``R``, lower triangular, whose reversal in both axes is the ``U`` of ``U^T U = (H + damping * mean(diag H) * I)^-1``.
 
-    Where an input is dead, its diagonal counts as 1.
+    Where an input is dead, its diagonal counts as the mean of the others.
 
     Args:
         hessian: ``(n, n)`` float32 or float64, symmetric; left as it is.
@@ -41,11 +41,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    mean = torch.where(dead, 1.0, diagonal).mean()
+    mean = diagonal.sum() / (~dead).sum() if not dead.all() else torch.ones_like(diagonal[0])
     for step in range(_DAMPING_STEPS):
         used = damping * 10**step
         lower = hessian.flip(0, 1).mT  # symmetric; by columns, as LAPACK wants it, so that nothing is copied
-        lower.diagonal().add_(dead.flip(0)).add_(used * mean)
+        lower.diagonal().add_(dead.flip(0) * mean).add_(used * mean)
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):

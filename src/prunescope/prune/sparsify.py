@@ -31,6 +31,7 @@ from prunescope.prune.selection import Goal
 from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt
 from prunescope.prune.structured import structured
 from prunescope.prune.wanda import wanda, wanda_scores
+from prunescope.results import write_json
 
 __all__ = ["METHODS", "Method", "Plan", "Pruned", "make_plan", "prune_model"]
 
@@ -120,8 +121,9 @@ def make_plan(
             )
         goals = {matrix.name: goal for matrix in matrices if matrix.kind == "mlp"}
     kept = {name: chosen for name, chosen in goals.items() if chosen.of or chosen.sparsity > 0}
-    if not kept:
-        raise UserError("nothing would be pruned: every matrix has sparsity 0; raise --sparsity")
+    weights = {matrix.name: matrix.weight.numel() for matrix in matrices}
+    if not any(chosen.count(weights[name]) for name, chosen in kept.items()):
+        raise UserError(f"nothing would be pruned at sparsity {goal}; raise it")
     sizes = tuple(sorted(set(config_sizes(streamed).values()))) if method == "structured" else ()
     multiple = _EXPERT_MULTIPLE if any(matrix.fused for matrix in matrices) else 1
     return Plan(method, kept, block_size, damping, variant, sizes, multiple)
@@ -152,6 +154,7 @@ def prune_model(
     *,
     perplexity: Tensor | None = None,
     batch_size: int = 1,
+    perplexity_batch_size: int = 1,
     limit: int = 2**32,
 ) -> Pruned:
     """Prune every block and write the checkpoint's weights and config into ``folder``.
@@ -167,21 +170,22 @@ def prune_model(
         FloatingPointError: a block's output overflows.
     """
     scratch = folder / "scratch"
+    reports(folder).mkdir(exist_ok=True)
     blocks = len(streamed.blocks)
     shapes: dict[str, torch.Size] = {}
     pruned = Pruned()
     if plan.method == "structured":
-        pruned.config, shapes = _smaller(streamed, plan)
+        pruned.config, shapes = smaller_config(streamed, plan)
     done = _finished_parts(folder, blocks)
     shares = limit // (1 + 2 * (perplexity is not None))
 
-    def text(of: Tensor, name: str) -> Text:
-        return Text(streamed, of, batch_size, shares, scratch / name)
+    def text(of: Tensor, name: str, batch: int) -> Text:
+        return Text(streamed, of, batch, shares, scratch / name)
 
-    calibration = text(tokens, "calibration.bin") if tokens is not None else None
+    calibration = text(tokens, "calibration.bin", batch_size) if tokens is not None else None
     before = after = None
     if perplexity is not None:
-        before, after = text(perplexity, "before.bin"), text(perplexity, "after.bin")
+        before, after = (text(perplexity, f"{name}.bin", perplexity_batch_size) for name in ("before", "after"))
     units = (2 * len(tokens) if tokens is not None else 0) + (2 * len(perplexity) if perplexity is not None else 0) or 1
     earlier: Mapping[str, Tensor] | None = None
     if done and plan.method != "structured":
@@ -197,7 +201,7 @@ def prune_model(
                 if before is not None and not (layer < done and earlier is not None):
                     before.run(layer, keep=True, advance=advance)
                 if layer < done:
-                    found = json.loads(_part(folder, layer, ".json").read_text("utf-8"))
+                    found = json.loads(_report(folder, layer).read_text("utf-8"))
                     if plan.method == "structured":
                         _cut_again(streamed, plan, layer, found["kept"])
                     if calibration is not None:
@@ -222,7 +226,6 @@ def prune_model(
         if stream is not None:
             stream.close()
     _finish(streamed, folder, pruned.config)
-    shutil.rmtree(scratch, ignore_errors=True)
     return pruned
 
 
@@ -247,7 +250,7 @@ def _prune_block(
     for first, group in groups.items():
         statistic = statistics.pop(first, None)
         unseen = text is not None and (statistic is None or statistic.tokens == 0)
-        if unseen:
+        if unseen and plan.method != "magnitude":
             statistic = _uniform(group[0], plan.method == "sparsegpt")
         old = [matrix.weight.to(torch.float32, copy=True) for matrix in group]
         advance.note(f"block {layer}: {group[0].name}")
@@ -258,10 +261,8 @@ def _prune_block(
                 _row(layer, matrix, plan, before, matrix.weight.float(), None if unseen else statistic, damping)
             )
         if unseen:
-            console.print(
-                f"{group[0].name}: no calibration token reached it; pruned as if all its inputs were alike",
-                markup=False,
-            )
+            how = "" if plan.method == "magnitude" else "; pruned as if all its inputs were alike"
+            console.print(f"{group[0].name}: no calibration token reached it{how}", markup=False)
     few = [row for row in rows if row["few_tokens"] and row["tokens"]]
     if few:
         console.print(
@@ -361,7 +362,7 @@ def _prune_neurons(
                 f"{neurons.name}: no calibration token reached it; pruned as if all its inputs were alike", markup=False
             )
         weight = neurons.reader.weight
-        stay = structured(weight, statistic.norm(), _removed(plan, neurons))
+        stay = structured(weight, statistic.norm(), removed_neurons(plan, neurons))
         kept.append(stay)
         zeroed = torch.zeros_like(weight).index_copy_(1, stay, weight.index_select(1, stay))
         row = _row(layer, neurons.reader, plan, weight, zeroed, None if unseen else statistic, None)
@@ -376,7 +377,7 @@ def _prune_neurons(
     return {"rows": rows, "kept": [stay.tolist() for stay in kept]}
 
 
-def _removed(plan: Plan, neurons: Neurons) -> int:
+def removed_neurons(plan: Plan, neurons: Neurons) -> int:
     """Neurons that go; at least one stays. Shared experts are several experts side by side, and lose a multiple of what one loses."""
     one = next(
         (size for size in plan.sizes if neurons.count % size == 0 and neurons.count not in plan.sizes), neurons.count
@@ -435,7 +436,7 @@ def config_sizes(streamed: StreamedModel) -> dict[str, int]:
     return sizes
 
 
-def _smaller(streamed: StreamedModel, plan: Plan) -> tuple[dict[str, int], dict[str, torch.Size]]:
+def smaller_config(streamed: StreamedModel, plan: Plan) -> tuple[dict[str, int], dict[str, torch.Size]]:
     """New values of the config's sizes, and the shapes of all parameters in a model built from them.
 
     Raises:
@@ -470,8 +471,17 @@ def _check_shapes(streamed: StreamedModel, layer: int, shapes: Mapping[str, torc
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def _part(folder: Path, layer: int, suffix: str = ".safetensors") -> Path:
-    return folder / f"part-{layer:05d}{suffix}"
+def reports(folder: Path) -> Path:
+    """What an unfinished run needs to go on: the reports of its blocks, and its plan. Gone as a whole when the checkpoint is complete."""
+    return folder / "part-reports"
+
+
+def _part(folder: Path, layer: int) -> Path:
+    return folder / f"part-{layer:05d}.safetensors"
+
+
+def _report(folder: Path, layer: int) -> Path:
+    return reports(folder) / f"{layer:05d}.json"
 
 
 def _finished_parts(folder: Path, blocks: int) -> int:
@@ -481,7 +491,7 @@ def _finished_parts(folder: Path, blocks: int) -> int:
         if named.is_file() and not _part(folder, layer).exists():
             named.rename(_part(folder, layer))
     done = 0
-    while done < blocks and _part(folder, done).is_file() and _part(folder, done, ".json").is_file():
+    while done < blocks and _part(folder, done).is_file() and _report(folder, done).is_file():
         done += 1
     return done
 
@@ -506,8 +516,7 @@ def _write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[s
             source = streamed.stored[key]
             changed = name in touched or tuple(value.shape) != source.shape
             tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
-    report = _part(folder, layer, ".json")
-    report.write_text(json.dumps(found), "utf-8")
+    write_json(_report(folder, layer), found)
     write_shard(_part(folder, layer), dict(sorted(tensors.items())))
 
 
@@ -541,8 +550,6 @@ def _finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> 
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for layer, part in enumerate(parts):
         part.rename(folder / names[layer + 1])
-    for path in folder.glob("part-*"):
-        path.unlink()
 
 
 def _say_block(layer: int, blocks: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
