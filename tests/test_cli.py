@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -25,14 +26,16 @@ def test_the_public_surface_is_pinned() -> None:
         "DropResult",
         "LayerwiseResult",
         "Run",
+        "SparsifyResult",
         "UserError",
         "demo",
         "drop",
         "layerwise",
         "load",
         "open",
+        "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "layerwise"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 
@@ -148,6 +151,25 @@ def encoder(folder: Path) -> str:
     return str(folder / "t5")
 
 
+def sparse(folder: Path, *options: str, dense: str | None = None, words: int = 200) -> list[str]:
+    text = file(folder, "words.txt", " ".join(f"w{4 + i % 50}" for i in range(words)))
+    sizes = ["--calibration", text, "--samples", "4", "--seq-len", "16"]
+    return ["sparsify", dense or model(folder), *sizes, *(options or ("--sparsity", "0.5"))]
+
+
+def sharded(folder: Path, spoil: Callable[[Path], None]) -> str:
+    tiny_model("llama").save_pretrained(folder / "dense", max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    spoil(sorted((folder / "dense").glob("*.safetensors"))[1])
+    return str(folder / "dense")
+
+
+def recipe(folder: Path) -> str:
+    result = prunescope.drop(model(folder), n=1, samples=2, seq_len=8, device="cpu")
+    result.save(folder / "recipe")
+    return str(folder / "recipe")
+
+
 MISTAKES: dict[str, tuple[Prepare, str]] = {
     "no command": (lambda f: [], "expected"),
     "unknown command": (lambda f: ["dorp"], "dorp"),
@@ -195,6 +217,40 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     "cold sampling": (lambda f: ["layerwise", model(f), "--temperature", "-1"], "cannot be negative"),
     "short text": (lambda f: ["drop", model(f), "--n", "1", "--calibration", file(f, "c.txt", "w5 w6")], "shorter than one sample"),
     "half a block": (lambda f: ["drop", model(f), "--n", "1", "--samples", "2", "--seq-len", "8", "--format", "compact"], "whole blocks"),
+    "nothing asked": (lambda f: ["sparsify", model(f)], "--sparsity 0.5, or --pattern 2:4"),
+    "all weights": (lambda f: sparse(f, "--sparsity", "1"), "from 0 up to, not including, 1"),
+    "negative sparsity": (lambda f: sparse(f, "--sparsity=-0.1"), "from 0 up to, not including, 1"),
+    "hardly any sparsity": (lambda f: sparse(f, "--sparsity", "0.0001"), "nothing would be pruned"),
+    "N:M that does not divide": (lambda f: sparse(f, "--pattern", "2:5"), "model.layers.0.self_attn.q_proj.weight has 32 inputs, which 5 does not divide"),
+    "unknown pattern": (lambda f: sparse(f, "--pattern", "2x4"), "N:M such as 2:4"),
+    "N is M": (lambda f: sparse(f, "--pattern", "4:4"), "0 < N < M"),
+    "sparsity against pattern": (lambda f: sparse(f, "--pattern", "1:4", "--sparsity", "0.5"), "removes 0.75"),
+    "no sparsity map": (lambda f: sparse(f, "--sparsity", "0.5", "--sparsity-map", str(f / "none.yaml")), "cannot be read"),
+    "sparsity map matches nothing": (lambda f: sparse(f, "--sparsity", "0.5", "--sparsity-map", file(f, "m.yaml", "'*.experts.*': 0.5")), "'*.experts.*' matches no matrix"),
+    "per cent in a sparsity map": (lambda f: sparse(f, "--sparsity", "0.5", "--sparsity-map", file(f, "m.yaml", "'*.up_proj': 70")), "sparsity 70"),
+    "sparsity map of a list": (lambda f: sparse(f, "--sparsity", "0.5", "--sparsity-map", file(f, "m.yaml", "- 1")), "pattern: share"),
+    "variant of another method": (lambda f: sparse(f, "--sparsity", "0.5", "--variant"), "one of wanda"),
+    "wanda without text": (lambda f: ["sparsify", model(f), "--method", "wanda", "--sparsity", "0.5", "--calibration", "none"], "the others need a text"),
+    "structured by pattern": (lambda f: sparse(f, "--method", "structured", "--pattern", "2:4"), "config.json holds one size"),
+    "structured by block": (lambda f: sparse(f, "--method", "structured", "--sparsity", "0.5", "--allocation", "owl"), "config.json holds one size"),
+    "no neuron to remove": (lambda f: sparse(f, "--method", "structured", "--sparsity", "0.01"), "would remove no neuron of 48"),
+    "owl by pattern": (lambda f: sparse(f, "--pattern", "2:4", "--allocation", "owl"), "does not go with --pattern"),
+    "owl too wide": (lambda f: sparse(f, "--sparsity", "0.05", "--allocation", "owl", "--owl-spread", "0.5"), "choose a smaller --owl-spread"),
+    "short calibration text": (lambda f: sparse(f, "--sparsity", "0.5", words=9), "shorter than one sample of 16"),
+    "no perplexity text": (lambda f: sparse(f, "--sparsity", "0.5", "--perplexity", str(f / "none.txt")), "no such file"),
+    "empty perplexity text": (lambda f: sparse(f, "--sparsity", "0.5", "--perplexity", file(f, "e.txt", "")), "at least two"),
+    "a shard is missing": (lambda f: sparse(f, dense=sharded(f, lambda p: p.unlink())), "model-00002-of-"),
+    "a shard is truncated": (lambda f: sparse(f, dense=sharded(f, cut)), "it is truncated"),
+    "a shard is empty": (lambda f: sparse(f, dense=sharded(f, lambda p: p.write_bytes(b""))), "cannot be read"),
+    "NaN in a block": (lambda f: sparse(f, dense=edit_weights(f, lambda w: w["model.layers.2.mlp.up_proj.weight"].view(-1)[5:6].fill_(float("nan")) and None)), "model.layers.2.mlp.up_proj.weight holds NaN"),  # type: ignore[func-returns-value]
+    "quantised weights": (lambda f: sparse(f, dense=edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4})), "quantised"),
+    "config is a list": (lambda f: sparse(f, dense=(lambda d: (file(Path(d), "config.json", "[]"), d)[1])(model(f))), "config.json cannot be read"),
+    "a recipe to prune": (lambda f: sparse(f, dense=recipe(f)), "no weights of its own"),
+    "drop lists to prune": (lambda f: sparse(f, dense=edit_config(f, drop_attn_list=[1])), "drops sublayers"),
+    "too narrow dtype": (lambda f: sparse(f, "--sparsity", "0.5", "--dtype", "bfloat16"), "--dtype float32"),
+    "no damping": (lambda f: sparse(f, "--sparsity", "0.5", "--damping", "0"), "must be positive"),
+    "one-token samples": (lambda f: sparse(f, "--sparsity", "0.5", "--seq-len", "1"), "at least two tokens"),
+    "windows of nothing": (lambda f: sparse(f, "--sparsity", "0.5", "--perplexity-windows", "3"), "--perplexity FILE"),
     "bad config file": (lambda f: ["layerwise", "--config", str(f / "none.yaml")], "none.yaml"),
     "unknown key in config file": (lambda f: ["drop", model(f), "--config", file(f, "c.yaml", "sparsity: 0.5\n")], "sparsity"),
 }  # fmt: skip
@@ -207,6 +263,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     prepare, message = MISTAKES[mistake]
     argv = prepare(tmp_path)
     capfd.readouterr()
+    gc.collect()  # results that held a temporary folder
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out"
     assert main([*argv, "--out", str(out)] if argv and argv[0] in COMMANDS else argv) == 2
@@ -215,6 +272,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert message in lines[0]
     assert "Traceback" not in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sparsify_wants_a_place_that_is_not_the_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dense = model(tmp_path)
+    assert main(["sparsify", dense, "--sparsity", "0.5"]) == 2
+    assert main(["sparsify", dense, "--sparsity", "0.5", "--out", dense, "--overwrite"]) == 2
+    said = capfd.readouterr().err
+    assert "with --out DIR" in said and "is the model itself" in said
 
 
 def test_an_existing_folder_is_refused_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +326,11 @@ def test_no_space_on_the_disk(
         str(tmp_path / "run"),
     ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    pruning = [*sparse(tmp_path, dense=dense), "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", limited, *pruning], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "free some" in done.stderr
+    (tmp_path / "words.txt").unlink()
     done = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -124,7 +124,8 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
     except BaseException as error:
         mistake = isinstance(error, UserError) and not resume
         no_space = isinstance(error, OSError) and error.errno in NO_SPACE
-        if mistake or (no_space and not resume) or not any(partial.glob("part-*")):
+        useful = any(partial.glob("part-*")) or any((partial / name).is_file() for name in _OURS)
+        if mistake or (no_space and not resume) or not useful:
             shutil.rmtree(partial, ignore_errors=True)
             for parent in made:  # the deepest first; one that holds something stays
                 with suppress(OSError):
