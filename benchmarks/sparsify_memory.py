@@ -102,7 +102,9 @@ def main() -> None:
         block = 4 * (2 * d * d + 2 * 256 * d + 3 * d * hidden)
         bare, speed = bare_process(), rate()
         floor = bare + max(4 * vocabulary * d, block + 8 * hidden**2)
-        print(f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB; {speed / 1e9:.0f} GFLOP/s")
+        print(
+            f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB; {speed / 1e9:.0f} GFLOP/s"
+        )
         for tokens in options.tokens:
             length = 512
             argv = [
@@ -111,11 +113,15 @@ def main() -> None:
                 "--out", str(folder / "out"), "--device", "cpu",
             ]  # fmt: skip
             started = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 sys.exit(done.stderr)
             peak = 1024 * float(done.stderr.split("PEAK")[1])
-            seconds = [float(line.split(",")[-1].split()[0]) for line in done.stderr.splitlines() if line.startswith("block ")]
+            seconds = [
+                float(line.split(",")[-1].split()[0]) for line in done.stderr.splitlines() if line.startswith("block ")
+            ]
             middle = sorted(seconds)[len(seconds) // 2]
             operations = 4 * block / 4 * tokens
             if options.method == "sparsegpt":  # half of each Gram matrix; a factorisation and an inverse; updates

@@ -37,7 +37,7 @@ class InputStatistic:
         tokens: rows seen.
         squares: ``(n,)`` float32, sum of squares of each input.
         gram: ``(n, n)`` float32, sum of x x^T, or None where it is not asked for. Read it through `hessian`.
-        rows: ``(k, n)`` some of the rows, evenly spread; empty where a Gram matrix is gathered.
+        rows: ``(k, n)`` some of the rows, each times the root of how many it stands for; empty where a Gram matrix is gathered.
     """
 
     def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
@@ -295,7 +295,7 @@ def gather(
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
     samples, length = text.tokens.shape
-    picked = _picked_positions(samples, length).to(text.streamed.device)
+    picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
     running = 0
 
     def see(matrix: Matrix, entering: Tensor, first: Matrix) -> None:
@@ -311,10 +311,10 @@ def gather(
             statistics[matrix.name] = InputStatistic(width, rows.device, gram=gram)
         sampled = None
         if not gram and len(rows) == running * length:
-            sampled = rows.view(running, length, width)[:, picked].reshape(-1, width)
+            sampled = (rows.view(running, length, width)[:, picked].float() * stands_for.sqrt()[:, None]).flatten(0, 1)
         elif not gram and len(rows):  # an expert's: some of what it got
             few = min(-(-_EXPERT_ROWS // samples), len(rows))
-            sampled = rows[torch.linspace(0, len(rows) - 1, few).round().long()]
+            sampled = rows[torch.linspace(0, len(rows) - 1, few).round().long()].float() * math.sqrt(len(rows) / few)
         statistics[matrix.name].add(rows, sampled)
 
     with reading(matrices, see) as start:
@@ -350,7 +350,12 @@ def overflow(dtype: torch.dtype) -> str:
     return f"the activations overflow in {dtype}, try --dtype float32"
 
 
-def _picked_positions(samples: int, length: int) -> Tensor:
-    """Token positions of every sample whose rows are kept, so that about `_SAMPLED_ROWS` come together."""
-    each = min(length, max(1, math.ceil(_SAMPLED_ROWS / samples)))
-    return torch.linspace(0, length - 1, each).round().long()
+def _picked_positions(samples: int, length: int) -> tuple[Tensor, Tensor]:
+    """Token positions of every sample whose rows are kept, about `_SAMPLED_ROWS` in all, and how many positions each stands for.
+
+    The first position stands for itself alone: in many models its activations are larger than all others together.
+    """
+    each = min(length - 1, max(1, math.ceil(_SAMPLED_ROWS / samples)))
+    others = (torch.arange(each) * (length - 1)) // each + 1 + (length - 1) // each // 2
+    weights = torch.full((each,), (length - 1) / each)
+    return torch.cat([torch.tensor([0]), others.clamp(max=length - 1)]), torch.cat([torch.ones(1), weights])

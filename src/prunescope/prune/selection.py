@@ -114,9 +114,13 @@ def lowest_along_first(scores: Tensor, keep: int) -> Tensor:
 
 def _ranks_numpy(values: np.ndarray) -> np.ndarray:
     """Rank of each value along the first axis; on a tie the lower index counts as lower."""
-    ranks = np.zeros(values.shape, np.int8)
-    for i in range(1, len(values)):
-        below = values[:i] <= values[i]
-        ranks[i] += below.sum(0, dtype=np.int8)
-        ranks[:i] += ~below
+    of = len(values)
+    ranks = np.empty(values.shape, np.int8)
+    ranks[:] = np.arange(of - 1, -1, -1, dtype=np.int8).reshape(
+        -1, *(1,) * (values.ndim - 1)
+    )  # as if all later were lower
+    for i in range(1, of):
+        below = (values[:i] <= values[i]).view(np.int8)
+        ranks[i] += np.add.reduce(below, 0, dtype=np.int8)
+        ranks[:i] -= below
     return ranks

@@ -18,7 +18,7 @@ from prunescope.prune.selection import Goal, lowest, lowest_along_first
 __all__ = ["NotPositiveDefiniteError", "inverse_factor", "sparsegpt"]
 
 _SUB_BLOCK = 16
-_PANEL = 512
+_PANEL = 256
 _DAMPING_STEPS = 3  # each ten times the one before
 
 
@@ -62,8 +62,8 @@ def _invert_in_place(lower: Tensor) -> None:
         stop = min(start + _PANEL, n)
         unit = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
         corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], unit, upper=False)
-        for low in range(0, start, 4 * _PANEL):  # the inverse so far is lower triangular too
-            high = min(low + 4 * _PANEL, start)
+        for low in range(0, start, _PANEL):  # the inverse so far is lower triangular too
+            high = low + _PANEL
             lower[start:stop, low:high] = -corner @ (lower[start:stop, low:start] @ lower[low:start, low:high])
         lower[start:stop, start:stop] = corner
 
