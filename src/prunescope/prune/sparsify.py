@@ -259,7 +259,10 @@ def _prune_block(
             matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
             rows.append(
                 _row(layer, matrix, plan, before, matrix.weight.float(), None if unseen else statistic, damping)
+                | ({"tokens": 0} if unseen else {})
             )
+        error = max((row["error"] for row in rows[-len(group) :] if row["error"] is not None), default=None)
+        advance.note(f"block {layer}, {group[0].name}" + (f", relative error {error:.3f}" if error is not None else ""))
         if unseen:
             how = "" if plan.method == "magnitude" else "; pruned as if all its inputs were alike"
             console.print(f"{group[0].name}: no calibration token reached it{how}", markup=False)
@@ -366,7 +369,9 @@ def _prune_neurons(
         kept.append(stay)
         zeroed = torch.zeros_like(weight).index_copy_(1, stay, weight.index_select(1, stay))
         row = _row(layer, neurons.reader, plan, weight, zeroed, None if unseen else statistic, None)
-        rows.append(row | {"neurons": neurons.count, "removed": neurons.count - len(stay)})
+        rows.append(
+            row | {"neurons": neurons.count, "removed": neurons.count - len(stay)} | ({"tokens": 0} if unseen else {})
+        )
     expected = _zeroed_output(text, layer, units, kept)
     remove_neurons(units, kept)
     _check_cut(text, layer, expected)

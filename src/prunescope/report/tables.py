@@ -47,23 +47,25 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
     """Relative reconstruction error per block and kind of matrix (mean over experts), sparsity reached, perplexity."""
     console = console or Console()
     console.print(Text(_sparsified_title(record), style="bold"))
-    kinds = list(dict.fromkeys(_short(row["name"]) for row in record["modules"]))
-    table = Table(
-        title=Text("relative error |(W - W\u2032)X| / |WX|"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
-    table.add_column("block", justify="right")
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    for layer in sorted({row["layer"] for row in record["modules"]}):
-        cells = []
-        for kind in kinds:
-            here = [row for row in record["modules"] if row["layer"] == layer and _short(row["name"]) == kind]
-            errors = [row["error"] for row in here if row["error"] is not None]
-            cells.append(f"{sum(errors) / len(errors):.4f}" if errors else "-")
-        table.add_row(str(layer), *cells)
-    console.print(table)
-    dead = [row for row in record["modules"] if row["dead_inputs"]]
-    few = [row for row in record["modules"] if row["few_tokens"] or row["tokens"] == 0]
+    modules = record["modules"]
+    cells: dict[tuple[int, str], list[float]] = {}
+    for row in modules:
+        cells.setdefault((row["layer"], _short(row["name"])), []).extend([] if row["error"] is None else [row["error"]])
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    if any(cells.values()):
+        how = "" if record["method"] == "sparsegpt" else ", estimated on some of the calibration tokens"
+        console.print(Text(f"relative error |(W - W\u2032)X| / |WX| by block{how}"))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("block", justify="right")
+        for kind, name in zip(kinds, last, strict=True):
+            table.add_column(name if last.count(name) == 1 else kind.replace(".", "\n"), justify="right", no_wrap=True)
+        for layer in sorted({layer for layer, _ in cells}):
+            errors = [cells.get((layer, kind), []) for kind in kinds]
+            table.add_row(str(layer), *(f"{sum(found) / len(found):.4f}" if found else "-" for found in errors))
+        console.print(table)
+    dead = [row for row in modules if row["dead_inputs"]]
+    few = [row for row in modules if row["few_tokens"] or row["tokens"] == 0]
     if dead:
         console.print(
             Text(f"dead inputs: {sum(r['dead_inputs'] for r in dead)} in {len(dead)} matrices, first {dead[0]['name']}")
