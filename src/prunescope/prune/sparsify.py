@@ -190,7 +190,7 @@ def prune_model(
     earlier: Mapping[str, Tensor] | None = None
     if done and plan.method != "structured":
         earlier = pruned_weights(streamed, [_part(folder, layer) for layer in range(done)], scratch)
-    with progress(f"pruning {blocks} blocks ({plan.method})", blocks * units) as advance:
+    with progress(f"pruning ({plan.method})", blocks * units) as advance:
         for layer in range(blocks):
             started = time.monotonic()
             last = layer == blocks - 1
@@ -253,7 +253,7 @@ def _prune_block(
         if unseen and plan.method != "magnitude":
             statistic = _uniform(group[0], plan.method == "sparsegpt")
         old = [matrix.weight.to(torch.float32, copy=True) for matrix in group]
-        advance.note(f"block {layer}: {group[0].name}")
+        advance.note(_note(layer, group[0]))
         new, damping = _solve(plan, group, old, statistic)
         for matrix, before, after in zip(group, old, new, strict=True):
             matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
@@ -262,7 +262,7 @@ def _prune_block(
                 | ({"tokens": 0} if unseen else {})
             )
         error = max((row["error"] for row in rows[-len(group) :] if row["error"] is not None), default=None)
-        advance.note(f"block {layer}, {group[0].name}" + (f", relative error {error:.3f}" if error is not None else ""))
+        advance.note(_note(layer, group[0], error))
         if unseen:
             how = "" if plan.method == "magnitude" else "; pruned as if all its inputs were alike"
             console.print(f"{group[0].name}: no calibration token reached it{how}", markup=False)
@@ -274,6 +274,12 @@ def _prune_block(
         )
     place = {matrix.name: i for i, matrix in enumerate(matrices)}
     return {"rows": sorted(rows, key=lambda row: place[row["name"]])}
+
+
+def _note(layer: int, matrix: Matrix, error: float | None = None) -> str:
+    """What the progress bar says beside the time left; short, so that both fit."""
+    name = matrix.name.removesuffix(".weight").rpartition(".")[2]
+    return f"block {layer} {name}" + ("" if error is None else f" error {error:.2f}")
 
 
 def _uniform(matrix: Matrix, gram: bool) -> InputStatistic:
