@@ -100,13 +100,13 @@ def main() -> None:
         total = make_model(folder / "model", options.blocks)
         d, hidden, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
         block = 4 * (2 * d * d + 2 * 256 * d + 3 * d * hidden)
-        bare, speed = bare_process(), rate()
+        bare = bare_process()
         floor = bare + max(4 * vocabulary * d, block + 8 * hidden**2)
         print(
-            f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB; {speed / 1e9:.0f} GFLOP/s"
+            f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB"
         )
         for tokens in options.tokens:
-            length = 512
+            length, speed = 512, rate()
             argv = [
                 "sparsify", str(folder / "model"), "--method", options.method, "--sparsity", "0.5", "--calibration", str(folder / "text.txt"),
                 "--samples", str(tokens // length), "--seq-len", str(length), "--memory-mb", str(options.memory_mb), "--overwrite",
@@ -130,7 +130,7 @@ def main() -> None:
                 operations += sum(outputs * inputs**2 for inputs, outputs in widths.items())
             print(
                 f"{options.method}, {tokens} tokens: peak {peak / 2**30:.2f} GiB ({peak / 1e9:.2f} GB), {peak / floor:.2f} x the floor of {floor / 1e9:.2f} GB; "
-                f"{middle:.2f} s a block, {middle / (operations / speed):.2f} x the floor of {operations / speed:.2f} s; {time.perf_counter() - started:.0f} s in all",
+                f"{middle:.2f} s a block, {middle / (operations / speed):.2f} x the floor of {operations / speed:.2f} s at {speed / 1e9:.0f} GFLOP/s; {time.perf_counter() - started:.0f} s in all",
                 flush=True,
             )
 
