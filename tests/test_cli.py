@@ -217,6 +217,8 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     "cold sampling": (lambda f: ["layerwise", model(f), "--temperature", "-1"], "cannot be negative"),
     "short text": (lambda f: ["drop", model(f), "--n", "1", "--calibration", file(f, "c.txt", "w5 w6")], "shorter than one sample"),
     "half a block": (lambda f: ["drop", model(f), "--n", "1", "--samples", "2", "--seq-len", "8", "--format", "compact"], "whole blocks"),
+    "no network to prune": (lambda f: sparse(f, dense="nobody/nothing"), "check the id and the network"),
+    "not a gguf to prune": (lambda f: sparse(f, dense=file(f, "x.gguf", "GGUF? no")), "cannot be loaded"),
     "nothing asked": (lambda f: ["sparsify", model(f)], "--sparsity 0.5, or --pattern 2:4"),
     "all weights": (lambda f: sparse(f, "--sparsity", "1"), "from 0 up to, not including, 1"),
     "negative sparsity": (lambda f: sparse(f, "--sparsity=-0.1"), "from 0 up to, not including, 1"),

@@ -597,6 +597,37 @@ def test_self_calibration_no_calibration_and_the_api(tmp_path: Path, capfd: pyte
         dry.save(tmp_path / "dry")
 
 
+def test_a_hub_id_is_fetched_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub would put into its cache is read as a folder; revision and id are kept."""
+    import huggingface_hub
+
+    snapshot = tiny_folder("llama", tmp_path / "snapshots" / "0123abcd")
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = prunescope.sparsify(
+        "someone/model",
+        method="magnitude",
+        sparsity=0.5,
+        calibration="none",
+        revision="main",
+        device="cpu",
+        out=str(tmp_path / "out"),
+    )
+    assert asked[0][0] == "someone/model" and asked[0][1]["revision"] == "main"
+    assert not [pattern for pattern in asked[0][1]["allow_patterns"] if "bin" in pattern or "pt" in pattern]
+    assert found.record["base"] == {"source": "someone/model", "revision": "0123abcd"}
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no \.safetensors weights on the hub"):
+        prunescope.sparsify(
+            "someone/model", method="magnitude", sparsity=0.5, calibration="none", device="cpu", out=str(tmp_path / "o")
+        )
+
+
 def test_overflowing_activations_name_the_block(tmp_path: Path) -> None:
     """The probe of seven tokens passes; the calibration text overflows in one expert-free MLP."""
     folder = tiny_folder("llama", tmp_path / "dense")
