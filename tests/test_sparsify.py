@@ -24,7 +24,7 @@ from prunescope.models.streaming import StreamedModel, stream_model
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 from prunescope.prune.selection import Goal
 from prunescope.prune.sparsegpt import sparsegpt
-from prunescope.prune.sparsify import block_matrices, make_plan, owl_sparsities, prune_model
+from prunescope.prune.sparsify import make_plan, owl_sparsities, prune_model
 from prunescope.prune.wanda import wanda
 
 TOKENS = torch.randint(3, VOCAB, (6, 16), generator=torch.Generator().manual_seed(5))
@@ -283,7 +283,7 @@ def test_modules_that_read_the_same_input_share_a_statistic(tmp_path: Path) -> N
     streamed = open_tiny("llama", tmp_path)
     text = Text(streamed, TOKENS, 2, 2**30, tmp_path / "spill")
     with streamed.block(0):
-        statistics, shares = gather(text, 0, block_matrices(streamed, 0), gram=True, advance=lambda n: None)
+        statistics, shares = gather(text, 0, streamed.matrices(0), gram=True, advance=lambda n: None)
     groups: dict[str, set[str]] = {}
     for name, first in shares.items():
         groups.setdefault(first.split(".")[-2], set()).add(name.split(".")[-2])
@@ -355,7 +355,7 @@ def test_owl_gives_less_to_blocks_with_outliers(tmp_path: Path) -> None:
     found = owl_sparsities(
         streamed, TOKENS, 0.6, threshold=5.0, spread=0.08, batch_size=2, limit=2**30, file=tmp_path / "x"
     )
-    names = [m.name.removesuffix(".weight") for layer in range(6) for m in block_matrices(streamed, layer)]
+    names = [m.name.removesuffix(".weight") for layer in range(6) for m in streamed.matrices(layer)]
     modules = {name: module for name, module in model.named_modules() if name in names}
     inputs = hooked_inputs(model, modules, TOKENS)
     ratios = []
@@ -483,14 +483,14 @@ sys.exit(main(sys.argv[3:]))
     [
         (
             "llama",
-            "prunescope.prune.sparsify:write_shard",
+            "prunescope.prune.parts:write_shard",
             4,
             ["--method", "sparsegpt", "--sparsity", "0.5", "--allocation", "owl"],
         ),
         ("mixtral", "prunescope.prune.sparsify:gather", 3, ["--method", "wanda", "--pattern", "2:4"]),
-        ("gpt2", "prunescope.prune.sparsify:write_shard", 7, ["--method", "structured", "--sparsity", "0.3"]),
+        ("gpt2", "prunescope.prune.parts:write_shard", 7, ["--method", "structured", "--sparsity", "0.3"]),
         ("llama", "shutil:rmtree", 1, ["--method", "wanda", "--sparsity", "0.5"]),
-        ("gemma2", "prunescope.prune.sparsify:is_weights", 2, ["--method", "magnitude", "--sparsity", "0.5"]),
+        ("gemma2", "prunescope.prune.parts:is_weights", 2, ["--method", "magnitude", "--sparsity", "0.5"]),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

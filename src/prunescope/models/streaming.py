@@ -21,6 +21,7 @@ from prunescope.models import loading
 from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
 from prunescope.models.gguf import dequantise
 from prunescope.models.loading import RECORD, LoadedModel, read_record
+from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
@@ -44,6 +45,10 @@ class StreamedModel:
     @property
     def model(self) -> Any:
         return self.loaded.model
+
+    def matrices(self, layer: int) -> list[Matrix]:
+        """The matrices of block ``layer`` that can be pruned."""
+        return find_matrices(self.loaded.anatomy.blocks[layer], self.names[layer])
 
     @contextmanager
     def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch
 
 from prunescope.models.matrices import find_neurons
 from prunescope.models.streaming import StreamedModel
-from prunescope.prune.sparsify import Plan, block_matrices, removed_neurons, smaller_config
+from prunescope.prune.sparsify import Plan, removed_neurons, smaller_config
 
 __all__ = ["estimate"]
 
@@ -25,7 +25,7 @@ def estimate(streamed: StreamedModel, plan: Plan, tokens: int, tokens_at_a_time:
     rows: list[dict[str, Any]] = []
     operations, memory = 0.0, 0
     for layer in range(len(streamed.blocks)):
-        matrices = block_matrices(streamed, layer)
+        matrices = streamed.matrices(layer)
         parameters = sum(p.numel() for p in streamed.blocks[layer].parameters())
         operations += (4 if tokens else 0) * parameters * tokens
         widths: dict[tuple[str, int | None, int], int] = {}

@@ -28,6 +28,7 @@ from prunescope.models.streaming import StreamedModel, stream_model
 from prunescope.progress import console
 from prunescope.prune.calibrate import overflow
 from prunescope.prune.estimate import estimate
+from prunescope.prune.parts import reports
 from prunescope.prune.selection import Goal
 from prunescope.prune.sparsify import (
     Plan,
@@ -36,7 +37,6 @@ from prunescope.prune.sparsify import (
     make_plan,
     owl_sparsities,
     prune_model,
-    reports,
 )
 from prunescope.report.tables import show_plan, show_sparsified
 

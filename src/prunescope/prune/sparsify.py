@@ -10,7 +10,6 @@ import copy
 import fnmatch
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,22 +20,20 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.models.matrices import MLP_SIZES, Matrix, Neurons, find_matrices, find_neurons, remove_neurons
-from prunescope.models.shards import INDEX, Stored, read_header, write_shard
-from prunescope.models.streaming import StreamedModel, is_weights, pruned_weights
+from prunescope.models.matrices import MLP_SIZES, Matrix, Neurons, find_neurons, remove_neurons
+from prunescope.models.streaming import StreamedModel, pruned_weights
 from prunescope.progress import Advance, console, progress
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 from prunescope.prune.magnitude import magnitude
+from prunescope.prune.parts import finish, finished_parts, part, report, reports, write_part
 from prunescope.prune.selection import Goal
 from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt
 from prunescope.prune.structured import structured
 from prunescope.prune.wanda import wanda, wanda_scores
-from prunescope.results import write_json
 
-__all__ = ["METHODS", "Method", "Plan", "Pruned", "make_plan", "prune_model"]
+__all__ = ["Method", "Plan", "Pruned", "has_fused_experts", "make_plan", "owl_sparsities", "prune_model"]
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "structured"]
-METHODS: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt", "structured")
 _EXPERT_MULTIPLE = 8  # PyTorch's grouped product of fused experts takes rows of whole 16 bytes
 
 
@@ -52,23 +49,14 @@ class Plan:
     sizes: tuple[int, ...] = ()  # numbers of neurons that the config names, for `structured`
     multiple: int = 1  # of which the neurons that stay are a multiple
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "block_size": self.block_size,
-            "damping": self.damping,
-            "variant": self.variant,
-            "goals": {name: str(goal) for name, goal in self.goals.items()},
-        }
-
 
 @dataclass
 class Pruned:
-    """What was done: a row a matrix, perplexities, and where the weights are (layer -> tensors by file)."""
+    """What was done: a row a matrix, perplexities, and the fields of the config that change."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     perplexity: dict[str, float] = field(default_factory=dict)
-    config: dict[str, int] = field(default_factory=dict)  # fields of config.json that change
+    config: dict[str, int] = field(default_factory=dict)
 
 
 # --- planning ----------------------------------------------------------------------------------------------------------
@@ -94,11 +82,11 @@ def make_plan(
     Raises:
         UserError: a pattern that matches nothing, N:M that does not divide a width, or neurons of different number a layer.
     """
-    matrices = [matrix for layer in range(len(streamed.blocks)) for matrix in block_matrices(streamed, layer)]
+    matrices = [matrix for layer in range(len(streamed.blocks)) for matrix in streamed.matrices(layer)]
     goals = {m.name: goal for m in matrices}
     if by_layer is not None:
         for layer, sparsity in enumerate(by_layer):
-            goals |= {matrix.name: Goal(sparsity) for matrix in block_matrices(streamed, layer)}
+            goals |= {matrix.name: Goal(sparsity) for matrix in streamed.matrices(layer)}
     for pattern, chosen in (overrides or {}).items():
         matched = [name for name in goals if _matches(name, pattern)]
         if not matched:
@@ -134,13 +122,9 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(spelling, pattern) for spelling in (name, plain, name.partition("[")[0]))
 
 
-def block_matrices(streamed: StreamedModel, layer: int) -> list[Matrix]:
-    return find_matrices(streamed.loaded.anatomy.blocks[layer], streamed.names[layer])
-
-
 def has_fused_experts(streamed: StreamedModel) -> bool:
     """Whether a block keeps its experts in one weight; then samples run one by one, so that batches change nothing."""
-    return any(matrix.fused for layer in range(len(streamed.blocks)) for matrix in block_matrices(streamed, layer))
+    return any(matrix.fused for layer in range(len(streamed.blocks)) for matrix in streamed.matrices(layer))
 
 
 # --- pruning -----------------------------------------------------------------------------------------------------------
@@ -176,7 +160,7 @@ def prune_model(
     pruned = Pruned()
     if plan.method == "structured":
         pruned.config, shapes = smaller_config(streamed, plan)
-    done = _finished_parts(folder, blocks)
+    done = finished_parts(folder, blocks)
     shares = limit // (1 + 2 * (perplexity is not None))
 
     def text(of: Tensor, name: str, batch: int) -> Text:
@@ -189,7 +173,7 @@ def prune_model(
     units = (2 * len(tokens) if tokens is not None else 0) + (2 * len(perplexity) if perplexity is not None else 0) or 1
     earlier: Mapping[str, Tensor] | None = None
     if done and plan.method != "structured":
-        earlier = pruned_weights(streamed, [_part(folder, layer) for layer in range(done)], scratch)
+        earlier = pruned_weights(streamed, [part(folder, layer) for layer in range(done)], scratch)
     with progress(f"pruning ({plan.method})", blocks * units) as advance:
         for layer in range(blocks):
             started = time.monotonic()
@@ -201,7 +185,7 @@ def prune_model(
                 if before is not None and not (layer < done and earlier is not None):
                     before.run(layer, keep=True, advance=advance)
                 if layer < done:
-                    found = json.loads(_report(folder, layer).read_text("utf-8"))
+                    found = json.loads(report(folder, layer).read_text("utf-8"))
                     if plan.method == "structured":
                         _cut_again(streamed, plan, layer, found["kept"])
                     if calibration is not None:
@@ -210,7 +194,7 @@ def prune_model(
                     found = _prune_block(streamed, plan, layer, calibration, advance)
                     if shapes:
                         _check_shapes(streamed, layer, shapes)
-                    _write_part(streamed, folder, layer, found)
+                    write_part(streamed, folder, layer, found)
                 pruned.rows += found["rows"]
                 for stream in (calibration if not last else None, after):
                     if stream is not None:
@@ -225,7 +209,7 @@ def prune_model(
     for stream in (calibration, before, after):
         if stream is not None:
             stream.close()
-    _finish(streamed, folder, pruned.config)
+    finish(streamed, folder, pruned.config)
     return pruned
 
 
@@ -233,7 +217,7 @@ def _prune_block(
     streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance
 ) -> dict[str, Any]:
     """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
-    matrices = block_matrices(streamed, layer)
+    matrices = streamed.matrices(layer)
     chosen = [matrix for matrix in matrices if matrix.name in plan.goals]
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
@@ -428,7 +412,7 @@ def _check_cut(text: Text, layer: int, expected: Tensor) -> None:
 
 
 def _cut_again(streamed: StreamedModel, plan: Plan, layer: int, kept: list[list[int]]) -> None:
-    matrices = [matrix for matrix in block_matrices(streamed, layer) if matrix.name in plan.goals]
+    matrices = [matrix for matrix in streamed.matrices(layer) if matrix.name in plan.goals]
     units = find_neurons(matrices)
     remove_neurons(units, [torch.tensor(stay, device=streamed.device) for stay in kept])
 
@@ -436,7 +420,7 @@ def _cut_again(streamed: StreamedModel, plan: Plan, layer: int, kept: list[list[
 def config_sizes(streamed: StreamedModel) -> dict[str, int]:
     """The fields of the config that hold numbers of neurons of an MLP, with their values."""
     config = streamed.model.config.get_text_config(decoder=True)
-    counts = {n.count for layer in range(len(streamed.blocks)) for n in find_neurons(block_matrices(streamed, layer))}
+    counts = {n.count for layer in range(len(streamed.blocks)) for n in find_neurons(streamed.matrices(layer))}
     sizes = {}
     for key in MLP_SIZES:
         size = getattr(config, key, None)
@@ -479,90 +463,6 @@ def _check_shapes(streamed: StreamedModel, layer: int, shapes: Mapping[str, torc
             )
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def reports(folder: Path) -> Path:
-    """What an unfinished run needs to go on: the reports of its blocks, and its plan. Gone as a whole when the checkpoint is complete."""
-    return folder / "part-reports"
-
-
-def _part(folder: Path, layer: int) -> Path:
-    return folder / f"part-{layer:05d}.safetensors"
-
-
-def _report(folder: Path, layer: int) -> Path:
-    return reports(folder) / f"{layer:05d}.json"
-
-
-def _finished_parts(folder: Path, blocks: int) -> int:
-    """How many of the first blocks are written: the report goes before the weights, the weights are renamed when complete."""
-    for layer in range(blocks):  # cut off while shards got their final names
-        named = folder / _shard_name(layer + 1, blocks)
-        if named.is_file() and not _part(folder, layer).exists():
-            named.rename(_part(folder, layer))
-    done = 0
-    while done < blocks and _part(folder, done).is_file() and _report(folder, done).is_file():
-        done += 1
-    return done
-
-
-def _shard_name(number: int, blocks: int) -> str:
-    """Shard 0 holds what lies outside the blocks."""
-    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
-
-
-def _write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
-    """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
-    prefix, block = streamed.names[layer] + ".", streamed.blocks[layer]
-    touched = {
-        matrix.parameter
-        for matrix in block_matrices(streamed, layer)
-        if matrix.name in {r["name"] for r in found["rows"]}
-    }
-    tensors: dict[str, Tensor | Stored] = {}
-    for name, parameter in block.named_parameters(prefix=prefix[:-1]):
-        stored = streamed.on_disk(name, parameter.detach())
-        for key, value in stored.items():
-            source = streamed.stored[key]
-            changed = name in touched or tuple(value.shape) != source.shape
-            tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
-    write_json(_report(folder, layer), found)
-    write_shard(_part(folder, layer), dict(sorted(tensors.items())))
-
-
-def _finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> None:
-    """Shards under their final names, what lies outside the blocks, the index, config and tokenizer."""
-    blocks = len(streamed.blocks)
-    parts = [_part(folder, layer) for layer in range(blocks)]
-    weight_map: dict[str, str] = {}
-    total = 0
-    names = [_shard_name(i, blocks) for i in range(blocks + 1)]
-    inside: dict[str, str] = {}
-    for layer, part in enumerate(parts):
-        header = read_header(part, str(part))
-        inside |= dict.fromkeys(header, names[layer + 1])
-        total += sum(tensor.nbytes for tensor in header.values())
-    outside = {name: tensor for name, tensor in streamed.stored.items() if name not in inside}
-    write_shard(folder / names[0], outside)
-    total += sum(tensor.nbytes for tensor in outside.values())
-    weight_map = dict.fromkeys(outside, names[0]) | inside
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    for path in sorted(streamed.folder.iterdir()):
-        ours = path.name in ("prunescope.json", "run.json", "config.yaml")
-        if path.is_file() and not is_weights(path.name) and not ours and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
-    if sizes:
-        path = folder / "config.json"
-        content = json.loads(path.read_text("utf-8"))
-        inner = content["text_config"] if isinstance(content.get("text_config"), dict) else content
-        inner |= sizes
-        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    for layer, part in enumerate(parts):
-        part.rename(folder / names[layer + 1])
-
-
 def _say_block(layer: int, blocks: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     errors = [row["error"] for row in rows if row["error"] is not None]
     worst = f", relative error {max(errors):.3f} at worst" if errors else ""
@@ -594,7 +494,7 @@ def owl_sparsities(
     with progress(f"outliers of {blocks} blocks", 2 * blocks * len(tokens)) as advance:
         for layer in range(blocks):
             with streamed.block(layer):
-                matrices = block_matrices(streamed, layer)
+                matrices = streamed.matrices(layer)
                 statistics, shares = gather(text, layer, matrices, gram=False, advance=advance)
                 norms = {m.name: statistics[shares[m.name]].norm() for m in matrices if m.name in shares}
                 scores = [wanda_scores(m.weight, norms[m.name]) for m in matrices if m.name in norms]
