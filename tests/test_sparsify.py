@@ -431,6 +431,24 @@ def test_bf16_stays_bf16_and_what_is_not_pruned_stays_byte_for_byte(tmp_path: Pa
         assert name not in pruned or ((value.float() != 0).view(value.shape[0], -1, 4).sum(-1) <= 2).all()
 
 
+@pytest.mark.parametrize(("stored", "computed"), [(torch.float64, "float64"), (torch.float16, "float32")])
+def test_kept_weights_keep_their_bits_in_other_dtypes(stored: torch.dtype, computed: str, tmp_path: Path) -> None:
+    """Would catch weights that pass through a narrower dtype than they are stored in."""
+    folder = tiny_folder("llama", tmp_path / "dense")
+    model = tiny_model("llama").to(stored)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 / 3)
+    model.save_pretrained(folder)
+    before = weights_of(folder)
+    assert {value.dtype for value in before.values()} == {stored}
+    for method in ("magnitude", "wanda"):
+        sparsify(folder, tmp_path / method, method=method, dtype=computed)
+        for name, value in weights_of(tmp_path / method).items():
+            assert value.dtype == stored
+            assert torch.equal(value[value != 0], before[name][value != 0]), name
+
+
 def test_names_without_the_base_prefix(tmp_path: Path) -> None:
     """The original GPT-2 is stored from the base model: its tensors are called `h.0...`, and stay so."""
     model = tiny_model("gpt2")

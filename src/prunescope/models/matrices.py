@@ -99,12 +99,10 @@ def find_matrices(block: Block, prefix: str) -> list[Matrix]:
                     found.append(Matrix(f"{name}.weight", part.kind, module, "weight", None, transposed))
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and parameter.shape[0] == experts:
-                    by_inputs = bool(
-                        getattr(module, "is_transposed", False)
-                    )  # transformers' word for (experts, in, out)
-                    numbers = range(experts)
+                    by_inputs = bool(getattr(module, "is_transposed", False))  # transformers: (experts, in, out)
                     found += [
-                        Matrix(f"{name}.{attribute}[{i}]", part.kind, module, attribute, i, by_inputs) for i in numbers
+                        Matrix(f"{name}.{attribute}[{i}]", part.kind, module, attribute, i, by_inputs)
+                        for i in range(experts)
                     ]
     if not found:
         raise UserError(f"{prefix}: no linear layer was found in this block; this architecture is not supported")
@@ -132,6 +130,8 @@ def reading(matrices: Sequence[Matrix], see: Callable[[Matrix, Tensor, Matrix], 
     seen: dict[tuple[int, int, torch.Size], tuple[Tensor, Matrix]] = {}
 
     def tell(matrix: Matrix, entering: Tensor) -> None:
+        if not entering.numel():  # an expert that no token reached this time
+            return
         key = (entering.data_ptr(), entering._version, torch.Size((entering.numel(), entering.shape[-1])))
         _, first = seen.setdefault(key, (entering, matrix))  # kept alive, so that its storage names it
         see(matrix, entering, first)

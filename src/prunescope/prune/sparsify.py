@@ -202,9 +202,12 @@ def prune_model(
             if layer >= done:
                 _say_block(layer, blocks, found["rows"], time.monotonic() - started)
     if before is not None and after is not None:
-        head = streamed.model.get_input_embeddings()
-        tied = streamed.model.get_output_embeddings().weight is head.weight
-        with streamed.outside(skip=() if tied else (head,)), progress("perplexity", 2 * len(before.tokens)) as advance:
+        embedding = streamed.model.get_input_embeddings()
+        tied = streamed.model.get_output_embeddings().weight is embedding.weight
+        with (
+            streamed.outside(skip=() if tied else (embedding,)),
+            progress("perplexity", 2 * len(before.tokens)) as advance,
+        ):
             pruned.perplexity = {"dense": before.perplexity(advance), "pruned": after.perplexity(advance)}
     for stream in (calibration, before, after):
         if stream is not None:
@@ -236,13 +239,14 @@ def _prune_block(
         unseen = text is not None and (statistic is None or statistic.tokens == 0)
         if unseen and plan.method != "magnitude":
             statistic = _uniform(group[0], plan.method == "sparsegpt")
-        old = [matrix.weight.to(torch.float32, copy=True) for matrix in group]
+        exact = torch.promote_types(group[0].weight.dtype, torch.float32)
+        old = [matrix.weight.to(exact, copy=True) for matrix in group]
         advance.note(_note(layer, group[0]))
         new, damping = _solve(plan, group, old, statistic)
         for matrix, before, after in zip(group, old, new, strict=True):
             matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
             rows.append(
-                _row(layer, matrix, plan, before, matrix.weight.float(), None if unseen else statistic, damping)
+                _row(layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping)
                 | ({"tokens": 0} if unseen else {})
             )
         error = max((row["error"] for row in rows[-len(group) :] if row["error"] is not None), default=None)
