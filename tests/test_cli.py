@@ -24,18 +24,20 @@ def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
         "DemoResult",
         "DropResult",
+        "GenerateResult",
         "LayerwiseResult",
         "Run",
         "SparsifyResult",
         "UserError",
         "demo",
         "drop",
+        "generate",
         "layerwise",
         "load",
         "open",
         "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 

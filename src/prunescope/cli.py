@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "drop": commands.drop,
     "sparsify": commands.sparsify,
     "layerwise": commands.layerwise,
+    "generate": commands.generate,
 }
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DemoResult",
     "DropResult",
+    "GenerateResult",
     "LayerwiseResult",
     "SparsifyResult",
     "demo",
     "drop",
+    "generate",
     "layerwise",
     "load",
     "sparsify",
@@ -60,21 +61,48 @@ class LayerwiseResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        import json
-
-        import pyarrow.parquet as pq
-
         from prunescope.report.figures import draw_layerwise
 
-        pq.write_table(self._table, staging / "layerwise.parquet")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._samples)
-        (staging / "samples.jsonl").write_text(lines, "utf-8")
-        (staging / "figures").mkdir(exist_ok=True)
-        draw_layerwise(self._table, self.info, staging / "figures")
-        results.write_config(staging, self.info["config"])
-        results.write_json(staging / "run.json", self.info)
-        for path in staging.glob("part-*"):
-            path.unlink()
+        results.write_run(
+            staging,
+            self.info,
+            self._table,
+            self._samples,
+            lambda table, info, _, folder: draw_layerwise(table, info, folder),
+        )
+
+
+@dataclass
+class GenerateResult:
+    """What `generate` found; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    _samples: list[dict[str, Any]] = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per prompt, regime and step, with the tokens of both models and every metric."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Per space and column: mean, median, min, max, percentiles, confidence interval; of the free-running steps where there are any."""
+        return dict(self.info["summary"])
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompts and the texts of both models."""
+        return list(self._samples)
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder, figures included. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.report.steps import draw_generation
+
+        results.write_run(staging, self.info, self._table, self._samples, draw_generation)
 
 
 @dataclass
@@ -429,6 +457,7 @@ def layerwise(
     from contextlib import nullcontext
 
     from prunescope.compare.layerwise import check_comparable, encode, layerwise_rows, run_key
+    from prunescope.compare.runs import describe_target, run_record
     from prunescope.data.prompts import read_prompts
     from prunescope.models.dropping import DropSpec
     from prunescope.models.generating import Sampling
@@ -469,20 +498,12 @@ def layerwise(
                 f"{dense}: {error} after a sublayer; the model's activations overflow in {base.dtype}, try --dtype float32"
             ) from error
         info = {
-            "schema_version": results.SCHEMA_VERSION,
-            "command": "layerwise",
-            "config": config | {"dense": str(dense), "target": None if target is None else str(target)},
-            "seed": seed,
+            **run_record("layerwise", config, base, describe_target(base, other or spec), started),
             "key": found.key,
-            "versions": _versions(),
-            "device": _device_name(base),
-            "models": {"dense": base.describe(), "target": _describe_target(base, other, spec)},
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in chosen],
             "steps": sum(len(s.continuation) for s in found.sequences),
             "noise_floor": found.floor,
             **_summaries(found.table, seed),
-            "wall_time_s": round(time.monotonic() - started, 3),
-            "peak_memory_bytes": _peak_memory(),
         }
         samples = [
             {
@@ -500,6 +521,67 @@ def layerwise(
         if staging is not None:
             result._write(staging)
     show_layerwise(result.table(), info)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def generate(
+    dense: str,
+    target: str,
+    *,
+    out: str | None = None,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    regime: Literal["both", "free-running", "teacher-forced"] = "both",
+    metric_temperature: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    ignore_eos: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> GenerateResult:
+    """Let both models write and compare h, z and p at every step: on their own texts, and on the dense model's.
+
+    Args:
+        dense: the base model
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each prompt into the model's chat template
+        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        temperature: sampling temperature; 0 is greedy
+        top_k: sample from the k likeliest tokens only; 0 is off
+        top_p: sample from the likeliest tokens of this total probability only
+        ignore_eos: write on behind an end-of-text token, as the paper's code does
+        seed: of the sampling, the same draws for both models, and of the bootstrap
+        batch_size: prompts at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.compare.job import run_generate
+
+    result = run_generate(config)
     if out is not None:
         _say(f"written: {out}")
     return result
@@ -568,43 +650,6 @@ def _summaries(table: pa.Table, seed: int) -> dict[str, Any]:
         "summary": results.summarise(rows, spaces, seed=seed),
         "summary_by_sublayer": per_kind,
     }
-
-
-def _describe_target(base: LoadedModel, other: LoadedModel | None, spec: DropSpec | None) -> dict[str, Any] | None:
-    if other is not None:
-        return other.describe()
-    if spec is None:
-        return None
-    with base.dropping(spec):
-        return base.describe()
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("prunescope", "torch", "transformers", "pyarrow")},
-    }
-
-
-def _peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None on a system that does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file() and "VmHWM:" in (content := status.read_text("utf-8")):
-        return int(content.split("VmHWM:")[1].split()[0]) * 1024  # getrusage would start from the parent's
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _device_name(model: LoadedModel) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
 
 
 def _say(text: str) -> None:

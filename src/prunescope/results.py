@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,17 @@ from prunescope.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA_VERSION", "Run", "open_run", "require_space", "staged", "summarise", "write_config", "write_json"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Run",
+    "open_run",
+    "require_space",
+    "staged",
+    "summarise",
+    "write_config",
+    "write_json",
+    "write_run",
+]
 
 SCHEMA_VERSION = 1
 TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
@@ -185,6 +195,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def write_run(
+    folder: Path,
+    info: Mapping[str, Any],
+    table: pa.Table,
+    samples: Sequence[Mapping[str, Any]],
+    draw: Callable[[pa.Table, Mapping[str, Any], Sequence[Mapping[str, Any]], Path], object],
+) -> None:
+    """Write all files of a run into ``folder``, run.json last, and take away the finished parts that it was made from."""
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, folder / TABLES[info["command"]])
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    (folder / "samples.jsonl").write_text(lines, "utf-8")
+    (folder / "figures").mkdir(exist_ok=True)
+    draw(table, info, samples, folder / "figures")
+    write_config(folder, info["config"])
+    write_json(folder / "run.json", info)
+    for path in folder.glob("part-*"):
+        path.unlink()
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -9,21 +9,19 @@ key and value projections.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory
+from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.data.prompts import Prompt
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
@@ -37,11 +35,17 @@ __all__ = [
     "FLOOR_COLUMNS",
     "Lens",
     "Transcript",
+    "at_least_float32",
     "check_comparable",
+    "check_vocabulary",
     "encode",
     "layerwise_rows",
     "lens_head",
+    "mark_under_floor",
     "noise_floor",
+    "padded",
+    "run_key",
+    "step_index",
 ]
 
 Lens = Literal["raw", "final-norm"]
@@ -81,11 +85,11 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
-        copy.deepcopy(anatomy.final_norm).to(_at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
+        copy.deepcopy(anatomy.final_norm).to(at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
     )
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -135,13 +139,13 @@ class _Streams:
     pairs: Tensor  # (steps, 2 * layers, 2) slots: dense, target
 
 
-def _padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
+def padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
     """Right padding: in a causal model no real token sees it, so that no mask is needed and positions are natural."""
     width = max(len(s.read) for s in sequences)
     return torch.tensor([s.read + [s.read[-1]] * (width - len(s.read)) for s in sequences], device=device)
 
 
-def _step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
+def step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
     where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
     return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
 
@@ -156,7 +160,7 @@ def _dense_streams(
     dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], _Kept] | None
 ) -> Tensor:
     """``(steps, 2 layers + 1, d)``. With ``keep``, what a target needs of every sublayer is kept there."""
-    index = _step_index(sequences, dense.device)
+    index = step_index(sequences, dense.device)
     slots: list[Tensor] = []
 
     def see(passage: Passage) -> None:
@@ -168,7 +172,7 @@ def _dense_streams(
             keep[passage.layer, passage.kind] = _Kept(passage.before, passage.added[index])
 
     with watching(dense, see):
-        dense.model(input_ids=_padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
+        dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
     return torch.stack(slots, 1)
 
 
@@ -193,7 +197,7 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
         return _Streams(rows, torch.tensor(pairs))
     kept: dict[tuple[int, Kind], _Kept] = {}
     rows = _dense_streams(dense, sequences, kept)
-    index = _step_index(sequences, dense.device)
+    index = step_index(sequences, dense.device)
     found: dict[tuple[int, Kind], Tensor] = {}
 
     def stream(block: int, kind: Kind) -> Tensor:
@@ -210,7 +214,7 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
             found[place] = before[index] + branch
 
     with substituting(target, stream, see):
-        target.model(input_ids=_padded(sequences, target.device), use_cache=False, logits_to_keep=1)
+        target.model(input_ids=padded(sequences, target.device), use_cache=False, logits_to_keep=1)
     after = [found.get(place, rows[:, _slot(*place) - 1]) for place in places]
     pairs = [(_slot(*place), 2 * layers + 1 + i) for i, place in enumerate(places)]
     return _Streams(torch.cat([rows, torch.stack(after, 1)], 1), torch.tensor(pairs))
@@ -286,12 +290,12 @@ def layerwise_rows(
     """
     check_comparable(dense, target)
     head = lens_head(dense, lens)
-    least = least_memory(head, _at_least_float32(dense.dtype))
+    least = least_memory(head, at_least_float32(dense.dtype))
     if memory < least:
         raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
     settings = (max_new_tokens, sampling, batch_size, lens, temperature)
     key = run_key(dense, target, prompts, *settings)
-    state = _resume_state(parts, key)
+    state = resume_state(parts, key)
     if state is None:
         with progress(
             f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
@@ -299,7 +303,7 @@ def layerwise_rows(
             texts = continue_texts(
                 dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, advance=advance
             )
-        _save_state(parts, key, texts)
+        save_state(parts, key, texts)
     else:
         texts = state
     sequences = [Transcript(list(p), t) for p, t in zip(prompts, texts, strict=True)]
@@ -313,10 +317,10 @@ def layerwise_rows(
                 columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
                 return _table(columns, batch, first, len(dense.anatomy))
 
-            tables.append(_part(parts, number, compute))
+            tables.append(part(parts, number, compute))
             advance(sum(len(s.continuation) for s in batch))
     floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
-    return LayerwiseRows(_mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
 
 
 def run_key(dense: LoadedModel, target: Target, prompts: Sequence[list[int]], *settings: Any) -> str:
@@ -335,15 +339,8 @@ def check_comparable(dense: LoadedModel, target: Target) -> None:
         target.check(len(dense.anatomy))
     if not isinstance(target, LoadedModel):
         return
+    check_vocabulary(dense, target)
     ours, theirs = dense.anatomy, target.anatomy
-    if ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary"
-        )
-    if dense.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary"
-        )
     if ours.hidden_size != theirs.hidden_size:
         raise UserError(
             f"{target.ref} has hidden size {theirs.hidden_size}, {dense.ref} {ours.hidden_size}; the same context exists only for the same width"
@@ -354,7 +351,20 @@ def check_comparable(dense: LoadedModel, target: Target) -> None:
         )
 
 
-def _mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
+def check_vocabulary(dense: LoadedModel, target: LoadedModel) -> None:
+    """Raise UserError if the two models do not read and write the same tokens."""
+    ours, theirs = dense.anatomy, target.anatomy
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary"
+        )
+    if dense.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary"
+        )
+
+
+def mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
     """Add one boolean column a space: this row's deviation is not larger than what the dense model gives against itself."""
     import pyarrow.compute as pc
 
@@ -429,42 +439,3 @@ def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
             rows.append(torch.stack(slots))
             slots.clear()
     return torch.stack(rows)
-
-
-# --- finished parts ----------------------------------------------------------------------------------------------------
-
-
-def _part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa.Table:
-    path = parts / f"part-{number:05d}.parquet" if parts else None
-    if path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError):  # a damaged part is computed again
-            return pq.read_table(path)
-    table = compute()
-    if path is not None:
-        beside = path.with_suffix(".tmp")
-        pq.write_table(table, beside)
-        beside.replace(path)
-    return table
-
-
-def _resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
-    path = parts / "part-state.json" if parts else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        texts: list[list[int]] = state["texts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if state["key"] != key:
-        raise UserError(
-            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts anew"
-        )
-    return texts
-
-
-def _save_state(parts: Path | None, key: str, texts: list[list[int]]) -> None:
-    if parts:
-        beside = parts / "part-state.tmp"
-        beside.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
-        beside.replace(parts / "part-state.json")

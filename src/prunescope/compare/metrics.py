@@ -38,6 +38,7 @@ __all__ = [
     "Z_COLUMNS",
     "Head",
     "compare",
+    "compare_final",
     "compare_hidden",
     "compare_logits",
     "least_memory",
@@ -254,9 +255,18 @@ def _log_softmax(z: Tensor, rows: _Rows, temperature: float) -> Tensor:
 
 
 def _pair_columns(
-    z: Tensor, z_target: Tensor, a: _Rows, b: _Rows, temperature: float, next_token: Tensor | None
+    z: Tensor,
+    z_target: Tensor,
+    a: _Rows,
+    b: _Rows,
+    temperature: float,
+    next_token: Tensor | None,
+    next_token_target: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """All z and p columns of pairs of rows ``(rows, V)``; a describes the dense rows, b the target rows."""
+    """All z and p columns of pairs of rows ``(rows, V)``; a describes the dense rows, b the target rows.
+
+    ``next_token_target`` is the token that follows in the target's own text, where that is not the dense one's.
+    """
     t = temperature
     delta = z_target - z
     best, best_target = a.top[:, :1], b.top[:, :1]
@@ -323,11 +333,13 @@ def _pair_columns(
         "rank_in_target": (z_target - z_target.gather(-1, best)).sign_().clamp_(min=0).sum(-1),
     }
     if next_token is not None:
-        known = next_token >= 0
-        where = next_token.clamp(min=0)[:, None]
-        for name, log_prob in (("nll_dense", log_p), ("nll_target", log_q)):
-            nll = -log_prob.gather(-1, where)[:, 0].double()
-            out[name] = torch.where(known, nll, torch.nan)
+        other = next_token if next_token_target is None else next_token_target
+        wanted = [("nll_dense", log_p, next_token), ("nll_target", log_q, other)]
+        if next_token_target is not None:
+            wanted.append(("nll_target_of_dense", log_q, next_token))
+        for name, log_prob, token in wanted:
+            nll = -log_prob.gather(-1, token.clamp(min=0)[:, None])[:, 0].double()
+            out[name] = torch.where(token >= 0, nll, torch.nan)
     return {name: value.double() for name, value in out.items()}
 
 
@@ -462,6 +474,76 @@ def compare(
         for name, value in columns.items():
             parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(value) for name, value in parts.items()}
+
+
+@torch.no_grad()
+def compare_final(
+    h: Tensor,
+    h_target: Tensor,
+    head: Head,
+    target_head: Head,
+    index: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    next_token: Tensor | None = None,
+    next_token_target: Tensor | None = None,
+    also: Callable[[slice, Tensor, Tensor], dict[str, Tensor]] = lambda rows, z, z_target: {},
+    memory: int = DEFAULT_MEMORY,
+) -> dict[str, Tensor]:
+    """All columns of the final states of two models, each through its own head, in bounded memory.
+
+    Args:
+        h: ``(n, d)``, what enters the head of the dense model, any float dtype.
+        h_target: ``(rows, d)``, the same of the target. If the widths differ, the h columns are NaN.
+        index: ``(rows,)`` int64, the row of ``h`` that each target row is compared with; left out, its own. A dense row that stands in
+            neighbouring rows is projected once.
+        head, target_head: of one vocabulary.
+        temperature: metric temperature T.
+        next_token: ``(rows,)`` int64, the token that follows, -1 where none does. ``next_token_target`` where the target reads a
+            text of its own; there is a column ``nll_target_of_dense`` then, what the target gives the dense text's token.
+        also: more columns from the logits of some rows, each ``(rows of the slice, ...)``, while these are there.
+        memory: bytes that this function may hold beyond its inputs and its result.
+    Returns:
+        Column name -> ``(rows,)`` float64 on the CPU: the spec's columns, and ``confidence_dense`` and ``confidence_target``, the
+        probability of the likeliest token.
+    Raises:
+        ValueError: T <= 0, a vocabulary that differs, or a ``memory`` too small for one pair.
+        FloatingPointError: a NaN or infinite logit.
+    """
+    _check_temperature(temperature)
+    index = torch.arange(len(h_target)) if index is None else index
+    if len(index) != len(h_target) or head.vocab_size != target_head.vocab_size:
+        raise ValueError("every target row needs a dense row, and both models the same vocabulary")
+    dtype = _working_dtype(h, h_target, head.weight, target_head.weight)
+    fixed, row = (max(pair) for pair in zip(_bytes(head, dtype), _bytes(target_head, dtype), strict=True))
+    if memory < fixed + 2 * row:
+        raise ValueError(f"memory={memory} bytes is too little: give at least {fixed + 2 * row}")
+    index = index.to(h.device)
+
+    def of_chunk(chunk: slice) -> dict[str, Tensor]:
+        used, place = torch.unique(index[chunk], return_inverse=True)
+        theirs = h_target[chunk].to(h.device)
+        if h.shape[1] == theirs.shape[1]:
+            columns = compare_hidden(h[index[chunk]], theirs)
+        else:
+            columns = {name: torch.full((len(theirs),), torch.nan, dtype=torch.float64) for name in H_COLUMNS}
+        z_used, z_target = head.logits(h[used], dtype), target_head.logits(theirs, dtype)
+        group = max(1, _GROUP // head.vocab_size)
+
+        def of_group(part: slice) -> dict[str, Tensor]:
+            rows = slice(chunk.start + part.start, chunk.start + part.stop)
+            z = z_used[place[part]]
+            a, b = _describe(z, temperature), _describe(z_target[part], temperature)
+            following = [
+                None if token is None else token[rows].to(z.device) for token in (next_token, next_token_target)
+            ]
+            found = _pair_columns(z, z_target[part], a, b, temperature, *following)
+            found |= {f"confidence_{side}": torch.exp(-x.log_mass[:, 0]) for side, x in (("dense", a), ("target", b))}
+            return found | also(rows, z, z_target[part])
+
+        return {name: value.cpu() for name, value in (columns | _by_groups(len(theirs), group, of_group)).items()}
+
+    return _by_groups(len(h_target), (memory - fixed) // (2 * row), of_chunk)
 
 
 def _compare_chunk(

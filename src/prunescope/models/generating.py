@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prunescope.errors import UserError
 from prunescope.models.loading import LoadedModel
 
-__all__ = ["Sampling", "batches", "continue_texts", "end_tokens"]
+__all__ = ["Sampling", "batches", "choose", "continue_texts", "end_tokens", "uniform_draws"]
 
 
 @dataclass(frozen=True)
@@ -35,37 +35,40 @@ class Sampling:
             )
 
 
-class _SharedDraws(LogitsProcessor):
-    """Inverse-CDF sampling: uniform draw t of prompt i chooses its token t, whatever the batch, the device or the model."""
+def uniform_draws(sampling: Sampling, prompts: Sequence[int], steps: int) -> Tensor:
+    """``(prompts, steps)`` float64 uniform numbers: those of a prompt follow from the seed and its number alone."""
+    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in prompts]
+    return torch.stack([torch.rand(steps, generator=generator, dtype=torch.float64) for generator in generators])
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[int], steps: int) -> None:
-        self.sampling = sampling
-        self.draws = torch.stack(
-            [
-                torch.rand(
-                    steps, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + i), dtype=torch.float64
-                )
-                for i in prompts
-            ]
-        )
-        self.step = 0
+
+def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """The token of each row of logits ``(rows, V)``: the likeliest if greedy, else where ``draws`` (rows,) falls in the cumulated
+    distribution. The same draw chooses the same token from the same distribution, whatever the batch, the device or the model."""
+    if not sampling.temperature:
+        return scores.argmax(-1)
+    p = (scores.float() / sampling.temperature).softmax(-1, dtype=torch.float64)
+    if sampling.top_k:
+        p = p.where(p >= p.topk(min(sampling.top_k, p.shape[-1]), -1).values[:, -1:], 0)
+    if sampling.top_p < 1:
+        falling = p.sort(-1, descending=True).values
+        before = falling.cumsum(-1) - falling
+        least = falling.where(before < sampling.top_p * p.sum(-1, keepdim=True), torch.inf).amin(-1, keepdim=True)
+        p = p.where(p >= least, 0)
+    mass = p.cumsum(-1)
+    draw = draws[:, None].to(mass.device) * mass[:, -1:]
+    return torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)[:, 0]
+
+
+class _SharedDraws(LogitsProcessor):
+    """Leaves one token: that which `choose` takes with the uniform number of this prompt and step."""
+
+    def __init__(self, sampling: Sampling, draws: Tensor) -> None:
+        self.sampling, self.draws, self.step = sampling, draws, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (batch, tokens), (batch, vocab)
-        p = (scores.float() / self.sampling.temperature).softmax(-1, dtype=torch.float64)
-        if self.sampling.top_k:
-            p = p.where(p >= p.topk(min(self.sampling.top_k, p.shape[-1]), -1).values[:, -1:], 0)
-        if self.sampling.top_p < 1:
-            falling = p.sort(-1, descending=True).values
-            before = falling.cumsum(-1) - falling
-            least = falling.where(before < self.sampling.top_p * p.sum(-1, keepdim=True), torch.inf).amin(
-                -1, keepdim=True
-            )
-            p = p.where(p >= least, 0)
-        mass = p.cumsum(-1)
-        draw = self.draws[:, self.step, None].to(mass.device) * mass[:, -1:]
-        token = torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)
+        token = choose(scores, self.sampling, self.draws[:, self.step])
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
@@ -83,6 +86,7 @@ def continue_texts(
     batch_size: int,
     sampling: Sampling = Sampling(),
     stop: bool = True,
+    first: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """Continue each prompt with `generate()`: left-padded batches, key/value cache, no hidden settings of the model's generation config.
@@ -91,6 +95,7 @@ def continue_texts(
         prompts: token ids, at least one a prompt.
         max_new_tokens: at most so many new tokens each.
         stop: end a text at an end-of-text token, which is kept as its last token.
+        first: the number of the first prompt, from which the uniform draws of sampling follow.
         advance: told how many prompts are done, batch by batch.
     Returns:
         The new token ids of each prompt.
@@ -103,9 +108,8 @@ def continue_texts(
         pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=loaded.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=loaded.device)
-        processors = LogitsProcessorList(
-            [_SharedDraws(sampling, chosen, max_new_tokens)] if sampling.temperature else []
-        )
+        draws = uniform_draws(sampling, [first + i for i in chosen], max_new_tokens)
+        processors = LogitsProcessorList([_SharedDraws(sampling, draws)] if sampling.temperature else [])
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunescope.models.anatomy import Block, Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
 from prunescope.models.loading import LoadedModel
 
-__all__ = ["Passage", "substituting", "watching"]
+__all__ = ["Passage", "final_states", "substituting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,20 @@ def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]
         state.clear()
 
     return hook
+
+
+@contextmanager
+def final_states(loaded: LoadedModel, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``see`` with what the head reads, ``(batch, tokens, d)`` at all positions, in every forward pass inside the block: the stream
+    after the final norm, or after the last block where there is no such norm."""
+    last = loaded.anatomy.final_norm or loaded.anatomy.blocks[-1].module
+
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        see(first_output(output))
+
+    with hooks() as handles:
+        handles.append(last.register_forward_hook(hook))
+        yield
 
 
 @contextmanager

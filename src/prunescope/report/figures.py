@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-__all__ = ["draw_layerwise"]
+__all__ = ["by", "draw_layerwise", "save", "short", "style"]
 
 SPACES = {
     "h": ("#0072B2", "hidden state h", "o"),
@@ -41,25 +41,25 @@ _MULTIPLES = (
 )
 
 
-def draw_layerwise(table: pa.Table, info: dict[str, Any], folder: Path) -> list[Path]:
+def draw_layerwise(table: pa.Table, info: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw Figs. 4, 6 and 14-17 of the paper from the rows of a layerwise run into ``folder``; returns what was written.
 
     Sublayers that the target leaves as they are (deviation exactly zero) have nothing to show beside Fig. 4 and are left out.
     """
     written: list[Path] = []
-    with _style():
+    with style():
         for kind in KIND_NAMES:
             rows = table.filter(pc.equal(table["sublayer"], kind))
-            written += _save(_cosines_by_layer(rows, kind, info), folder / f"fig04_cosine_by_layer_{kind}")
+            written += save(_cosines_by_layer(rows, kind, info), folder / f"fig04_cosine_by_layer_{kind}")
             if changed := info["changed_layers"][kind]:
                 layer = _layer_to_show(rows, changed)
-                written += _save(
+                written += save(
                     _truth_and_estimate(rows, kind, layer, info), folder / f"fig06_truth_and_estimate_{kind}"
                 )
         for column, kind, number in _MULTIPLES:
             rows = table.filter(pc.equal(table["sublayer"], kind))
             if changed := info["changed_layers"][kind]:
-                written += _save(
+                written += save(
                     _small_multiples(rows, kind, column, changed, info), folder / f"fig{number}_{column}_{kind}"
                 )
     return written
@@ -68,13 +68,13 @@ def draw_layerwise(table: pa.Table, info: dict[str, Any], folder: Path) -> list[
 # --- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _cosines_by_layer(rows: pa.Table, kind: str, info: dict[str, Any]) -> Figure:
+def _cosines_by_layer(rows: pa.Table, kind: str, info: Mapping[str, Any]) -> Figure:
     """Paper Fig. 4: cosine of dense and target by layer, mean over prompts and steps, band from smallest to largest."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
     lowest = 1.0
     for space, (colour, label, marker) in SPACES.items():
-        layers, low, mean, high = _by(rows, "layer", f"{space}_cos")
+        layers, low, mean, high = by(rows, "layer", f"{space}_cos")
         axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(layers, mean, color=colour, marker=marker, markersize=3.5, label=label)
         lowest = min(lowest, float(np.nanmin(low)))
@@ -92,7 +92,7 @@ def _cosines_by_layer(rows: pa.Table, kind: str, info: dict[str, Any]) -> Figure
     return figure
 
 
-def _truth_and_estimate(rows: pa.Table, kind: str, layer: int, info: dict[str, Any]) -> Figure:
+def _truth_and_estimate(rows: pa.Table, kind: str, layer: int, info: Mapping[str, Any]) -> Figure:
     """Paper Fig. 6: what happened against what the theorems say, by step, at one layer."""
     figure = Figure(figsize=(7.2, 5.0), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True)
@@ -110,7 +110,7 @@ def _truth_and_estimate(rows: pa.Table, kind: str, layer: int, info: dict[str, A
     return figure
 
 
-def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], info: dict[str, Any]) -> Figure:
+def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], info: Mapping[str, Any]) -> Figure:
     """Paper Figs. 14-17: the same over all layers, one small panel each, on one scale."""
     estimate, name, theorem = ESTIMATES[column]
     columns = min(6, len(layers))
@@ -136,7 +136,7 @@ def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: flo
         (truth, TRUTH, "measured", "-", "o"),
         (estimate, ESTIMATE, "second-order estimate", "--", "x"),
     ):
-        steps, _, mean, _ = _by(rows, "step", column)
+        steps, _, mean, _ = by(rows, "step", column)
         positive = np.where(mean > 0, mean, np.nan)  # a logarithmic axis has no place for an exact zero
         axes.plot(steps, positive, line, color=colour, marker=marker, markersize=size, label=label)
     axes.set_yscale("log")
@@ -154,7 +154,7 @@ def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: flo
 # --- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Values of ``key`` with the smallest, mean and largest ``column`` of each."""
     found = rows.group_by(key).aggregate([(column, "min"), (column, "mean"), (column, "max")]).sort_by(key)
     names = (key, f"{column}_min", f"{column}_mean", f"{column}_max")
@@ -164,25 +164,26 @@ def _by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, 
 
 def _layer_to_show(rows: pa.Table, changed: list[int]) -> int:
     """The changed layer whose KL is the median one: neither the mildest nor the worst."""
-    layers, _, mean, _ = _by(rows, "layer", "kl_dense_target")
+    layers, _, mean, _ = by(rows, "layer", "kl_dense_target")
     ranked = [int(layers[i]) for i in np.argsort(mean, kind="stable") if int(layers[i]) in changed]
     return ranked[len(ranked) // 2]
 
 
-def _title(info: dict[str, Any], kind: str) -> str:
+def _title(info: Mapping[str, Any], kind: str) -> str:
     config = info["config"]
-    against = f"against {_short(config['target'])}" if config["target"] else "dropped one at a time"
-    return f"{_short(config['dense'])}: {KIND_NAMES[kind]} sublayers {against}; lens {config['lens']}, T = {config['metric_temperature']:g}"
+    against = f"against {short(config['target'])}" if config["target"] else "dropped one at a time"
+    return f"{short(config['dense'])}: {KIND_NAMES[kind]} sublayers {against}; lens {config['lens']}, T = {config['metric_temperature']:g}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A name that fits into a title, with nothing in it that matplotlib would read as mathematics."""
     name = name if len(name) <= 40 else "..." + name[-37:]
     return name.replace("$", r"\$")
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """The look of all figures, for the length of a ``with`` block."""
     with mpl.rc_context(
         {
             "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
@@ -193,7 +194,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path) -> list[Path]:
+    """As SVG and as PNG; returns both paths."""
     files = [path.with_suffix(".svg"), path.with_suffix(".png")]
     figure.savefig(files[0], metadata={"Date": None})
     figure.savefig(files[1], dpi=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,7 @@ from prunescope.report import KIND_NAMES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["show_layerwise", "show_plan", "show_scores", "show_sparsified"]
+__all__ = ["show_generation", "show_layerwise", "show_plan", "show_scores", "show_sparsified"]
 
 _SHOWN = ("h_cos", "z_cos", "p_cos", "h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js", "top1_agree")
 _UPWARD_IS_WORSE = ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js")
@@ -150,6 +151,58 @@ def show_layerwise(table: pa.Table, info: dict[str, Any], console: Console | Non
     console.print(
         Text("< : not above the noise floor, which is what the dense model gives against itself", style="dim")
     )
+
+
+def show_generation(info: Mapping[str, Any], console: Console | None = None) -> None:
+    """Means per column and regime with their intervals, then what became of the texts."""
+    floor = info["noise_floor"]["floor"]
+    console = console or Console()
+    config = info["config"]
+    console.print(
+        Text(
+            f"{config['dense']} against {config['target']}: {len(info['prompts'])} prompts, {info['steps']} steps, T = {config['metric_temperature']:g}",
+            style="bold",
+        )
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("column", no_wrap=True)
+    for regime in info["regimes"]:
+        table.add_column(f"{regime}\nmean (95 % interval)", justify="right", no_wrap=True)
+    for column in _SHOWN:
+        cells = []
+        for regime in info["regimes"]:
+            stats = info["summary_by_regime"][regime][space_of_name(column)].get(column)
+            low, high = stats["ci95"] if stats else (None, None)
+            interval = "" if low is None else f" ({low:.3g} .. {high:.3g})"
+            cells.append(f"{_number(stats['mean'], floor.get(column))}{interval}" if stats else "-")
+        table.add_row(column, *cells)
+    console.print(table)
+    if first := info.get("first_difference"):
+        median = "" if first["median"] is None else f"; the others differ first at step {first['median']:g} (median)"
+        console.print(Text(f"same text to the end: {first['same_texts']} of {len(first['by_prompt'])} prompts{median}"))
+    if parts := info.get("divergence"):
+        console.print(
+            Text(
+                f"KL a step: {parts['total']:.4g} free-running = {parts['local']:.4g} in the dense context + {parts['history']:.4g} through its own history"
+            )
+        )
+    if texts := info.get("texts"):
+        console.print(_texts_table(texts))
+    console.print(
+        Text("< : not above the noise floor, which is what the dense model gives against itself", style="dim")
+    )
+
+
+def _texts_table(texts: Mapping[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text("free texts"), title_justify="left")
+    table.add_column("")
+    for heading in ("tokens", "rep-2", "rep-4", "distinct-1", "looping", "never ended"):
+        table.add_column(heading, justify="right")
+    for side in ("dense", "target"):
+        row = texts[side]
+        shares = [row[name] for name in ("rep_2", "rep_4", "distinct_1", "looping", "never_ended")]
+        table.add_row(side, f"{row['tokens']:.1f}", *("-" if share is None else f"{share:.3f}" for share in shares))
+    return table
 
 
 def space_of_name(column: str) -> str:

@@ -1,0 +1,160 @@
+"""`prunescope generate` and `prunescope mcq` from their options to a finished run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunescope import results
+from prunescope.commands import GenerateResult
+from prunescope.compare.generation import check_pair, generation_key, generation_rows
+from prunescope.compare.layerwise import Transcript, encode
+from prunescope.compare.runs import describe_target, run_record
+from prunescope.compare.summary import generation_summary
+from prunescope.data.prompts import read_prompts
+from prunescope.errors import UserError
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import Sampling, end_tokens
+from prunescope.models.loading import LoadedModel, load_model
+from prunescope.report.tables import show_generation
+
+__all__ = ["run_generate"]
+
+
+@dataclass
+class Pair:
+    """The two sides of a comparison: a target model of its own, or sublayers dropped from the dense one."""
+
+    dense: LoadedModel
+    target: LoadedModel | DropSpec
+
+
+def open_pair(config: dict[str, Any]) -> Pair:
+    """Load what ``dense`` and ``target`` of a command's options name. Raises UserError."""
+    target = config["target"]
+    options = {key: config[key] for key in ("dtype", "device", "trust_remote_code")}
+    spec = None
+    if isinstance(target, str) and target.startswith("drop:"):
+        spec = DropSpec.parse(target.removeprefix("drop:"))
+    dense = load_model(config["dense"], revision=config["revision"], **options)
+    pair = Pair(dense, spec if spec is not None else load_model(target, **options))
+    check_pair(pair.dense, pair.target)
+    return pair
+
+
+@contextmanager
+def blaming(pair: Pair) -> Iterator[None]:
+    """A NaN among the logits becomes a line for the user."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"{pair.dense.ref} against {pair.target}: {error}; the activations of one of them overflow in {pair.dense.dtype}, try --dtype float32"
+        ) from error
+
+
+def check_options(config: dict[str, Any]) -> None:
+    """What can be said before anything is loaded. Raises UserError."""
+    for name in ("batch_size", "memory_mb"):
+        if config[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} {config[name]}: it must be at least 1")
+    if not 0 <= config["seed"] < 2**31:
+        raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
+    if not config["metric_temperature"] > 0:
+        raise UserError(f"--metric-temperature {config['metric_temperature']}: it must be positive")
+    if config["out"] is not None:
+        results.check_free(config["out"], overwrite=config["overwrite"], resume=config.get("resume", False))
+
+
+def finished(config: dict[str, Any], key: str) -> results.Run | None:
+    """The run that ``--resume`` finds complete. Raises UserError if it was made of other models or options."""
+    out = config["out"]
+    if not config["resume"] or out is None or not Path(out).expanduser().exists():
+        return None
+    run = results.open_run(out)
+    if run.info.get("key") != key:
+        raise UserError(
+            f"{out} is complete, but was made with other models, prompts or options; choose another --out or give --overwrite"
+        )
+    return run
+
+
+def run_generate(config: dict[str, Any]) -> GenerateResult:
+    """See `prunescope.generate`, whose options ``config`` holds."""
+    started = time.monotonic()
+    check_options(config)
+    chosen = read_prompts(config["prompts"])
+    sampling = Sampling(config["temperature"], config["top_k"], config["top_p"], config["seed"])
+    sampling.check()
+    pair = open_pair(config)
+    steps, regime, temperature = config["max_new_tokens"], config["regime"], config["metric_temperature"]
+    encoded = encode(pair.dense, chosen, steps, chat=config["chat"])
+    if isinstance(pair.target, LoadedModel):
+        encode(pair.target, chosen, steps, chat=config["chat"])  # its context may be shorter
+    stop = not config["ignore_eos"]
+    key = generation_key(
+        pair.dense, pair.target, encoded, steps, sampling, stop, regime, config["batch_size"], temperature
+    )
+    if run := finished(config, key):
+        return GenerateResult(run.info, run.table(), run.samples())
+    out = config["out"]
+    if out is not None:
+        results.require_space(out, 2 * len(encoded) * steps * 2 * 60 * 8 + 2**24)
+    folder = (
+        results.staged(out, overwrite=config["overwrite"], resume=config["resume"])
+        if out is not None
+        else nullcontext()
+    )
+    with folder as staging, blaming(pair):
+        found = generation_rows(
+            pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=sampling, stop=stop, regime=regime,
+            batch_size=config["batch_size"], temperature=temperature, memory=config["memory_mb"] * 2**20, parts=staging, key=key,
+        )  # fmt: skip
+        ours, theirs = [s.continuation for s in found.dense], None
+        if found.target is not None:
+            theirs = [s.continuation for s in found.target]
+        ends = (end_tokens(pair.dense), end_tokens(pair.target if isinstance(pair.target, LoadedModel) else pair.dense))
+        info = {
+            **run_record("generate", config, pair.dense, describe_target(pair.dense, pair.target), started),
+            "key": key,
+            "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in chosen],
+            "steps": sum(map(len, ours)),
+            "noise_floor": found.floor,
+            **generation_summary(found.table, ours, theirs, ends, steps, config["seed"]),
+        }
+        samples = [
+            _sample(pair, i, prompt, found.dense[i], None if found.target is None else found.target[i], info)
+            for i, prompt in enumerate(chosen)
+        ]
+        result = GenerateResult(info, found.table, samples)
+        if staging is not None:
+            result._write(staging)
+    show_generation(info)
+    return result
+
+
+def _sample(
+    pair: Pair, number: int, prompt: Any, ours: Transcript, theirs: Transcript | None, info: dict[str, Any]
+) -> dict[str, Any]:
+    """What `samples.jsonl` holds of a prompt: the texts whole and token by token."""
+    tokenizer = pair.dense.tokenizer
+    row: dict[str, Any] = {
+        "prompt": number,
+        "id": prompt.id,
+        "kind": prompt.kind,
+        "text": prompt.text,
+        "prompt_tokens": ours.prompt,
+    }
+    for side, sequence in (("dense", ours), ("target", theirs)):
+        if sequence is None:
+            continue
+        row[f"{side}_tokens"] = sequence.continuation
+        row[side] = tokenizer.decode(sequence.continuation)
+        row[f"{side}_pieces"] = [tokenizer.decode([token]) for token in sequence.continuation]
+    if theirs is not None:
+        row["first_difference"] = info["first_difference"]["by_prompt"][number]
+    return row

@@ -1,0 +1,136 @@
+"""What the rows and texts of a generate run say over all prompts. Reads tables and token ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import sqrt
+from statistics import NormalDist, fmean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prunescope import results
+from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
+from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
+
+__all__ = ["SPACES", "by_confidence", "divergence_parts", "generation_summary", "wilson"]
+
+SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
+_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confidence
+
+
+def wilson(successes: int, trials: int, level: float = 0.95) -> list[float] | None:
+    """Wilson's score interval of a proportion, None without trials."""
+    if not trials:
+        return None
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, weight = successes / trials, z * z / trials
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def by_confidence(rows: pa.Table) -> list[dict[str, Any]]:
+    """Share of steps at which both models find the same token likeliest, by the probability that the dense model gives its own.
+
+    Bins are [from, to), the last one closed. The interval takes steps for independent, which those of one text are not quite.
+    """
+    confidence, agree = rows["confidence_dense"].to_numpy(), rows["top1_agree"].to_numpy()
+    bins = np.clip(np.searchsorted(_EDGES, confidence, side="right") - 1, 0, len(_EDGES) - 2)
+    result = []
+    for number, (low, high) in enumerate(pairwise(_EDGES)):
+        count, same = int((bins == number).sum()), int(agree[bins == number].sum())
+        share = same / count if count else None
+        result.append({"from": low, "to": high, "steps": count, "agreement": share, "ci95": wilson(same, count)})
+    return result
+
+
+def divergence_parts(table: pa.Table, column: str = "kl_dense_target") -> list[dict[str, Any]]:
+    """By step, over the prompts that have both regimes at that step: ``total`` (free-running), its ``local`` part (teacher-forced: the
+    error in the dense context) and its ``history`` part, which is the rest (the paper, Eq. 67). Means; history may be negative."""
+    keys = ["prompt", "step"]
+    free, forced = (
+        table.filter(pc.equal(table["regime"], regime)).select([*keys, column]).rename_columns([*keys, name])
+        for regime, name in (("free-running", "total"), ("teacher-forced", "local"))
+    )
+    joined = free.join(forced, keys=keys, join_type="inner")
+    means = (
+        joined.group_by("step").aggregate([("total", "mean"), ("local", "mean"), ("total", "count")]).sort_by("step")
+    )
+    return [
+        {
+            "step": row["step"],
+            "prompts": row["total_count"],
+            "total": row["total_mean"],
+            "local": row["local_mean"],
+            "history": row["total_mean"] - row["local_mean"],
+        }
+        for row in means.to_pylist()
+    ]
+
+
+def generation_summary(
+    table: pa.Table,
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]] | None,
+    ends: tuple[Sequence[int], Sequence[int]],
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The parts of run.json that say what was found.
+
+    Args:
+        table: rows of `generation_rows`.
+        ours, theirs: texts of the dense and of the target model, as token ids; None where the target wrote none.
+        ends: ids that end a text, of the dense and of the target model.
+        steps: steps that a text may have.
+        seed: of the bootstrap.
+    """
+    regimes = [name for name in ("free-running", "teacher-forced") if pc.any(pc.equal(table["regime"], name)).as_py()]
+    per_regime = {
+        name: results.summarise(table.filter(pc.equal(table["regime"], name)), SPACES, seed=seed) for name in regimes
+    }
+    found: dict[str, Any] = {
+        "regimes": regimes,
+        "summary_rows": f"{regimes[0]} steps",
+        "summary": per_regime[regimes[0]],
+        "summary_by_regime": per_regime,
+    }
+    if "teacher-forced" in regimes:
+        found["agreement_by_confidence"] = by_confidence(table.filter(pc.equal(table["regime"], "teacher-forced")))
+    if len(regimes) == 2:
+        parts = divergence_parts(table)
+        weights = sum(row["prompts"] for row in parts)
+        found["divergence"] = {
+            "column": "kl_dense_target",
+            **{
+                name: sum(row[name] * row["prompts"] for row in parts) / weights
+                for name in ("total", "local", "history")
+            },
+            "by_step": parts,
+        }
+    if theirs is not None:
+        first = [first_difference(a, b) for a, b in zip(ours, theirs, strict=True)]
+        known = [step for step in first if step is not None]
+        texts = {
+            side: [text_columns(text, end) for text in written]
+            for side, written, end in (("dense", ours, ends[0]), ("target", theirs, ends[1]))
+        }
+        ratios = [
+            b["tokens"] / a["tokens"] for a, b in zip(texts["dense"], texts["target"], strict=True) if a["tokens"]
+        ]
+        found["first_difference"] = {
+            "by_prompt": first,
+            "same_texts": sum(step is None for step in first),
+            "median": float(np.median(known)) if known else None,
+            "survival": survival(first, steps),
+        }
+        found["texts"] = {
+            **{side: degeneration(columns) for side, columns in texts.items()},
+            "length_ratio": fmean(ratios) if ratios else None,
+            "by_prompt": texts,
+        }
+    return found
