@@ -10,12 +10,14 @@ from prunescope.commands import (
     DropResult,
     GenerateResult,
     LayerwiseResult,
+    McqResult,
     SparsifyResult,
     demo,
     drop,
     generate,
     layerwise,
     load,
+    mcq,
     sparsify,
 )
 from prunescope.errors import UserError
@@ -28,6 +30,7 @@ __all__ = [
     "DropResult",
     "GenerateResult",
     "LayerwiseResult",
+    "McqResult",
     "Run",
     "SparsifyResult",
     "UserError",
@@ -36,6 +39,7 @@ __all__ = [
     "generate",
     "layerwise",
     "load",
+    "mcq",
     "open",
     "sparsify",
 ]

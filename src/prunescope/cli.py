@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sparsify": commands.sparsify,
     "layerwise": commands.layerwise,
     "generate": commands.generate,
+    "mcq": commands.mcq,
 }
 
 

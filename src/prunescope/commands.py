@@ -25,12 +25,14 @@ __all__ = [
     "DropResult",
     "GenerateResult",
     "LayerwiseResult",
+    "McqResult",
     "SparsifyResult",
     "demo",
     "drop",
     "generate",
     "layerwise",
     "load",
+    "mcq",
     "sparsify",
 ]
 
@@ -103,6 +105,39 @@ class GenerateResult:
         from prunescope.report.steps import draw_generation
 
         results.write_run(staging, self.info, self._table, self._samples, draw_generation)
+
+
+@dataclass
+class McqResult:
+    """What `mcq` found; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    _samples: list[dict[str, Any]] = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """Two rows a question, the whole vocabulary and the options: metrics, log-likelihoods, choices, margins."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Per space and column over the whole vocabulary; that of the options is in ``info["summary_by_space"]``."""
+        return dict(self.info["summary"])
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompts, options, and the likeliest tokens of both models."""
+        return list(self._samples)
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder, figures included. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.report.options import draw_mcq
+
+        results.write_run(staging, self.info, self._table, self._samples, draw_mcq)
 
 
 @dataclass
@@ -582,6 +617,61 @@ def generate(
     from prunescope.compare.job import run_generate
 
     result = run_generate(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def mcq(
+    dense: str,
+    target: str,
+    *,
+    out: str | None = None,
+    questions: str | None = None,
+    template: Literal["cue", "paper", "chat"] = "cue",
+    shots: int = 0,
+    subjects: str | None = None,
+    limit: int | None = None,
+    metric_temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> McqResult:
+    """Ask both models multiple-choice questions: the whole vocabulary against the answer options, accuracy, flips.
+
+    Args:
+        dense: the base model
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        questions: JSONL with question, choices and answer, an MMLU CSV file, or a folder of them; left out, the 72 shipped ones
+        template: cue ends in "Answer:", paper is question and options only, chat is the model's chat template
+        shots: solved examples before each question, from the folder's dev files
+        subjects: of an MMLU folder, names with commas between them
+        limit: take only the first so many questions
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
+        seed: of the bootstrap
+        batch_size: questions at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.compare.job import run_mcq
+
+    result = run_mcq(config)
     if out is not None:
         _say(f"written: {out}")
     return result

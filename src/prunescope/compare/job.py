@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from prunescope import results
-from prunescope.commands import GenerateResult
+from prunescope.commands import GenerateResult, McqResult
 from prunescope.compare.generation import check_pair, generation_key, generation_rows
-from prunescope.compare.layerwise import Transcript, encode
+from prunescope.compare.layerwise import Transcript, encode, run_key
+from prunescope.compare.mcq import Asked, ask, mcq_rows
 from prunescope.compare.runs import describe_target, run_record
-from prunescope.compare.summary import generation_summary
+from prunescope.compare.summary import generation_summary, mcq_summary
 from prunescope.data.prompts import read_prompts
+from prunescope.data.questions import read_questions
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, end_tokens
 from prunescope.models.loading import LoadedModel, load_model
-from prunescope.report.tables import show_generation
+from prunescope.report.tables import show_generation, show_mcq
 
-__all__ = ["run_generate"]
+__all__ = ["run_generate", "run_mcq"]
 
 
 @dataclass
@@ -157,4 +159,73 @@ def _sample(
         row[f"{side}_pieces"] = [tokenizer.decode([token]) for token in sequence.continuation]
     if theirs is not None:
         row["first_difference"] = info["first_difference"]["by_prompt"][number]
+    return row
+
+
+def run_mcq(config: dict[str, Any]) -> McqResult:
+    """See `prunescope.mcq`, whose options ``config`` holds."""
+    started = time.monotonic()
+    check_options(config)
+    limit, template = config["limit"], config["template"]
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least one question is needed")
+    if config["shots"] and template != "cue":
+        raise UserError(f"--shots {config['shots']} go with --template cue, not with {template}")
+    subjects = [name.strip() for name in config["subjects"].split(",")] if config["subjects"] else []
+    questions, shots = read_questions(config["questions"], shots=config["shots"], subjects=subjects)
+    questions = questions if limit is None else questions[:limit]
+    pair = open_pair(config)
+    asked = ask(pair.dense, questions, template, shots)
+    if isinstance(pair.target, LoadedModel):
+        ask(pair.target, questions, template, shots)  # its context may be shorter
+    temperature, batch_size = config["metric_temperature"], config["batch_size"]
+    tokens = [[q.tokens, q.option_tokens, q.question.answer] for q in asked]
+    key = run_key(pair.dense, pair.target, tokens, "mcq", batch_size, temperature)  # type: ignore[arg-type]
+    if run := finished(config, key):
+        return McqResult(run.info, run.table(), run.samples())
+    out = config["out"]
+    if out is not None:
+        results.require_space(out, len(asked) * 8000 + 2**24)
+    folder = (
+        results.staged(out, overwrite=config["overwrite"], resume=config["resume"])
+        if out is not None
+        else nullcontext()
+    )
+    with folder as staging, blaming(pair):
+        found = mcq_rows(
+            pair.dense, pair.target, asked, batch_size=batch_size, temperature=temperature, memory=config["memory_mb"] * 2**20, parts=staging, key=key
+        )  # fmt: skip
+        info = {
+            **run_record("mcq", config, pair.dense, describe_target(pair.dense, pair.target), started),
+            "key": key,
+            "questions": len(asked),
+            "noise_floor": found.floor,
+            **mcq_summary(found.table, config["seed"]),
+        }
+        decode = pair.dense.tokenizer.decode
+        samples = [_question_sample(decode, i, question, found.tops[i]) for i, question in enumerate(asked)]
+        result = McqResult(info, found.table, samples)
+        if staging is not None:
+            result._write(staging)
+    show_mcq(info)
+    return result
+
+
+def _question_sample(decode: Any, number: int, asked: Asked, tops: dict[str, Any]) -> dict[str, Any]:
+    """What `samples.jsonl` holds of a question: the prompt, the options, and the likeliest tokens of both models."""
+    row: dict[str, Any] = {
+        "question": number,
+        "id": asked.question.id,
+        "subject": asked.question.subject,
+        "text": asked.text,
+        "choices": list(asked.question.choices),
+        "gold": asked.question.answer,
+        "option_strings": asked.options,
+        "option_tokens": [tokens[0] for tokens in asked.option_tokens] if asked.by_token else None,
+    }
+    for side, ours, theirs in (("dense", "p_dense", "p_target"), ("target", "p_target", "p_dense")):
+        row[f"top_{side}"] = [
+            {"token": int(token), "text": decode([int(token)]), ours: p, theirs: q}
+            for token, p, q in zip(*tops[side], strict=True)
+        ]
     return row

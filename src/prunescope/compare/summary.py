@@ -1,10 +1,10 @@
-"""What the rows and texts of a generate run say over all prompts. Reads tables and token ids only."""
+"""What the rows of a generate or mcq run say over all prompts or questions. Reads tables and token ids only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import sqrt
+from math import comb, sqrt
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -16,7 +16,16 @@ from prunescope import results
 from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
 
-__all__ = ["SPACES", "by_confidence", "divergence_parts", "generation_summary", "wilson"]
+__all__ = [
+    "SPACES",
+    "by_confidence",
+    "calibration",
+    "divergence_parts",
+    "generation_summary",
+    "mcnemar",
+    "mcq_summary",
+    "wilson",
+]
 
 SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
 _EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confidence
@@ -134,3 +143,80 @@ def generation_summary(
             "by_prompt": texts,
         }
     return found
+
+
+# --- multiple choice ---------------------------------------------------------------------------------------------------
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """McNemar's exact test: the two-sided binomial probability that ``lost`` and ``won`` flips differ this much by chance alone."""
+    flips = lost + won
+    tail = sum(comb(flips, k) for k in range(min(lost, won) + 1))
+    return min(1.0, float(2 * tail / 2**flips))
+
+
+def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> dict[str, Any]:
+    """Expected calibration error over bins of equal width, and the bins: mean confidence and accuracy in each."""
+    sure, hit = np.asarray(confidence, float), np.asarray(right, float)
+    number = np.clip((sure * bins).astype(int), 0, bins - 1)
+    rows: list[dict[str, Any]] = []
+    error = 0.0
+    for i in range(bins):
+        inside = number == i
+        count = int(inside.sum())
+        row: dict[str, Any] = {
+            "from": i / bins,
+            "to": (i + 1) / bins,
+            "questions": count,
+            "confidence": None,
+            "accuracy": None,
+        }
+        if count:
+            row |= {"confidence": float(sure[inside].mean()), "accuracy": float(hit[inside].mean())}
+            error += abs(row["confidence"] - row["accuracy"]) * count
+        rows.append(row)
+    return {"ece": error / len(hit), "bins": rows}
+
+
+def mcq_summary(table: pa.Table, seed: int) -> dict[str, Any]:
+    """The parts of run.json that say what was found: accuracies, flips, calibration, and the columns of both spaces.
+
+    Args:
+        table: rows of `mcq_rows`.
+        seed: of the bootstrap over questions.
+    """
+    named = table.rename_columns(["prompt" if name == "question" else name for name in table.column_names])
+    spaces = {
+        space: results.summarise(named.filter(pc.equal(named["space"], space)), SPACES, seed=seed)
+        for space in ("global", "options")
+    }
+    rows = table.filter(pc.equal(table["space"], "global"))
+    gold = rows["gold"].to_numpy()
+    choice = {side: rows[f"choice_{side}"].to_numpy() for side in ("dense", "target")}
+    right = {side: choice[side] == gold for side in choice}
+    subjects = rows["subject"].to_numpy(zero_copy_only=False)
+    changed = choice["dense"] != choice["target"]
+    lost, won = int((right["dense"] & ~right["target"]).sum()), int((~right["dense"] & right["target"]).sum())
+    return {
+        "summary": spaces["global"],
+        "summary_by_space": spaces,
+        "accuracy": {side: _accuracy(hit) for side, hit in right.items()},
+        "accuracy_by_subject": {
+            str(name): {side: _accuracy(hit[subjects == name]) for side, hit in right.items()}
+            for name in dict.fromkeys(subjects)
+        },
+        "flips": {
+            "right_to_wrong": lost,
+            "wrong_to_right": won,
+            "wrong_to_wrong": int((changed & ~right["dense"] & ~right["target"]).sum()),
+            "mcnemar_p": mcnemar(lost, won),
+            "questions": [int(i) for i in rows["question"].to_numpy()[changed]],
+        },
+        "agreement": {"same_choice": float((~changed).mean()), "ci95": wilson(int((~changed).sum()), len(gold))},
+        "calibration": {side: calibration(rows[f"option_confidence_{side}"].to_numpy(), right[side]) for side in right},
+        "scored_by_sequence": int(pc.sum(pc.equal(rows["scoring"], "sequence")).as_py()),
+    }
+
+
+def _accuracy(right: np.ndarray) -> dict[str, Any]:
+    return {"accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(right)), "questions": len(right)}

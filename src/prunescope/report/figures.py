@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 
 from prunescope.report import KIND_NAMES
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-__all__ = ["by", "draw_layerwise", "save", "short", "style"]
+__all__ = ["by", "draw_layerwise", "drawable", "save", "short", "style"]
 
 SPACES = {
     "h": ("#0072B2", "hidden state h", "o"),
@@ -181,13 +184,24 @@ def short(name: str) -> str:
     return name.replace("$", r"\$")
 
 
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """With a sign for every character that DejaVu Sans Mono lacks, and for line breaks."""
+    signs = {"\n": "\u21b5", "\t": " "}
+    return "".join(signs.get(c, c if c.isprintable() and ord(c) in _glyphs() else "\u00b7") for c in text)
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """The look of all figures, for the length of a ``with`` block."""
     with mpl.rc_context(
         {
             "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
             "lines.linewidth": 1.2, "svg.fonttype": "none", "svg.hashsalt": "prunescope", "figure.dpi": 100,
         }
     ):  # fmt: skip

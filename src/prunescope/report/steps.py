@@ -5,7 +5,6 @@ As SVG and PNG, from run folders alone. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
-from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 
-from prunescope.report.figures import ESTIMATE, FLOOR, SPACES, by, save, short, style
+from prunescope.report.figures import ESTIMATE, FLOOR, SPACES, by, drawable, save, short, style
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,7 +213,7 @@ def _texts(samples: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> Fig
     y = 1.0
     for row, lines, used in blocks:
         prompt = " ".join(str(row["text"]).split())
-        _put(axes, 0, y, _drawable(f"prompt {row['id']}: {prompt}")[: 2 * _TEXT_WIDTH], "#555555")
+        _put(axes, 0, y, drawable(f"prompt {row['id']}: {prompt}")[: 2 * _TEXT_WIDTH], "#555555")
         for x, side in ((0, "dense"), (_TEXT_WIDTH + 3, "target")):
             _put(axes, x, y + 1, side, "#000000", weight="bold")
             _put_lines(
@@ -234,7 +231,7 @@ def _wrapped(pieces: Sequence[str]) -> list[list[tuple[int, str]]]:
     lines: list[list[tuple[int, str]]] = [[]]
     used = 0
     for step, piece in enumerate(pieces):
-        shown = _drawable(piece)[:_TEXT_WIDTH]
+        shown = drawable(piece)[:_TEXT_WIDTH]
         if used + len(shown) > _TEXT_WIDTH:
             lines.append([])
             used = 0
@@ -243,17 +240,6 @@ def _wrapped(pieces: Sequence[str]) -> list[list[tuple[int, str]]]:
     if len(lines) > _TEXT_LINES:
         lines = [*lines[: _TEXT_LINES - 1], [(0, f"... {len(pieces)} tokens")]]
     return lines
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
-
-
-def _drawable(text: str) -> str:
-    """With a sign for every character that the font of the texts lacks, and for line breaks."""
-    signs = {"\n": "\u21b5", "\t": " "}
-    return "".join(signs.get(c, c if c.isprintable() and ord(c) in _glyphs() else "\u00b7") for c in text)
 
 
 def _put_lines(

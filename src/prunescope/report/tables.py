@@ -15,7 +15,7 @@ from prunescope.report import KIND_NAMES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["show_generation", "show_layerwise", "show_plan", "show_scores", "show_sparsified"]
+__all__ = ["show_generation", "show_layerwise", "show_mcq", "show_plan", "show_scores", "show_sparsified"]
 
 _SHOWN = ("h_cos", "z_cos", "p_cos", "h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js", "top1_agree")
 _UPWARD_IS_WORSE = ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "js")
@@ -191,6 +191,51 @@ def show_generation(info: Mapping[str, Any], console: Console | None = None) -> 
     console.print(
         Text("< : not above the noise floor, which is what the dense model gives against itself", style="dim")
     )
+
+
+def show_mcq(info: Mapping[str, Any], console: Console | None = None) -> None:
+    """Means over the whole vocabulary and over the options, accuracies, flips."""
+    floor = info["noise_floor"]["floor"]
+    console = console or Console()
+    config = info["config"]
+    console.print(
+        Text(
+            f"{config['dense']} against {config['target']}: {info['questions']} questions, template {config['template']}, {config['shots']} shots, T = {config['metric_temperature']:g}",
+            style="bold",
+        )
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("column", no_wrap=True)
+    for name in ("whole vocabulary", "options"):
+        table.add_column(f"{name}\nmean (95 % interval)", justify="right", no_wrap=True)
+    for column in ("z_cos", "p_cos", "kl_dense_target", "kl_target_dense", "top1_agree"):
+        cells = []
+        for space in ("global", "options"):
+            stats = info["summary_by_space"][space][space_of_name(column)][column]
+            low, high = stats["ci95"]
+            interval = "" if low is None else f" ({low:.3g} .. {high:.3g})"
+            cells.append(f"{_number(stats['mean'], floor.get(column))}{interval}")
+        table.add_row(column, *cells)
+    console.print(table)
+    for side in ("dense", "target"):
+        found = info["accuracy"][side]
+        low, high = found["ci95"]
+        error = info["calibration"][side]["ece"]
+        console.print(
+            Text(f"{side}: accuracy {found['accuracy']:.3f} ({low:.3f} .. {high:.3f}), calibration error {error:.3f}")
+        )
+    flips = info["flips"]
+    console.print(
+        Text(
+            f"flips: {flips['right_to_wrong']} right to wrong, {flips['wrong_to_right']} wrong to right, {flips['wrong_to_wrong']} between wrong ones; McNemar p = {flips['mcnemar_p']:.3g}; same choice {info['agreement']['same_choice']:.3f}"
+        )
+    )
+    if info["scored_by_sequence"]:
+        console.print(
+            Text(
+                f"{info['scored_by_sequence']} questions have options of several or shared tokens; they are scored by sequence log-likelihood"
+            )
+        )
 
 
 def _texts_table(texts: Mapping[str, Any]) -> Table:

@@ -1,0 +1,337 @@
+"""Multiple-choice questions seen by two models: the whole vocabulary against the answer options (the paper, section 7.2).
+
+One pass over each prompt gives the state at its last position, from which both models would write the answer. ``global`` compares
+the two over the whole vocabulary, ``options`` over the tokens of the options alone, renormalised. An option that is not one
+token of its own, or that shares it with another, has no place in the vocabulary: then each option is read by the models, and its
+sequence log-likelihood stands for its logit (``scoring`` says which it was).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from prunescope.compare.generation import check_pair, final_head
+from prunescope.compare.layerwise import (
+    FLOOR_COLUMNS,
+    Transcript,
+    at_least_float32,
+    mark_under_floor,
+    padded,
+    step_index,
+)
+from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, compare_logits, least_memory
+from prunescope.compare.parts import part, resume_state, save_state
+from prunescope.data.questions import Question, Template, cue_prompt, option_strings, question_text
+from prunescope.errors import UserError
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import batches
+from prunescope.models.loading import LoadedModel
+from prunescope.models.streams import final_states
+from prunescope.progress import progress
+
+__all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_rows"]
+
+TOP = 30  # likeliest tokens kept of each model
+_CONFIDENCE = ("confidence_dense", "confidence_target")
+_LISTS = ("loglik_dense", "loglik_target")
+_FLOOR_QUESTIONS = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the models read it."""
+
+    question: Question
+    text: str
+    tokens: list[int]
+    options: list[str]  # what the model would write
+    option_tokens: list[list[int]]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every option is one token, and no two the same."""
+        firsts = {tokens[0] for tokens in self.option_tokens}
+        return len(firsts) == len(self.options) and all(len(tokens) == 1 for tokens in self.option_tokens)
+
+
+def ask(
+    model: LoadedModel, questions: Sequence[Question], template: Template, shots: dict[str, list[Question]]
+) -> list[Asked]:
+    """Prompts and option tokens. Option tokens are what the tokenizer makes of prompt + option behind those of the prompt.
+
+    Raises:
+        UserError: no chat template, a prompt past the model's context, options that are the same tokens, a tokenizer that gives tokens
+            the model does not know.
+    """
+    if template == "chat" and not model.tokenizer.chat_template:
+        raise UserError(f"{model.ref} has no chat template; choose --template cue")
+    if template != "cue" and shots:
+        raise UserError(f"--shots go with --template cue, not with {template}")
+    asked = []
+    for question in questions:
+        special = template != "chat"
+        if template == "cue":
+            text = cue_prompt(question, shots.get(question.subject, ()))
+        elif template == "paper":
+            text = question_text(question, template)
+        else:
+            text = model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question_text(question, template)}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        options = option_strings(template, len(question.choices))
+        tokens: list[int] = model.tokenizer(text, add_special_tokens=special)["input_ids"]
+        option_tokens = [
+            model.tokenizer(text + option, add_special_tokens=special)["input_ids"][len(tokens) :] for option in options
+        ]
+        _check_asked(model, question, tokens, options, option_tokens)
+        asked.append(Asked(question, text, tokens, options, option_tokens))
+    return asked
+
+
+def _check_asked(
+    model: LoadedModel, question: Question, tokens: list[int], options: list[str], option_tokens: list[list[int]]
+) -> None:
+    longest = len(tokens) + max(map(len, option_tokens)) - 1
+    if not tokens or not all(option_tokens):
+        raise UserError(f"question {question.id!r}: the tokenizer gives no tokens for its prompt or for an option")
+    if model.context and longest > model.context:
+        raise UserError(
+            f"question {question.id!r} has {longest} tokens, past the context of {model.ref}, {model.context}; shorten it or lower --shots"
+        )
+    if max(max(tokens), *map(max, option_tokens)) >= model.anatomy.vocab_size:
+        raise UserError(
+            f"question {question.id!r}: its tokenizer gives tokens that the model does not know; they do not belong together"
+        )
+    seen: dict[tuple[int, ...], str] = {}
+    for option, ids in zip(options, option_tokens, strict=True):
+        other = seen.setdefault(tuple(ids), option)
+        if other != option:
+            raise UserError(
+                f"question {question.id!r}: the options {other!r} and {option!r} are the same tokens {ids} to this tokenizer; choose another --template"
+            )
+
+
+# --- what the models say -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _states(model: LoadedModel, sequences: Sequence[Transcript]) -> Tensor:
+    """The final states at all steps of all sequences, one after the other, ``(steps, d)``; right-padded, no cache."""
+    caught: list[Tensor] = []
+    with final_states(model, caught.append):
+        model.model(input_ids=padded(sequences, model.device), use_cache=False, logits_to_keep=1)
+    return caught[0][step_index(sequences, model.device)]
+
+
+def _likelihoods(model: LoadedModel, asked: Sequence[Asked]) -> list[Tensor]:
+    """Sequence log-likelihoods of the options of each question, ``(options,)`` float64."""
+    result = []
+    head = final_head(model)
+    for question in asked:
+        sequences = [Transcript(question.tokens, tokens) for tokens in question.option_tokens]
+        log_p = head.logits(_states(model, sequences), at_least_float32(model.dtype)).double().log_softmax(-1)
+        chosen = torch.tensor([token for sequence in sequences for token in sequence.continuation], device=log_p.device)
+        each = log_p.gather(-1, chosen[:, None])[:, 0].cpu()
+        result.append(torch.stack([steps.sum() for steps in each.split([len(s.continuation) for s in sequences])]))
+    return result
+
+
+@dataclass(frozen=True)
+class _Settings:
+    temperature: float
+    memory: int
+
+
+def _batch(
+    dense: LoadedModel, target: LoadedModel | DropSpec, asked: Sequence[Asked], first: int, settings: _Settings
+) -> pa.Table:
+    """Two rows a question; the likeliest tokens of both models are in the table's metadata."""
+    other = target if isinstance(target, LoadedModel) else dense
+    prompts = [Transcript(question.tokens, [0]) for question in asked]
+    by_sequence = [question for question in asked if not question.by_token]
+    h, sequence_scores = _states(dense, prompts), _likelihoods(dense, by_sequence)
+    with nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target):
+        h_target, sequence_scores_target = _states(other, prompts), _likelihoods(other, by_sequence)
+    gold = torch.tensor([q.option_tokens[q.question.answer][0] if q.by_token else -1 for q in asked])
+    most = max(len(question.options) for question in asked)
+    ids = torch.tensor(
+        [[tokens[0] for tokens in q.option_tokens] + [q.option_tokens[0][0]] * (most - len(q.options)) for q in asked]
+    )
+
+    def also(rows: slice, z: Tensor, z_target: Tensor) -> dict[str, Tensor]:
+        at, right = ids[rows].to(z.device), gold[rows].clamp(min=0).to(z.device)[:, None]
+        found: dict[str, Tensor] = {}
+        for side, mine in (("dense", z), ("target", z_target)):
+            found[f"z_{side}"] = mine.gather(-1, at).double()
+            found[f"loglik_{side}"] = mine.double().log_softmax(-1).gather(-1, at)
+            found[f"gold_rank_{side}"] = (mine > mine.gather(-1, right)).sum(-1)
+            p, q = ((x.double() / settings.temperature).softmax(-1) for x in (mine, z_target if mine is z else z))
+            top = mine.topk(min(TOP, mine.shape[-1]), -1).indices
+            found |= {f"top_{side}": top, f"top_p_{side}": p.gather(-1, top), f"top_other_{side}": q.gather(-1, top)}
+        return found
+
+    found = compare_final(
+        h,
+        h_target,
+        final_head(dense),
+        final_head(other),
+        temperature=settings.temperature,
+        next_token=gold,
+        also=also,
+        memory=settings.memory,
+    )
+    scores = {"dense": iter(sequence_scores), "target": iter(sequence_scores_target)}
+    rows: list[dict[str, Any]] = []
+    tops: list[dict[str, Any]] = []
+    for i, question in enumerate(asked):
+        rows += _rows(question, first + i, i, found, scores, settings.temperature)
+        tops.append(
+            {
+                side: [found[f"{name}_{side}"][i].tolist() for name in ("top", "top_p", "top_other")]
+                for side in ("dense", "target")
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata(
+        {"prunescope": json.dumps({"tops": tops})}
+    )
+
+
+def _rows(
+    question: Asked, number: int, i: int, found: dict[str, Tensor], scores: dict[str, Any], temperature: float
+) -> list[dict[str, Any]]:
+    count, gold = len(question.options), question.question.answer
+    row: dict[str, Any] = {
+        "question": number,
+        "id": question.question.id,
+        "subject": question.question.subject,
+        "gold": gold,
+        "scoring": "token" if question.by_token else "sequence",
+    }
+    z = {}
+    for side in ("dense", "target"):
+        likelihood = found[f"loglik_{side}"][i, :count] if question.by_token else next(scores[side])
+        z[side] = found[f"z_{side}"][i, :count] if question.by_token else likelihood
+        others = torch.cat([likelihood[:gold], likelihood[gold + 1 :]])
+        row |= {
+            f"choice_{side}": int(likelihood.argmax()),
+            f"loglik_{side}": likelihood.tolist(),
+            f"option_mass_{side}": float(likelihood.exp().sum()),
+            f"margin_{side}": float(likelihood[gold] - others.max()),
+            f"option_rank_{side}": int((likelihood > likelihood[gold]).sum()),
+            f"gold_rank_{side}": int(found[f"gold_rank_{side}"][i]) if question.by_token else None,
+            f"option_confidence_{side}": float(likelihood.softmax(-1).max()),
+        }
+    whole = {name: float(found[name][i]) for name in (*COLUMNS, *_CONFIDENCE)}
+    options = compare_logits(z["dense"][None], z["target"][None], temperature, torch.tensor([gold]))
+    return [
+        {**row, "space": "global", **whole},
+        {**row, "space": "options", **{name: float(value) for name, value in options.items()}},
+    ]
+
+
+_SCHEMA = pa.schema(
+    [
+        ("question", pa.int32()),
+        ("id", pa.string()),
+        ("subject", pa.string()),
+        ("space", pa.string()),
+        ("scoring", pa.string()),
+        ("gold", pa.int32()),
+        *((f"choice_{side}", pa.int32()) for side in ("dense", "target")),
+        *((name, pa.list_(pa.float64())) for name in _LISTS),
+        *((f"{name}_{side}", pa.float64()) for name in ("option_mass", "margin") for side in ("dense", "target")),
+        *((f"{name}_{side}", pa.int32()) for name in ("option_rank", "gold_rank") for side in ("dense", "target")),
+        *((f"option_confidence_{side}", pa.float64()) for side in ("dense", "target")),
+        *((name, pa.float64()) for name in (*COLUMNS, *_CONFIDENCE)),
+    ]
+)
+
+
+# --- the whole run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class McqRows:
+    """What `mcq_rows` found; ``tops`` has of each question and model the ids of its likeliest tokens, their probabilities under it
+    and under the other model."""
+
+    table: pa.Table
+    tops: list[dict[str, Any]] = field(repr=False)
+    floor: dict[str, Any] = field(repr=False)
+
+
+def mcq_rows(
+    dense: LoadedModel,
+    target: LoadedModel | DropSpec,
+    asked: Sequence[Asked],
+    *,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    parts: Path | None = None,
+    key: str = "",
+) -> McqRows:
+    """Compare two models at the place where each question is answered: a row a question and space (``global``, ``options``).
+
+    Log-likelihoods, option mass, margins, choices and ``option_confidence`` are those of T = 1, as tasks are scored; the metric columns
+    and the likeliest tokens use the metric temperature.
+
+    Args:
+        asked: from `ask`.
+        batch_size: questions at a time; changes nothing but speed and memory.
+        temperature: metric temperature T.
+        memory: bytes for the metrics, see `compare_final`.
+        parts, key: folder for finished batches, and what they must have been made from.
+    Raises:
+        UserError: models that cannot be compared, or parts of another run.
+        FloatingPointError: a NaN or infinite logit.
+    """
+    check_pair(dense, target)
+    heads = [final_head(dense)] + ([final_head(target)] if isinstance(target, LoadedModel) else [])
+    least = max(least_memory(head, at_least_float32(dense.dtype)) for head in heads)
+    if memory < least:
+        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
+    settings = _Settings(temperature, memory)
+    if resume_state(parts, key) is None:
+        save_state(parts, key, [])
+    tables = []
+    with progress(f"{len(asked)} questions", len(asked)) as advance:
+        for number, chosen in enumerate(batches(range(len(asked)), batch_size)):
+
+            def compute(chosen: Sequence[int] = chosen) -> pa.Table:
+                return _batch(dense, target, [asked[i] for i in chosen], chosen[0], settings)
+
+            tables.append(part(parts, number, compute))
+            advance(len(chosen))
+    tops = [top for table in tables for top in json.loads(table.schema.metadata[b"prunescope"])["tops"]]
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    floor = _noise_floor(dense, asked, settings)
+    return McqRows(mark_under_floor(table, floor["floor"]), tops, floor)
+
+
+def _noise_floor(dense: LoadedModel, asked: Sequence[Asked], settings: _Settings) -> dict[str, Any]:
+    """The dense model against itself: prompts in a padded batch against each alone; per column the largest absolute value."""
+    prompts = [Transcript(question.tokens, [0]) for question in asked[:_FLOOR_QUESTIONS]]
+    prompts = prompts * 2 if len(prompts) == 1 else prompts
+    alone = torch.cat([_states(dense, [prompt]) for prompt in prompts])
+    head = final_head(dense)
+    columns = compare_final(
+        alone, _states(dense, prompts), head, head, temperature=settings.temperature, memory=settings.memory
+    )
+    return {
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "questions": len(prompts),
+        "way": "in a padded batch against alone",
+        "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
+    }
