@@ -23,7 +23,7 @@ from prunescope.models.anatomy import KINDS, Anatomy, find_anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
 from prunescope.results import NO_SPACE
 
-__all__ = ["BUNDLED", "RECORD", "LoadedModel", "load_model", "read_record"]
+__all__ = ["BUNDLED", "RECORD", "LoadedModel", "layer_list", "load_model", "read_record"]
 
 BUNDLED = "smollm2-135m"
 RECORD = "prunescope.json"
@@ -194,7 +194,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if not isinstance(record.get("dense_layers"), int) or not isinstance(record.get("kept_layers"), list):
             raise ValueError("no layers")
         for key in ("drop_attn_list", "drop_mlp_list", "kept_layers"):
-            record[key] = list(_layer_list(f"{path}: {key}", record.get(key)))
+            record[key] = list(layer_list(f"{path}: {key}", record.get(key)))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a prunescope record ({error}); write the checkpoint again") from error
     return record
@@ -355,13 +355,13 @@ def _config_drop_lists(ref: str, config: Any) -> DropSpec:
     """Drop lists that a published LLM-Drop model keeps in its `config.json`: layer indices, one boolean per layer, or null."""
     return DropSpec(
         *(
-            _layer_list(f"{ref}: drop_{kind}_list in config.json", getattr(config, f"drop_{kind}_list", None))
+            layer_list(f"{ref}: drop_{kind}_list in config.json", getattr(config, f"drop_{kind}_list", None))
             for kind in KINDS
         )
     )
 
 
-def _layer_list(where: str, value: Any) -> tuple[int, ...]:
+def layer_list(where: str, value: Any) -> tuple[int, ...]:
     value = [] if value is None else value
     if isinstance(value, list) and any(isinstance(item, bool) for item in value):
         if all(item is None or isinstance(item, bool) for item in value):
