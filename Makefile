@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DEMO ?= prunescope-demo
+PAPER ?= paper-figures
 
-.PHONY: demo test lint format docs-figures clean
+.PHONY: demo test lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -15,13 +16,16 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: $(DEV)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks paper
+	$(BIN)/ruff check src tests benchmarks paper
 	$(BIN)/mypy
 
 format: $(DEV)
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks paper
+	$(BIN)/ruff check --fix src tests benchmarks paper
+
+paper: $(RUN)
+	$(BIN)/python paper/make_page.py --out $(PAPER)
 
 docs-figures: demo
 	cp $(DEMO)/layerwise/figures/fig04_cosine_by_layer_attn.png docs/demo-attn.png
@@ -38,4 +42,4 @@ $(DEV): $(RUN) requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(DEMO) $(PAPER) .pytest_cache .mypy_cache .ruff_cache .coverage

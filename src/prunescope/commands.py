@@ -451,6 +451,7 @@ def layerwise(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    ignore_eos: bool = False,
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
@@ -475,6 +476,7 @@ def layerwise(
         temperature: sampling temperature of the dense text; 0 is greedy
         top_k: sample from the k likeliest tokens only; 0 is off
         top_p: sample from the likeliest tokens of this total probability only
+        ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling and the bootstrap
         batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB
@@ -518,14 +520,14 @@ def layerwise(
     check_comparable(base, other or spec)
     encoded = encode(base, chosen, max_new_tokens, chat=chat)
     if resume and out is not None and Path(out).exists():
-        settings = (max_new_tokens, sampling, batch_size, lens, metric_temperature)
+        settings = (max_new_tokens, sampling, not ignore_eos, batch_size, lens, metric_temperature)
         return _finished(out, run_key(base, other or spec, encoded, *settings))
     if out is not None:
         results.require_space(out, 2 * len(encoded) * max_new_tokens * 2 * len(base.anatomy) * 60 * 8 + 2**24)
     with results.staged(out, overwrite=overwrite, resume=resume) if out is not None else nullcontext() as staging:
         try:
             found = layerwise_rows(
-                base, other or spec, encoded, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size,
+                base, other or spec, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop=not ignore_eos, batch_size=batch_size,
                 lens=lens, temperature=metric_temperature, memory=memory_mb * 2**20, parts=staging,
             )  # fmt: skip
         except FloatingPointError as error:

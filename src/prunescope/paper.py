@@ -79,7 +79,7 @@ def compare_generation(argv: Sequence[str] | None) -> None:
     )
     with log.prompts(args) as prompts:
         found = commands.generate(
-            args.model_name, str(target), out=str(log.run_folder), prompts=prompts, overwrite=True, ignore_eos=args.ignore_eos, **_sampling(args)
+            args.model_name, str(target), out=str(log.run_folder), prompts=prompts, overwrite=True, **_sampling(args)
         )  # fmt: skip
     log(f"=== Final Comparison Log ({args.analysis_mode}) ===", *lists)
     name = "dropped" if args.analysis_mode == "dropped" else "pruned"
@@ -141,7 +141,9 @@ def _analysis_flags(description: str, drop_n: int) -> ArgumentParser:
     )
     parser.add_argument("--prompts", help="file of prompts (ours); left out, one built-in prompt")
     parser.add_argument("--log_dir", default="cosine_logs", help="where logs and run folders go (ours)")
-    parser.add_argument("--ignore_eos", action="store_true", help="write on behind the end of the text (ours)")
+    parser.add_argument(
+        "--stop_at_eos", action="store_true", help="end a text at its end token (ours; the paper's code writes on)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     return parser
 
@@ -158,6 +160,7 @@ def _sampling(args: Namespace) -> dict[str, Any]:
         "top_k": args.top_k,
         "top_p": args.top_p,
         "seed": args.seed,
+        "ignore_eos": not args.stop_at_eos,
     }
 
 

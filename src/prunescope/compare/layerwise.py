@@ -267,6 +267,7 @@ def layerwise_rows(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop: bool = True,
     batch_size: int = 8,
     lens: Lens = "raw",
     temperature: float = 1.0,
@@ -279,7 +280,7 @@ def layerwise_rows(
         dense: the dense model, nothing dropped.
         target: a loaded model; a `DropSpec` on the dense model; or None, every sublayer dropped in turn (paper Fig. 4).
         prompts: token ids, from `encode`.
-        max_new_tokens: steps at most; a text ends earlier at an end-of-text token.
+        max_new_tokens: steps at most; a text ends earlier at an end-of-text token if ``stop``.
         batch_size: prompts at a time; changes nothing but speed and memory (the noise floor says by how much).
         temperature: metric temperature T.
         memory: bytes for the metrics, see `compare`.
@@ -293,7 +294,7 @@ def layerwise_rows(
     least = least_memory(head, at_least_float32(dense.dtype))
     if memory < least:
         raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
-    settings = (max_new_tokens, sampling, batch_size, lens, temperature)
+    settings = (max_new_tokens, sampling, stop, batch_size, lens, temperature)
     key = run_key(dense, target, prompts, *settings)
     state = resume_state(parts, key)
     if state is None:
@@ -301,7 +302,7 @@ def layerwise_rows(
             f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
         ) as advance:
             texts = continue_texts(
-                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, advance=advance
+                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, stop=stop, advance=advance
             )
         save_state(parts, key, texts)
     else:

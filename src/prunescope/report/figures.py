@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
+from pyarrow import array as pa_array
 
 from prunescope.report import KIND_NAMES
 
@@ -45,7 +46,7 @@ _MULTIPLES = (
 
 
 def draw_layerwise(table: pa.Table, info: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw Figs. 4, 6 and 14-17 of the paper from the rows of a layerwise run into ``folder``; returns what was written.
+    """Draw Figs. 4, 5, 6 and 14-19 of the paper from the rows of a layerwise run into ``folder``; returns what was written.
 
     Sublayers that the target leaves as they are (deviation exactly zero) have nothing to show beside Fig. 4 and are left out.
     """
@@ -59,6 +60,9 @@ def draw_layerwise(table: pa.Table, info: Mapping[str, Any], folder: Path) -> li
                 written += save(
                     _truth_and_estimate(rows, kind, layer, info), folder / f"fig06_truth_and_estimate_{kind}"
                 )
+                written += save(_parts(rows, kind, changed, info), folder / f"fig05_parallel_and_orthogonal_{kind}")
+                written += save(_parts_by_step(rows, kind, layer, info), folder / f"fig18_parts_by_step_{kind}")
+                written += save(_variances(rows, kind, changed, info), folder / f"fig19_variances_{kind}")
         for column, kind, number in _MULTIPLES:
             rows = table.filter(pc.equal(table["sublayer"], kind))
             if changed := info["changed_layers"][kind]:
@@ -110,6 +114,64 @@ def _truth_and_estimate(rows: pa.Table, kind: str, layer: int, info: Mapping[str
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.suptitle(f"Layer {layer}: what happened and what the theorems say\n{_title(info, kind)}")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+_PARTS = (("para_rel", "parallel", "-", "o"), ("orth_rel", "orthogonal", "--", "s"))
+
+
+def _parts(rows: pa.Table, kind: str, layers: list[int], info: Mapping[str, Any]) -> Figure:
+    """Paper Fig. 5: lengths of the change along and across the dense vector, relative to it, by layer, in h and in z."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    rows = rows.filter(pc.is_in(rows["layer"], pa_array(layers, "int32")))
+    for axes, space in zip(figure.subplots(1, 2, sharey=True), "hz", strict=True):
+        colour, label, _ = SPACES[space]
+        for name, what, line, marker in _PARTS:
+            found, low, mean, high = by(rows, "layer", f"{space}_{name}")
+            axes.fill_between(found, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(found, mean, line, color=colour, marker=marker, markersize=3, label=what)
+        axes.set(yscale="log", xlabel="layer", title=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    figure.axes[0].set_ylabel("length relative to the dense vector")
+    figure.suptitle(f"The change along and across the dense vector\n{_title(info, kind)}")
+    return figure
+
+
+def _parts_by_step(rows: pa.Table, kind: str, layer: int, info: Mapping[str, Any]) -> Figure:
+    """Paper Fig. 18: the same by decoding step, at one layer."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    rows = rows.filter(pc.equal(rows["layer"], layer))
+    for axes, space in zip(figure.subplots(1, 2, sharey=True), "hz", strict=True):
+        colour, label, _ = SPACES[space]
+        for name, what, line, marker in _PARTS:
+            steps, _, mean, _ = by(rows, "step", f"{space}_{name}")
+            axes.plot(steps, mean, line, color=colour, marker=marker, markersize=2.5, label=what)
+        axes.set(yscale="log", xlabel="decoding step", title=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    figure.axes[0].set_ylabel("length relative to the dense vector")
+    figure.suptitle(f"Layer {layer}: the change along and across the dense vector\n{_title(info, kind)}")
+    return figure
+
+
+def _variances(rows: pa.Table, kind: str, layers: list[int], info: Mapping[str, Any]) -> Figure:
+    """Paper Fig. 19: variance of the change of the logits under uniform weights, under p (Theorem 3) and under r (Theorem 2), by layer."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    rows = rows.filter(pc.is_in(rows["layer"], pa_array(layers, "int32")))
+    weights = (
+        ("var_uniform", "uniform", "#999999", "o"),
+        ("var_p", "p", TRUTH, "s"),
+        ("var_r", "r = p\u00b2 / \u03a3p\u00b2", ESTIMATE, "^"),
+    )
+    for column, label, colour, marker in weights:
+        found, _, mean, _ = by(rows, "layer", column)
+        axes.plot(found, np.where(mean > 0, mean, np.nan), color=colour, marker=marker, markersize=3, label=label)
+    axes.set(yscale="log", xlabel="layer", ylabel="variance of \u0394z")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(title="weights", ncols=3)
+    figure.suptitle(f"Variance of the change of the logits\n{_title(info, kind)}")
     return figure
 
 
