@@ -309,6 +309,8 @@ def test_agreement_by_confidence_and_intervals() -> None:
     low, high = wilson(8, 10)  # type: ignore[misc]
     assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # R: binom::binom.wilson(8, 10)
     assert wilson(0, 0) is None
+    for trials in range(1, 60):  # rounding once put the bound inside the share, which an error bar cannot draw
+        assert wilson(0, trials)[0] == 0.0 and wilson(trials, trials)[1] == 1.0  # type: ignore[index]
 
 
 def test_the_divergence_is_split_step_by_step() -> None:

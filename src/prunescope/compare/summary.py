@@ -39,7 +39,8 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> list[float] | No
     share, weight = successes / trials, z * z / trials
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    # at none and at all the bound is exactly 0 and 1; rounding must not put it inside the share
+    return [middle - half if successes else 0.0, middle + half if successes < trials else 1.0]
 
 
 def by_confidence(rows: pa.Table) -> list[dict[str, Any]]:
