@@ -26,6 +26,7 @@ def test_the_public_surface_is_pinned() -> None:
         "DropResult",
         "GenerateResult",
         "LayerwiseResult",
+        "McqResult",
         "Run",
         "SparsifyResult",
         "UserError",
@@ -34,10 +35,11 @@ def test_the_public_surface_is_pinned() -> None:
         "generate",
         "layerwise",
         "load",
+        "mcq",
         "open",
         "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 
@@ -120,6 +122,14 @@ def other_vocabulary(folder: Path) -> str:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "wide")
     tiny_tokenizer().save_pretrained(folder / "wide")
     return str(folder / "wide")
+
+
+def other_tokenizer(folder: Path) -> str:
+    """The same words under other ids."""
+    target = tiny_folder("llama", folder / "other", seed=1)
+    path = target / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w4":', '"SWAP":').replace('"w5":', '"w4":').replace('"SWAP":', '"w5":'))
+    return str(target)
 
 
 def pickled(folder: Path) -> str:
@@ -255,6 +265,29 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     "no damping": (lambda f: sparse(f, "--sparsity", "0.5", "--damping", "0"), "must be positive"),
     "one-token samples": (lambda f: sparse(f, "--sparsity", "0.5", "--seq-len", "1"), "at least two tokens"),
     "windows of nothing": (lambda f: sparse(f, "--sparsity", "0.5", "--perplexity-windows", "3"), "--perplexity FILE"),
+    "generate without a target": (lambda f: ["generate", model(f)], "target"),
+    "generate against nothing": (lambda f: ["generate", model(f), "drop:"], "drops nothing"),
+    "generate with another vocabulary": (lambda f: ["generate", model(f), other_vocabulary(f)], "same vocabulary"),
+    "generate with another tokenizer": (lambda f: ["generate", model(f), other_tokenizer(f)], "the tokenizers of"),
+    "generate past the context": (lambda f: ["generate", model(f), "drop:attn=1", "--prompts", file(f, "p.txt", "w5 " * 60), "--max-new-tokens", "9"], "past the model's context of 64"),
+    "unknown regime": (lambda f: ["generate", model(f), "drop:attn=1", "--regime", "forced"], "teacher-forced"),
+    "generate without a chat template": (lambda f: ["generate", model(f), "drop:attn=1", "--chat"], "no chat template"),
+    "cold sampling of both": (lambda f: ["generate", model(f), "drop:attn=1", "--temperature", "-1"], "cannot be negative"),
+    "top-p of nothing": (lambda f: ["generate", model(f), "drop:attn=1", "--top-p", "0"], "--top-p"),
+    "cold metrics of both": (lambda f: ["generate", model(f), "drop:attn=1", "--metric-temperature", "0"], "must be positive"),
+    "no questions file": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", str(f / "none.jsonl")], "cannot be read"),
+    "empty questions file": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", "\n")], "holds no question"),
+    "no answer to a question": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", '{"question": "w5", "choices": ["w6", "w7"]}')], "no 'answer'"),
+    "answer out of range": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", '{"question": "w5", "choices": ["w6", "w7"], "answer": 2}')], "out of range"),
+    "duplicate options": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", '{"question": "w5", "choices": ["w6", "w6"], "answer": 0}')], "stands there twice"),
+    "options of the same tokens": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", '{"question": "w5", "choices": ["w6", "w7"], "answer": 0}')], "are the same tokens"),
+    "question past the context": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", file(f, "q.jsonl", '{"question": "' + "w5 " * 70 + '", "choices": ["w6", "w7"], "answer": 0}')], "past the context"),
+    "shots without a folder": (lambda f: ["mcq", model(f), "drop:attn=1", "--shots", "2"], "needs a folder of MMLU CSV files"),
+    "shots with the paper's template": (lambda f: ["mcq", model(f), "drop:attn=1", "--template", "paper", "--shots", "1"], "go with --template cue"),
+    "no questions at all": (lambda f: ["mcq", model(f), "drop:attn=1", "--limit", "0"], "at least one question"),
+    "no MMLU in the folder": (lambda f: ["mcq", model(f), "drop:attn=1", "--questions", str(f)], "no test/*_test.csv"),
+    "mcq with another tokenizer": (lambda f: ["mcq", model(f), other_tokenizer(f)], "the tokenizers of"),
+    "mcq against nothing": (lambda f: ["mcq", model(f), "drop: "], "drops nothing"),
     "bad config file": (lambda f: ["layerwise", "--config", str(f / "none.yaml")], "none.yaml"),
     "unknown key in config file": (lambda f: ["drop", model(f), "--config", file(f, "c.yaml", "sparsity: 0.5\n")], "sparsity"),
 }  # fmt: skip
