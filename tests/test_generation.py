@@ -377,6 +377,29 @@ def test_a_run_folder_holds_what_was_found(dense_folder: Path, tmp_path: Path) -
     assert prunescope.open(tmp_path / "again").table().equals(table)
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_run_of_one_regime_alone(regime: str, dense_folder: Path, tmp_path: Path) -> None:
+    """One prompt, one step: what is not there is left out of run.json and of the figures, and nothing divides by it."""
+    (tmp_path / "one.txt").write_text("w8\n")
+    argv = [
+        str(dense_folder),
+        "drop:attn=2",
+        "--prompts",
+        str(tmp_path / "one.txt"),
+        "--max-new-tokens",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main(["generate", *argv, "--regime", regime, "--out", str(tmp_path / "run")]) == 0
+    run = prunescope.open(tmp_path / "run")
+    assert run.info["regimes"] == [regime]
+    assert "divergence" not in run.info
+    assert ("texts" in run.info) == ("target" in run.samples()[0]) == (regime == "free-running")
+    assert ("agreement_by_confidence" in run.info) == (regime == "teacher-forced")
+    assert len(run.table()) == 1
+
+
 def test_an_interrupted_run_goes_on_where_it_was(
     dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
