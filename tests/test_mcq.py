@@ -372,6 +372,8 @@ def test_a_run_folder_holds_what_was_found(
     assert run.table().equals(whole.table())
     assert run.samples() == whole.samples()
     assert run.info["accuracy_by_subject"].keys() == {"a", "b"}
+    assert run.info["chance"] == pytest.approx(1 / 3)
+    assert "not above chance (0.333)" in capfd.readouterr().out
     table = run.table()
     assert table["question"].to_pylist() == [i for i in range(7) for _ in range(2)]
     mean = run.info["summary_by_space"]["options"]["p"]["kl_dense_target"]["mean"]

@@ -202,6 +202,7 @@ def mcq_summary(table: pa.Table, seed: int) -> dict[str, Any]:
         "summary": spaces["global"],
         "summary_by_space": spaces,
         "accuracy": {side: _accuracy(hit) for side, hit in right.items()},
+        "chance": float(np.mean([1 / len(scores) for scores in rows["loglik_dense"].to_pylist()])),
         "accuracy_by_subject": {
             str(name): {side: _accuracy(hit[subjects == name]) for side, hit in right.items()}
             for name in dict.fromkeys(subjects)

@@ -242,6 +242,7 @@ def _title(info: Mapping[str, Any], kind: str) -> str:
 
 def short(name: str) -> str:
     """A name that fits into a title, with nothing in it that matplotlib would read as mathematics."""
+    name = Path(name).name if name.startswith(("/", ".", "~")) else name
     name = name if len(name) <= 40 else "..." + name[-37:]
     return name.replace("$", r"\$")
 

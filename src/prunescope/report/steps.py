@@ -24,6 +24,7 @@ __all__ = ["draw_generation", "draw_targets"]
 
 LINES = {"free-running": "-", "teacher-forced": "--"}
 LOCAL, HISTORY = "#56B4E9", "#CC79A7"
+_BELOW: dict[str, Any] = {"fontsize": 6.5, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
 _PANELS = (  # paper Fig. 12: the whole vocabulary above, the dense model's likeliest tokens below
     ("dz_l1", "mean |Δz|, all tokens"),
     ("dz_rms", "RMS of Δz, all tokens"),
@@ -91,7 +92,7 @@ def _cosines(table: pa.Table, info: Mapping[str, Any]) -> Figure:
 def _divergence(table: pa.Table, info: Mapping[str, Any]) -> Figure:
     """Paper Fig. 7, right: KL of the step with its second-order estimate; beside it its local and its history part (Eq. 67)."""
     parts = info.get("divergence")
-    figure = Figure(figsize=(7.8 if parts else 4.2, 3.3), layout="constrained")
+    figure = Figure(figsize=(7.8 if parts else 4.2, 3.6), layout="constrained")
     grid = figure.subplots(1, 2 if parts else 1, squeeze=False)[0]
     for regime in info["regimes"]:
         rows = table.filter(pc.equal(table["regime"], regime))
@@ -106,7 +107,7 @@ def _divergence(table: pa.Table, info: Mapping[str, Any]) -> Figure:
             grid[0].get_ylim()[0], floor, color=FLOOR, alpha=0.2, linewidth=0, label="under the noise floor"
         )
     _steps(grid[0])
-    grid[0].legend(fontsize=6.5)
+    grid[0].legend(**_BELOW)
     if parts:
         rows = parts["by_step"]
         steps = np.array([row["step"] for row in rows])
@@ -120,7 +121,7 @@ def _divergence(table: pa.Table, info: Mapping[str, Any]) -> Figure:
         grid[1].plot(steps, total, color="#333333", label="total, free-running")
         grid[1].set(ylabel="mean KL(p || q), nats", title="What its own history adds (Eq. 67)", ylim=(0, None))
         _steps(grid[1])
-        grid[1].legend(fontsize=6.5)
+        grid[1].legend(**_BELOW)
     figure.suptitle(_title(info))
     return figure
 

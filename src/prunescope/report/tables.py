@@ -224,6 +224,13 @@ def show_mcq(info: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(
             Text(f"{side}: accuracy {found['accuracy']:.3f} ({low:.3f} .. {high:.3f}), calibration error {error:.3f}")
         )
+    if info["accuracy"]["dense"]["ci95"][0] <= info["chance"]:
+        console.print(
+            Text(
+                f"the dense accuracy is not above chance ({info['chance']:.3f}): accuracies and flips say nothing here",
+                style="bold",
+            )
+        )
     flips = info["flips"]
     console.print(
         Text(
