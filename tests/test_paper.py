@@ -13,14 +13,16 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
 
 import prunescope
-from families import tiny_folder
-from prunescope.compare.metrics import compare_hidden
-from prunescope.paper import against_target, checkpoint_folder, generation_lines, transition_lines
+from families import tiny_folder, tiny_model
+from prunescope.compare.metrics import COLUMNS, compare_hidden
+from prunescope.errors import UserError
+from prunescope.paper import against_target, checkpoint_folder, generation_lines, option_lines, transition_lines
 from test_mcq import letters_folder
 
 PAPER = Path(__file__).resolve().parents[1] / "paper"
@@ -65,6 +67,16 @@ def drop_into(root: Path, dense: Path, words: Path, target_layer: str = "attn", 
 
 def analysis(name: str, *flags: object, code: int | None = None) -> None:
     script(f"representation-analysis/{name}.py", *flags, code=code)
+
+
+def refused(name: str, *flags: object, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a script ends with, exit code 2."""
+    capsys.readouterr()
+    script(name, *flags, code=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len([line for line in said if line.startswith("prunescope: ")]) == 1
+    assert said[-1].startswith("prunescope: ") and "Traceback" not in "".join(said)
+    return said[-1]
 
 
 def log_values(text: str, label: str) -> dict[str, list[float]]:
@@ -130,7 +142,7 @@ def test_generation_and_options_of_a_dropped_model(
     assert json.loads(re.search(r"top5_l1: (.*)", log)[1]) == pytest.approx(
         [5 * x for x in free["dz_top5_l1"].to_pylist()]
     )  # type: ignore[index]
-    assert "w8 w11" in log and "w5 w9" not in log
+    assert re.findall(r"=== Prompt .*\n.*", log) == ["=== Prompt 2 ===\nw8 w11"], "its number in the file"
     assert "analysis_temperature: 1.0" in log
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "w1 w2", "choices": ["w3", "w4", "w5"], "answer": 1}\n')
@@ -210,7 +222,7 @@ def test_what_is_refused(
     drop_into(tmp_path / "drops", dense_folder, words)
     folder = checkpoint_folder("drops", "dense", "attn", 2)
     folder.parent.rename(folder.parent.with_name("dense-layer_drop_attn-discrete-drop3"))
-    layers, generation = "transition_layerwise_compare", "compare_generation_metrics"
+    layers, generation, options = "transition_layerwise_compare", "compare_generation_metrics", "compare_mcq_subspace_metrics"  # fmt: skip
     base = ["--model_name", dense_folder, "--dropped_root_path", "drops"]
     for name, flags, message in (
         (layers, [*base, "--drop_n", 3], "drops 2 attn sublayers"),
@@ -220,13 +232,14 @@ def test_what_is_refused(
         (layers, ["--model_name", dense_folder, "--analysis_mode", "pruned"], "--pruned_model_name"),
         (layers, [*base, "--prompt_idx", 1], "prompts 0 to 0"),
         (layers, [], "--model_name"),
+        (layers, [*base, "--dropn", 1], "unrecognized arguments: --dropn"),
+        (layers, [*base, "--drop_n", "many"], "invalid int value"),
         (generation, [*base, "--drop_n", 0], "nothing is dropped"),
+        (options, [*base, "--drop_n", 0], "nothing is dropped"),
+        (options, [*base, "--drop_n", 3, "--prompts", words], "unrecognized arguments: --prompts"),
+        (options, ["--model_name", dense_folder, "--analysis_mode", "pruned"], "--pruned_model_name"),
     ):
-        capsys.readouterr()
-        analysis(name, *flags, code=2)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert len([line for line in lines if line.startswith("prunescope: ")]) == 1
-        assert message in lines[-1]
+        assert message in refused(f"representation-analysis/{name}.py", *flags, capsys=capsys)
     pruning = ["--model", dense_folder, "--save_model", "p", "--calibration", words]
     for flags, message in (
         ([*pruning, "--prune_method", "wanda", "--sparsity_type", "2:4", "--sparsity_ratio", 0.6], "give 0.5"),
@@ -240,10 +253,16 @@ def test_what_is_refused(
         ),
         (["--model", dense_folder, "--prune_method", "magnitude", "--sparsity_type", "unstructured"], "--save_model"),
     ):
-        script("intra-layer/main.py", *flags, code=2)
-        assert message in capsys.readouterr().err
-    script("inter-layer/compress.py", "--model_name_or_path", dense_folder, "--drop_n", 2, "--dataset", words, code=2)
-    assert "no place for the checkpoint" in capsys.readouterr().err
+        assert message in refused("intra-layer/main.py", *flags, capsys=capsys)
+    dropping = ["--model_name_or_path", dense_folder, "--drop_n", 2, "--dataset", words]
+    for flags, message in (
+        (dropping, "no place for the checkpoint"),
+        ([*dropping, "--output_dir", "o", "--layer_drop_method", "post_dropping"], "--only_update_config False"),
+        ([*dropping, "--output_dir", "o", "--layer_drop_norm", "maybe"], "give True or False"),
+        ([*dropping, "--output_dir", "o", "--layer_drop_method", "consecutive"], "whole blocks"),
+    ):
+        assert message in refused("inter-layer/compress.py", *flags, capsys=capsys)
+    assert not (tmp_path / "o").exists()
     assert not (tmp_path / "cosine_logs").exists() and not (tmp_path / "p").exists()
 
 
@@ -262,6 +281,185 @@ def test_published_lists_of_booleans_and_nulls_are_read(tmp_path: Path) -> None:
         drop_n=2,
     )
     assert read_drop_lists(args) == {"attn": [1, 2], "mlp": []}
+
+
+def written(folder: Path, attn: list[int]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"drop_attn_list": attn, "drop_mlp_list": []}))
+
+
+def test_the_first_folder_that_exists_is_taken_and_never_one_outside_the_root(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tag, else postfix, name, last part of the name. An absolute model name, joined as a path, would lead out of the root."""
+    from prunescope.paper import read_drop_lists
+
+    root, model = tmp_path / "drops", tmp_path / "models" / "m"
+    flags: dict[str, Any] = {"model_name": str(model), "model_tag": None, "model_postfix": None}
+    flags |= {"dropped_root_path": root, "target_layer": "attn", "drop_n": 1}
+    written(checkpoint_folder(model.parent, "m", "attn", 1), [9])  # beside the model, not under the root
+    with pytest.raises(UserError, match=re.escape(str(root))):
+        read_drop_lists(Namespace(**flags))
+    for layer, tag in enumerate(("m", str(model), "org/m")):  # the later, the more it counts
+        written(checkpoint_folder(root, tag, "attn", 1), [layer])
+        assert (checkpoint_folder(root, tag, "attn", 1)).is_relative_to(root)
+        postfix = "org/m" if tag == "org/m" else None
+        assert read_drop_lists(Namespace(**flags | {"model_postfix": postfix}))["attn"] == [layer]
+    assert read_drop_lists(Namespace(**flags | {"model_postfix": "nobody/else"}))["attn"] == [1], "the name comes next"
+    with pytest.raises(UserError, match="mine-layer_drop_attn"):
+        read_drop_lists(Namespace(**flags | {"model_tag": "mine"}))  # a tag that is given is not guessed at
+
+
+def test_every_way_to_drop_has_a_folder_of_its_own(
+    tmp_path: Path, dense_folder: Path, words: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Joint and consecutive drops must not take the place of the discrete blocks, which the analysis reads as what they say they are."""
+    monkeypatch.chdir(tmp_path)
+    drop_into(tmp_path / "d", dense_folder, words, "all")
+    before = checkpoint_folder("d", "dense", "all", 2).joinpath("prunescope.json").read_text()
+    drop_into(tmp_path / "d", dense_folder, words, "all", prune_method="layer_drop")
+    drop_into(tmp_path / "d", dense_folder, words, "all", block_drop_method="consecutive")
+    found = sorted(str(path.parent.parent.relative_to("d")) for path in Path("d").rglob("prunescope.json"))
+    assert found == [
+        "block_drop/dense-block_drop-all-consecutive-drop2",
+        "block_drop/dense-block_drop-all-discrete-drop2",
+        "dense-layer_drop_all-discrete-drop2",
+    ]
+    assert checkpoint_folder("d", "dense", "all", 2).joinpath("prunescope.json").read_text() == before
+    capsys.readouterr()
+    drop_into(tmp_path / "e", dense_folder, words, similarity_cache_file="none.pt", logging_steps=10)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ignored")]
+    assert said == ["ignored, since they decide nothing here: --stage, --similarity_cache_file, --logging_steps"]
+
+
+def test_zeroed_weights_are_analysed_like_lists(
+    tmp_path: Path, dense_folder: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--only_update_config False writes no lists into config.json, for it loads as an ordinary model: they stand in prunescope.json."""
+    from prunescope.paper import read_drop_lists
+
+    monkeypatch.chdir(tmp_path)
+    flags: dict[str, Any] = {"model_name": "dense", "model_tag": None, "model_postfix": None, "target_layer": "attn"}
+    lists = []
+    for root, lists_only in (("lists", "True"), ("weights", "False")):
+        drop_into(tmp_path / root, dense_folder, words, only_update_config=lists_only)
+        lists.append(read_drop_lists(Namespace(**flags, dropped_root_path=root, drop_n=2)))
+    assert lists[0] == lists[1]
+    assert list(Path("weights").rglob("*.safetensors")) and not list(Path("lists").rglob("*.safetensors"))
+
+
+LINES = (  # name, column (dropped mode, pruned mode), decimals
+    *(
+        (name, column, column, 4)
+        for name, column in (("emb sim", "h_cos"), ("head sim", "z_cos"), ("vocab sim", "p_cos"))
+    ),
+    ("REAL_KL", "kl_dense_target", "kl_target_dense", 6),
+    ("KL_estimate", "kl_est", "kl_est_target", 6),
+    ("REAL(1-cos)", "p_cos_dev", "p_cos_dev", 6),
+    ("1-cos_estimate", "p_cos_dev_est", "p_cos_dev_est_target", 6),
+    ("Uniform_Var", "var_uniform", "var_uniform", 6),
+    ("Z_real(1-cos)", "z_cos_dev", "z_cos_dev", 6),
+    ("H_real(1-cos)", "h_cos_dev", "h_cos_dev", 6),
+)
+
+
+@pytest.mark.parametrize("mode", ["dropped", "pruned"])
+def test_every_line_of_every_prompt_says_what_the_run_says(
+    mode: str, tmp_path: Path, dense_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 22 lines at all places of two prompts. Would catch a block under the wrong prompt, a column of the other mode, a wrong base."""
+    monkeypatch.chdir(tmp_path)
+    flags: list[object] = ["--pruned_model_name", tiny_folder("llama", tmp_path / "other", seed=5)]
+    if mode == "dropped":
+        written(checkpoint_folder("d", "dense", "attn", 2), [4, 1])
+        flags = ["--dropped_root_path", "d", "--drop_n", 2]
+    analysis(
+        "transition_layerwise_compare",
+        "--analysis_mode",
+        mode,
+        "--model_name",
+        dense_folder,
+        "--max_length",
+        3,
+        "--prompts",
+        prompts,
+        *flags,
+    )
+    place = tmp_path / "cosine_logs" / f"layerwise_{mode}" / "temp0.5"
+    run = prunescope.open(place / "run")
+    assert run.info["config"]["prompts"] == str(prompts), "the run can be made again"
+    blocks = (place / "log-cosine.txt").read_text().split("\n=== Prompt ")
+    assert blocks[0] == f"=== Layerwise Sublayer Metrics Log ({mode}) ===\n"
+    assert [block.splitlines()[1] for block in blocks[1:]] == ["w5 w9 w17", "w8 w11"]
+    for prompt, block in enumerate(blocks[1:]):
+        assert f"--- Dense Model Output ---\n{run.samples()[prompt]['dense']}\n" in block
+        assert ("drop_attn_list: [1, 4] | drop_mlp_list: []" in block) == (mode == "dropped")
+        rows = [row for row in run.table().to_pylist() if row["prompt"] == prompt]
+        if mode == "dropped":
+            rows = [row for row in rows if row["sublayer"] == "attn" and row["layer"] in (1, 4)]
+        expected = []
+        for row in rows:
+            name = f"{row['layer']} {'dropped_' if mode == 'dropped' else ''}{row['sublayer']}_step{row['step']}"
+            expected += [(f"{name} {line}", row[columns[mode == "pruned"]]) for line, *columns, _ in LINES]
+            for space in "zh":
+                alpha, orth = row[f"{space}_alpha"], row[f"{space}_orth_rel"]
+                if mode == "dropped":  # <X, Y> / |Y|^2 - 1, and |X across Y| |Y| = |Y across X| |X|
+                    length = math.hypot(1 + alpha, orth)
+                    alpha, orth = (1 + alpha) / length**2 - 1, orth / length**2
+                ratios = ("para_perp(mean)", "para_perp(median)", "ratio_of_means")
+                expected += [(f"{name} {space.upper()}_{ratio}", abs(alpha) / orth) for ratio in ratios]
+                expected += [
+                    (f"{name} {space.upper()}_para_rel", abs(alpha)),
+                    (f"{name} {space.upper()}_orth_rel", orth),
+                ]
+                expected += [(f"{name} alpha_{space}_mean", alpha)]
+        lines = dict(re.findall(r"^(\d+ \w+_step\d+ [^:]+): +(\S+)$", block, re.MULTILINE))
+        assert len(lines) == len(rows) * 22
+        assert set(lines) == {name for name, _ in expected}
+        for name, value in expected:
+            assert float(lines[name]) == pytest.approx(value, abs=6e-5 if "sim" in name else 6e-7, rel=1e-6), name
+            assert len(lines[name].partition(".")[2]) == (4 if "sim" in name else 6)
+
+
+def test_options_are_logged_at_the_temperature_of_their_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """log p of " a", " b", ... at T = 0.5 as plain transformers gives it, with the blocks in the order of the paper's code; pruned mode.
+
+    Would catch log-likelihoods of T = 1 (which the table holds) beside likeliest tokens at T = 0.5.
+    """
+    monkeypatch.chdir(tmp_path)
+    dense, pruned = (letters_folder(tmp_path / name, whole_words=True) for name in ("dense", "pruned"))
+    tiny_model("llama", seed=3).save_pretrained(pruned)
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "w1 w2", "choices": ["w3", "w4", "w5"], "answer": 1}\n{"question": "w7", "choices": ["w4", "w5"], "answer": 0}\n'
+    )
+    analysis("compare_mcq_subspace_metrics", "--analysis_mode", "pruned", "--model_name", dense, "--pruned_model_name", pruned, "--questions", "q.jsonl", "--mode", "mine")  # fmt: skip
+    log = (tmp_path / "cosine_logs" / "attn_pruned_temp0.5" / "log_drop8-mine-subspace.txt").read_text()
+    heads = ["GLOBAL", "TOP TOKENS (Original vs Dropped)", "TOP TOKENS [", "SUBSPACE (a/b", "SUBWORD PROBABILITIES"]
+    places = [[match.start() for match in re.finditer(re.escape(f"===== {head}"), log)] for head in heads]
+    assert [len(found) for found in places] == [2] * 5 and log.count("compare_mode: pruned") == 2
+    assert sorted(place for found in places for place in found) == [found[i] for i in (0, 1) for found in places]
+    models = [prunescope.load(str(folder), device="cpu") for folder in (dense, pruned)]
+    samples = prunescope.open(tmp_path / "cosine_logs" / "attn_pruned_temp0.5" / "run_drop8-mine-subspace").samples()
+    for sample, block in zip(samples, log.split("===== SUBWORD PROBABILITIES")[1:], strict=True):
+        said = re.findall(r"^ ([a-d]) +\| orig=(\S+) \| drop=(\S+)$", block, re.MULTILINE)
+        ids = torch.tensor([models[0].tokenizer(sample["text"])["input_ids"]])
+        with torch.no_grad():
+            z = [loaded.model(input_ids=ids).logits[0, -1].double() for loaded in models]
+        expected = [[(x / 0.5).log_softmax(-1)[token].item() for x in z] for token in sample["option_tokens"]]
+        assert [letter for letter, *_ in said] == list("abc")[: len(expected)]
+        assert [[float(x), float(y)] for _, x, y in said] == [pytest.approx(pair, abs=2e-5) for pair in expected]
+
+
+def test_options_of_several_tokens_keep_their_sequence_likelihoods() -> None:
+    whole = {"loglik_dense": [-3.0, -5.0], "loglik_target": [-4.0, -2.0], "gold": 0, "nll_dense": math.nan}
+    whole |= {"nll_target": math.nan, "z_cos": 1.0, "p_cos": 1.0, "kl_dense_target": 0.0}
+    sample: dict[str, Any] = {"option_strings": [" a", " b"], "option_tokens": None, "top_dense": []}
+    lines = option_lines(sample, whole, whole, 0.5)
+    assert lines[-2:] == [
+        " a         | orig=-3.000000 | drop=-4.000000",
+        " b         | orig=-5.000000 | drop=-2.000000",
+    ]
+    assert "Subspace token ids: None" in lines
 
 
 def test_pruning_methods_of_the_flags(tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,33 +481,29 @@ def test_the_base_changes_as_computed_directly() -> None:
     """alpha, parallel and orthogonal part of the way back relative to the target, from those relative to the dense vector."""
     x, y = (torch.randn(5, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2))
     ours, back = compare_hidden(x, y), compare_hidden(y, x)
-    for i in range(5):
-        alpha, orth = against_target(ours["h_alpha"][i].item(), ours["h_orth_rel"][i].item())
-        assert alpha == pytest.approx(back["h_alpha"][i].item(), rel=1e-9)
-        assert orth == pytest.approx(back["h_orth_rel"][i].item(), rel=1e-9)
+    alpha, orth = against_target(ours["h_alpha"].numpy(), ours["h_orth_rel"].numpy())
+    assert alpha == pytest.approx(back["h_alpha"].numpy(), rel=1e-9)
+    assert orth == pytest.approx(back["h_orth_rel"].numpy(), rel=1e-9)
+    projected = ((x - y) * y).sum(-1) / (y * y).sum(-1)  # by hand, so that both could not be wrong together
+    rest = (x - y) - projected[:, None] * y
+    assert alpha == pytest.approx(projected.numpy(), rel=1e-9)
+    assert orth == pytest.approx((rest.norm(dim=-1) / y.norm(dim=-1)).numpy(), rel=1e-9)
+
+
+def one_place(**changes: float) -> pa.Table:
+    """A row of a layerwise table in which nothing moved, but for ``changes``."""
+    row = dict.fromkeys(COLUMNS, 0.0) | dict.fromkeys(["h_cos", "z_cos", "p_cos"], 1.0) | changes
+    return pa.Table.from_pylist([{"layer": 3, "sublayer": "attn", "step": 0, **row}])
 
 
 def test_a_change_along_the_vector_has_no_ratio() -> None:
-    row: dict[str, Any] = dict.fromkeys(["h_cos", "z_cos", "p_cos"], 1.0) | {"layer": 3}
-    row |= dict.fromkeys(
-        [
-            "kl_dense_target",
-            "kl_est",
-            "kl_target_dense",
-            "kl_est_target",
-            "p_cos_dev",
-            "p_cos_dev_est",
-            "p_cos_dev_est_target",
-        ],
-        0.0,
-    )
-    row |= dict.fromkeys(["var_uniform", "z_cos_dev", "h_cos_dev", "z_alpha", "z_orth_rel", "h_orth_rel"], 0.0) | {
-        "h_alpha": 0.5
-    }
-    lines = "\n".join(transition_lines(row, "attn_step0", dropped=False))
+    """Warnings are errors here: would catch a division that warns, or one that stops the script."""
+    lines = list(transition_lines(one_place(h_alpha=0.5, h_para_rel=0.5), dropped=False))
     assert "3 attn_step0 H_ratio_of_means:    inf" in lines
     assert "3 attn_step0 Z_ratio_of_means:    nan" in lines
-    assert len(lines.splitlines()) == 8 + 2 * 7
+    assert len(lines) == 8 + 2 * 7 + 2
+    gone = list(transition_lines(one_place(h_alpha=-1.0), dropped=True))  # the dropped stream is the zero vector
+    assert "3 dropped_attn_step0 alpha_h_mean:    nan" in gone
 
 
 def test_generation_lines_are_scaled_as_in_the_papers_code(dense_folder: Path, prompts: Path) -> None:
@@ -321,6 +515,9 @@ def test_generation_lines_are_scaled_as_in_the_papers_code(dense_folder: Path, p
     rows = [row for row in found.table().to_pylist() if row["prompt"] == 0 and row["regime"] == "free-running"]
     assert json.loads(values["uniform_var"]) == pytest.approx([row["var_uniform"] / 0.5 for row in rows])
     assert json.loads(values["kl_estimates"]) == pytest.approx([row["var_p"] / 0.5 for row in rows])
+    assert json.loads(values["global_l1"]) == [[pytest.approx(row["dz_l1"])] for row in rows], (
+        "one list a step, as there"
+    )
     mean = sum(5 * row["dz_top5_l1"] for row in rows) / len(rows)
     assert float(values["summary_top5_l1_mean"]) == pytest.approx(mean, abs=1e-6)
     assert not any(math.isnan(x) for x in json.loads(values["prob_cos_sim_flat"]))
@@ -329,3 +526,13 @@ def test_generation_lines_are_scaled_as_in_the_papers_code(dense_folder: Path, p
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_thin(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60
+
+
+def test_the_shell_scripts_run_from_any_folder(tmp_path: Path, dense_folder: Path, words: Path) -> None:
+    """Relative paths are those of the caller, and the folder is the one that the analysis looks for."""
+    environment = {**os.environ, "PYTHON": sys.executable, "MODEL": "dense", "DROP_N": "1", "DATASET": words.name, "SAMPLES": "4", "CUTOFF_LEN": "16"}  # fmt: skip
+    command = ["bash", str(PAPER / "inter-layer" / "scripts" / "dropping" / "block_drop.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / checkpoint_folder("results_prune", "dense", "all", 1) / "config.json").read_text())
+    assert config["drop_attn_list"] == config["drop_mlp_list"] and len(config["drop_attn_list"]) == 1

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from prunescope import commands
 from prunescope.errors import UserError
@@ -21,6 +22,8 @@ from prunescope.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+    Column = np.ndarray[Any, np.dtype[np.float64]]
 
 __all__ = ["compare_generation", "compare_layers", "compare_options", "drop_layers", "prune_weights", "run"]
 
@@ -32,6 +35,7 @@ QUESTION = {
     "id": "animals",
 }
 TARGET_LAYERS = ("attn", "mlp", "all")
+_RATIOS = ("para_perp(mean):   ", "para_perp(median): ", "ratio_of_means:    ")
 
 
 def run(script: Callable[[Sequence[str] | None], None]) -> None:
@@ -43,52 +47,47 @@ def run(script: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(2)
 
 
+class _Flags(ArgumentParser):
+    """Flags whose misuse is the user's mistake like any other: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 # --- representation-analysis -------------------------------------------------------------------------------------------
 
 
 def compare_layers(argv: Sequence[str] | None) -> None:
     """transition_layerwise_compare.py: every dropped sublayer (or every sublayer of a pruned model) in the same context."""
-    args = _analysis_flags("Compare sublayers in the same context.", drop_n=0).parse_args(argv)
-    target, lists = _target(args, needed=False)
+    args = _writing_flags("Compare sublayers in the same context.", drop_n=0).parse_args(argv)
+    target, lists, note = _target(args, needed=False)
     log = _Log(args, f"layerwise_{args.analysis_mode}/temp{args.temperature}", "log-cosine.txt")
-    with log.prompts(args) as prompts:
+    with _prompts(args) as prompts:
         found = commands.layerwise(
             args.model_name, target, out=str(log.run_folder), prompts=prompts, overwrite=True, **_sampling(args)
         )
-    log(f"=== Layerwise Sublayer Metrics Log ({args.analysis_mode}) ===", *lists)
-    changed = {(kind, layer) for kind, layers in found.info["changed_layers"].items() for layer in layers}
+    log(f"=== Layerwise Sublayer Metrics Log ({args.analysis_mode}) ===")
     for sample in found._samples:
-        log(
-            f"\n=== Prompt {sample['prompt'] + 1} ===\n{sample['text']}\n",
-            "--- Dense Model Output ---",
-            f"{sample['dense']}\n",
-        )
-    dropped = args.analysis_mode == "dropped"
-    for row in found.table().to_pylist():
-        if not dropped or target is None or (row["sublayer"], row["layer"]) in changed:
-            label = f"{'dropped_' if dropped else ''}{row['sublayer']}_step{row['step']}"
-            log(*transition_lines(row, label, dropped), "", "")
+        log(_prompt_line(args, sample), *note, "--- Dense Model Output ---", f"{sample['dense']}\n")
+        rows = _rows_of(found.table(), sample["prompt"], lists)
+        log.write(transition_lines(rows, dropped=args.analysis_mode == "dropped"))
 
 
 def compare_generation(argv: Sequence[str] | None) -> None:
     """compare_generation_metrics.py: both models write, and are compared step by step."""
-    args = _analysis_flags("Compare two models while they write.", drop_n=8).parse_args(argv)
-    target, lists = _target(args)
+    args = _writing_flags("Compare two models while they write.", drop_n=8).parse_args(argv)
+    target, _, note = _target(args)
     log = _Log(
         args, f"{args.target_layer}/temp{args.temperature}", f"log_{args.analysis_mode}_drop{args.drop_n}-final.txt"
     )
-    with log.prompts(args) as prompts:
+    with _prompts(args) as prompts:
         found = commands.generate(
             args.model_name, str(target), out=str(log.run_folder), prompts=prompts, overwrite=True, **_sampling(args)
-        )  # fmt: skip
-    log(f"=== Final Comparison Log ({args.analysis_mode}) ===", *lists)
-    name = "dropped" if args.analysis_mode == "dropped" else "pruned"
-    for sample in found.samples():
-        log(
-            f"\n=== Prompt {sample['prompt'] + 1} ===\n{sample['text']}\n",
-            "--- Dense Model Output ---",
-            f"{sample['dense']}\n",
         )
+    log(f"=== Final Comparison Log ({args.analysis_mode}) ===")
+    name = args.analysis_mode
+    for sample in found.samples():
+        log(_prompt_line(args, sample), "--- Dense Model Output ---", f"{sample['dense']}\n", *note)
         log(f"--- {name.capitalize()} Model Output ---", f"{sample['target']}\n")
         log(*generation_lines(found.table(), sample["prompt"], name, _metric_temperature(args)), "=" * 80)
 
@@ -99,25 +98,28 @@ def compare_options(argv: Sequence[str] | None) -> None:
     parser.add_argument("--mode", default="default", help="tag in the name of the log file")
     parser.add_argument("--questions", help="JSONL of questions (ours); left out, one built-in question")
     args = parser.parse_args(argv)
-    target, lists = _target(args)
+    target, _, note = _target(args)
     log = _Log(
         args,
         f"{args.target_layer}_{args.analysis_mode}_temp{args.temperature}",
         f"log_drop{args.drop_n}-{args.mode}-subspace.txt",
     )
-    with log.written("questions.jsonl", None if args.questions else json.dumps(QUESTION)) as built_in:
+    temperature = _metric_temperature(args)
+    with _jsonl([QUESTION]) as built_in:
         found = commands.mcq(
             args.model_name, str(target), out=str(log.run_folder), questions=args.questions or built_in, template="paper",
-            metric_temperature=_metric_temperature(args), seed=args.seed, overwrite=True,
+            metric_temperature=temperature, seed=args.seed, overwrite=True,
         )  # fmt: skip
-    log("=== Drop Experiment Log ===", *lists)
-    rows = found.table().to_pylist()
-    for number, sample in enumerate(found.samples()):
-        log(*option_lines(sample, rows[2 * number], rows[2 * number + 1]))
+    log("=== Drop Experiment Log ===")
+    rows = {(row["question"], row["space"]): row for row in found.table().to_pylist()}
+    for sample in found.samples():
+        log(sample["text"], *(note or ["compare_mode: pruned"]))
+        whole, options = (rows[sample["question"], space] for space in ("global", "options"))
+        log(*option_lines(sample, whole, options, temperature))
 
 
 def _analysis_flags(description: str, drop_n: int) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
+    parser = _Flags(description=description)
     parser.add_argument("--analysis_mode", default="dropped", choices=["dropped", "pruned"])
     parser.add_argument(
         "--model_root_path", help="folder of models; used with --model_postfix where --model_name is not given"
@@ -135,16 +137,22 @@ def _analysis_flags(description: str, drop_n: int) -> ArgumentParser:
     )
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--prompt_idx", type=int, help="only this prompt")
     parser.add_argument(
         "--verbose", action="store_true", help="taken for the paper's sake; everything is printed anyway"
     )
-    parser.add_argument("--prompts", help="file of prompts (ours); left out, one built-in prompt")
     parser.add_argument("--log_dir", default="cosine_logs", help="where logs and run folders go (ours)")
+    parser.add_argument("--seed", type=int, default=42)
+    return parser
+
+
+def _writing_flags(description: str, drop_n: int) -> ArgumentParser:
+    """The flags of the two scripts in which a model writes."""
+    parser = _analysis_flags(description, drop_n)
+    parser.add_argument("--prompt_idx", type=int, help="only this prompt")
+    parser.add_argument("--prompts", help="file of prompts (ours); left out, one built-in prompt")
     parser.add_argument(
         "--stop_at_eos", action="store_true", help="end a text at its end token (ours; the paper's code writes on)"
     )
-    parser.add_argument("--seed", type=int, default=42)
     return parser
 
 
@@ -171,53 +179,89 @@ class _Log:
         self.folder = Path(args.log_dir) / folder
         self.path = self.folder / name
         self.run_folder = self.folder / self.path.stem.replace("log-cosine", "run").replace("log_", "run_")
-        self._lines: list[str] = []
+        self._begun = False
 
     def __call__(self, *lines: str) -> None:
-        with self.path.open("a" if self._lines else "w", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-        self._lines.extend(lines)
-        print(*lines, sep="\n")
+        self.write(lines)
 
-    def prompts(self, args: Namespace) -> Any:
-        """The prompts that the flags choose, as a file for the length of a ``with`` block."""
-        from prunescope.data.prompts import Prompt, read_prompts
+    def write(self, lines: Iterable[str]) -> None:
+        """Many lines, one after the other."""
+        with self.path.open("a" if self._begun else "w", encoding="utf-8") as file:
+            self._begun = True
+            for line in lines:
+                file.write(f"{line}\n")
+                sys.stdout.write(f"{line}\n")
 
-        chosen = [Prompt(PROMPT, "arithmetic")] if args.prompts is None else read_prompts(args.prompts)
-        if args.prompt_idx is not None:
-            if not 0 <= args.prompt_idx < len(chosen):
-                raise UserError(f"--prompt_idx {args.prompt_idx}: there are prompts 0 to {len(chosen) - 1}")
-            chosen = chosen[args.prompt_idx : args.prompt_idx + 1]
-        lines = [json.dumps({"prompt": prompt.text, "id": prompt.id, "kind": prompt.kind}) for prompt in chosen]
-        return self.written("prompts.jsonl", "\n".join(lines))
 
-    def written(self, name: str, text: str | None) -> Any:
-        """A file with ``text`` for the length of a ``with`` block."""
-        import tempfile
-        from contextlib import contextmanager
+@contextmanager
+def _prompts(args: Namespace) -> Iterator[str]:
+    """The prompts that the flags choose, as a file for the length of a ``with`` block."""
+    from prunescope.data.prompts import Prompt, read_prompts
 
-        @contextmanager
-        def file() -> Iterator[str]:
-            with tempfile.TemporaryDirectory(prefix="prunescope-") as folder:
-                path = Path(folder) / name
-                path.write_text(text or "", "utf-8")
-                yield str(path)
+    chosen = [Prompt(PROMPT, "arithmetic")] if args.prompts is None else read_prompts(args.prompts)
+    if args.prompt_idx is not None:
+        if not 0 <= args.prompt_idx < len(chosen):
+            raise UserError(f"--prompt_idx {args.prompt_idx}: there are prompts 0 to {len(chosen) - 1}")
+        chosen = chosen[args.prompt_idx : args.prompt_idx + 1]
+    with _jsonl([{"prompt": prompt.text, "id": prompt.id, "kind": prompt.kind} for prompt in chosen]) as path:
+        # the user's own file stands in the run's config, so that it can be run again
+        yield path if args.prompts is None or args.prompt_idx is not None else args.prompts
 
-        return file()
+
+@contextmanager
+def _jsonl(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A JSONL file for the length of a ``with`` block."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="prunescope-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+        yield str(path)
+
+
+def _prompt_line(args: Namespace, sample: dict[str, Any]) -> str:
+    """The head of a prompt, under its number in the whole file."""
+    return f"\n=== Prompt {sample['prompt'] + 1 + (args.prompt_idx or 0)} ===\n{sample['text']}\n"
+
+
+def _rows_of(table: pa.Table, prompt: int, lists: dict[str, list[int]] | None) -> pa.Table:
+    """The rows of one prompt; with ``lists``, those of the sublayers named there only."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pc.equal(table["prompt"], prompt)
+    if lists is not None:
+        named = [
+            pc.and_(pc.equal(table["sublayer"], kind), pc.is_in(table["layer"], pa.array(layers, pa.int32())))
+            for kind, layers in lists.items()
+        ]
+        wanted = pc.and_(wanted, pc.or_(*named))
+    return table.filter(wanted)
 
 
 # --- the dropped folders of the paper's code ---------------------------------------------------------------------------
 
 
-def checkpoint_folder(root: str | Path, tag: str, target_layer: str, drop_n: int) -> Path:
-    """Where the paper's code keeps what it dropped: attention or MLP sublayers, or (``all``) whole blocks."""
-    if target_layer == "all":
-        return Path(root) / "block_drop" / f"{tag}-block_drop-all-discrete-drop{drop_n}" / "checkpoint"
-    return Path(root) / f"{tag}-layer_drop_{target_layer}-discrete-drop{drop_n}" / "checkpoint"
+def checkpoint_folder(
+    root: str | Path, tag: str, target_layer: str, drop_n: int, *, order: str = "discrete", method: str | None = None
+) -> Path:
+    """Where the paper's code keeps what it dropped: attention or MLP sublayers, or (``all``) whole blocks.
+
+    Args:
+        root, tag: the folder's name begins with the tag, an absolute path too: it stays under the root.
+        order: discrete is what the analysis scripts look for.
+        method: layer_drop or block_drop; by default block_drop for ``all``, as the analysis scripts take it.
+    """
+    if method == "block_drop" or (method is None and target_layer == "all"):
+        return Path(f"{root}/block_drop/{tag}-block_drop-all-{order}-drop{drop_n}/checkpoint")
+    return Path(f"{root}/{tag}-layer_drop_{target_layer}-{order}-drop{drop_n}/checkpoint")
 
 
-def _target(args: Namespace, needed: bool = True) -> tuple[str | None, list[str]]:
-    """TARGET of our commands, and the log line that names what is dropped. Sets ``args.model_name``."""
+def _target(args: Namespace, needed: bool = True) -> tuple[str | None, dict[str, list[int]] | None, list[str]]:
+    """TARGET of our commands, what it drops (None: not known, or everything in turn), and the log line that says so.
+
+    Sets ``args.model_name``.
+    """
     if args.model_name is None:
         if args.model_postfix is None:
             raise UserError("no model: give --model_name (an id, a folder, a .gguf file or smollm2-135m)")
@@ -226,9 +270,9 @@ def _target(args: Namespace, needed: bool = True) -> tuple[str | None, list[str]
     if args.analysis_mode == "pruned":
         if not args.pruned_model_name:
             raise UserError("--analysis_mode pruned compares with a pruned model: give --pruned_model_name")
-        return args.pruned_model_name, []
+        return args.pruned_model_name, None, []
     if args.drop_n == 0 and not needed:
-        return None, ["drop_attn_list: [] | drop_mlp_list: [] (every sublayer dropped in turn)"]
+        return None, None, ["drop_attn_list: [] | drop_mlp_list: [] (every sublayer dropped in turn)"]
     if args.drop_n < 1:
         raise UserError(
             f"--drop_n {args.drop_n}: nothing is dropped, so that there is nothing to compare; give 1 or more"
@@ -237,29 +281,33 @@ def _target(args: Namespace, needed: bool = True) -> tuple[str | None, list[str]
         raise UserError("--analysis_mode dropped needs --dropped_root_path, the folder that paper/inter-layer wrote")
     lists = read_drop_lists(args)
     spec = ";".join(f"{kind}={','.join(map(str, layers))}" for kind, layers in lists.items() if layers)
-    return f"drop:{spec}", [f"drop_attn_list: {lists['attn']} | drop_mlp_list: {lists['mlp']}"]
+    return f"drop:{spec}", lists, [f"drop_attn_list: {lists['attn']} | drop_mlp_list: {lists['mlp']}"]
 
 
 def read_drop_lists(args: Namespace) -> dict[str, list[int]]:
-    """The lists in the folder that the flags name. Raises UserError if there is none, or if the lists are not what was asked for."""
-    from prunescope.models.loading import layer_list
+    """The lists in the folder that the flags name: the first that exists of the tags that the model may have there.
+
+    Raises:
+        UserError: there is no such folder, or its lists are not what was asked for.
+    """
+    from prunescope.models.loading import layer_list, read_record
 
     name = args.model_name.rstrip("/")
-    tags = list(dict.fromkeys([args.model_tag or args.model_postfix or name, name.rpartition("/")[2]]))
-    tags = tags[:1] if args.model_tag else tags
-    folders = [checkpoint_folder(args.dropped_root_path, tag, args.target_layer, args.drop_n) for tag in tags]
+    tags = [args.model_tag] if args.model_tag else [args.model_postfix or name, name, name.rpartition("/")[2]]
+    folders = [
+        checkpoint_folder(args.dropped_root_path, t, args.target_layer, args.drop_n) for t in dict.fromkeys(tags)
+    ]
     path = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
     if path is None:
         raise UserError(
             f"no dropped model: looked for {' and '.join(str(folder / 'config.json') for folder in folders)}; make it with paper/inter-layer/compress.py, or give --model_tag"
         )
+    keys = {kind: f"drop_{kind}_list" for kind in ("attn", "mlp")}
     try:
-        config = json.loads(path.read_text("utf-8"))
-        lists = {
-            kind: list(layer_list(f"{path}: drop_{kind}_list", config.get(f"drop_{kind}_list")))
-            for kind in ("attn", "mlp")
-        }
-    except (OSError, ValueError, AttributeError) as error:
+        # zeroed weights load as an ordinary model: what is silent in them stands in our record, not in config.json
+        config = (read_record(path.parent) or {}) | json.loads(path.read_text("utf-8"))
+        lists = {kind: list(layer_list(f"{path}: {key}", config.get(key))) for kind, key in keys.items()}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); drop again") from error
     for kind, layers in lists.items():
         wanted = args.drop_n if args.target_layer in (kind, "all") else 0
@@ -273,47 +321,62 @@ def read_drop_lists(args: Namespace) -> dict[str, list[int]]:
 # --- log lines ---------------------------------------------------------------------------------------------------------
 
 
-def against_target(alpha: float, orth: float) -> tuple[float, float]:
-    """alpha and the orthogonal part of the way back, dense - target, relative to the target's vector.
+def against_target(alpha: Column, orth: Column) -> tuple[Column, Column]:
+    """alpha and the orthogonal part of the way back, dense - target, relative to the target's vector; ``(rows,)`` each.
 
     With X dense, Y target, and everything relative to the dense vector: a = <Y, X>/|X|^2 = 1 + alpha, o = |Y across X|/|X| and |Y|^2/|X|^2
-    = a^2 + o^2. So <X - Y, Y>/|Y|^2 = -(a alpha + o^2) / (a^2 + o^2), and |X across Y|/|Y| = o / (a^2 + o^2).
+    = a^2 + o^2. So <X - Y, Y>/|Y|^2 = -(a alpha + o^2) / (a^2 + o^2), and |X across Y|/|Y| = o / (a^2 + o^2). NaN where Y is zero.
     """
+    import numpy as np
+
     a, o2 = 1 + alpha, orth * orth
     length2 = a * a + o2
-    return -(a * alpha + o2) / length2, orth / length2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -(a * alpha + o2) / length2, orth / length2
 
 
-def transition_lines(row: dict[str, Any], label: str, dropped: bool) -> list[str]:
-    """The lines of one sublayer at one step. In dropped mode the paper's code takes the dropped side as the base."""
-    name = f"{row['layer']} {label} "
+def transition_lines(rows: pa.Table, dropped: bool) -> Iterator[str]:
+    """The lines of sublayers at steps, in the order of ``rows``. In dropped mode the paper's code takes the dropped side as the base.
+
+    The mean, the median and the ratio of means of the parallel over the orthogonal part are one number, for a row is one place.
+    """
+    import numpy as np
+
+    def column(name: str) -> Column:
+        return rows[name].to_numpy()  # type: ignore[no-any-return]
+
     side = "" if dropped else "_target"
-    lines = [
-        f"{name}emb sim:         {row['h_cos']:.4f}",
-        f"{name}head sim:        {row['z_cos']:.4f}",
-        f"{name}vocab sim:       {row['p_cos']:.4f}",
-        f"{name}REAL_KL:         {row['kl_dense_target' if dropped else 'kl_target_dense']:.6f}",
-        f"{name}KL_estimate:     {row[f'kl_est{side}']:.6f}",
-        f"{name}REAL(1-cos):     {row['p_cos_dev']:.6f}",
-        f"{name}1-cos_estimate:  {row[f'p_cos_dev_est{side}']:.6f}",
-        f"{name}Uniform_Var:     {row['var_uniform']:.6f}",
+    columns = [
+        ("emb sim:         ", 4, column("h_cos")),
+        ("head sim:        ", 4, column("z_cos")),
+        ("vocab sim:       ", 4, column("p_cos")),
+        ("REAL_KL:         ", 6, column("kl_dense_target" if dropped else "kl_target_dense")),
+        ("KL_estimate:     ", 6, column(f"kl_est{side}")),
+        ("REAL(1-cos):     ", 6, column("p_cos_dev")),
+        ("1-cos_estimate:  ", 6, column(f"p_cos_dev_est{side}")),
+        ("Uniform_Var:     ", 6, column("var_uniform")),
     ]
     for space in "zh":
-        alpha, orth = row[f"{space}_alpha"], row[f"{space}_orth_rel"]
+        alpha, orth = column(f"{space}_alpha"), column(f"{space}_orth_rel")
         alpha, orth = against_target(alpha, orth) if dropped else (alpha, orth)
-        para = abs(alpha)
-        ratio = para / orth if orth else float("inf") if para else float("nan")
+        para = np.abs(alpha)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = para / orth
         capital = space.upper()
-        lines += [
-            f"{name}{capital}_real(1-cos):   {row[f'{space}_cos_dev']:.6f}",
-            f"{name}{capital}_para_rel:      {para:.6f}",
-            f"{name}{capital}_orth_rel:      {orth:.6f}",
-            f"{name}{capital}_para_perp(mean):   {ratio:.6f}",
-            f"{name}{capital}_para_perp(median): {ratio:.6f}",
-            f"{name}{capital}_ratio_of_means:    {ratio:.6f}",
-            f"{name}alpha_{space}_mean:    {alpha:.6f}",
+        columns += [
+            (f"{capital}_real(1-cos):   ", 6, column(f"{space}_cos_dev")),
+            (f"{capital}_para_rel:      ", 6, para),
+            (f"{capital}_orth_rel:      ", 6, orth),
+            *((f"{capital}_{name}", 6, ratio) for name in _RATIOS),
+            (f"alpha_{space}_mean:    ", 6, alpha),
         ]
-    return lines
+    formats = [f"{name}{{:.{decimals}f}}".format for name, decimals, _ in columns]
+    values = zip(*(values.tolist() for _, _, values in columns), strict=True)
+    places = zip(*(rows[name].to_pylist() for name in ("layer", "sublayer", "step")), strict=True)
+    for (layer, kind, step), row in zip(places, values, strict=True):
+        label = f"{layer} {'dropped_' if dropped else ''}{kind}_step{step} "
+        yield from (label + line(value) for line, value in zip(formats, row, strict=True))
+        yield from ("", "")
 
 
 def generation_lines(table: pa.Table, prompt: int, name: str, temperature: float) -> list[str]:
@@ -322,7 +385,7 @@ def generation_lines(table: pa.Table, prompt: int, name: str, temperature: float
 
     rows = table.filter(pc.and_(pc.equal(table["prompt"], prompt), pc.equal(table["regime"], "free-running")))
 
-    def column(key: str) -> np.ndarray[Any, Any]:
+    def column(key: str) -> Column:
         return rows[key].to_numpy()  # type: ignore[no-any-return]
 
     half = 2 * temperature * temperature
@@ -348,39 +411,75 @@ def generation_lines(table: pa.Table, prompt: int, name: str, temperature: float
         f"=== KL Divergence (dense vs {name}) ===",
         f"kl_divergence_flat: {column('kl_dense_target').tolist()}",
         f"analysis_temperature: {temperature}",
-        *(f"{key}: {values.tolist()}" for key, values in (estimates | logits).items()),
+        *(f"{key}: {values.tolist()}" for key, values in estimates.items()),
+        # over the vocabulary there is a list of one prompt a step
+        *(
+            f"{key}: {(values[:, None] if key.startswith('global') else values).tolist()}"
+            for key, values in logits.items()
+        ),
         *(f"summary_{key}_mean: {values.mean():.6f}" for key, values in logits.items()),
     ]
 
 
-def option_lines(sample: dict[str, Any], whole: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """The blocks of one question. KL is a sum over tokens: the paper's code divides it by the number of tokens."""
+def option_lines(
+    sample: dict[str, Any], whole: dict[str, Any], options: dict[str, Any], temperature: float
+) -> list[str]:
+    """The blocks of one question, all at the metric temperature. KL is a sum over tokens: the paper's code divides it by their number."""
     letters = "/".join(text.strip() for text in sample["option_strings"])
-    lines = [sample["text"], f"Subspace token ids: {sample['option_tokens']}"]
-    for title, name, row in (("GLOBAL", "Global", whole), (f"SUBSPACE ({letters})", "Subspace", options)):
-        lines += [f"\n===== {title} =====", f"{name} logits cosine: [{row['z_cos']}]"]
-        lines += [f"{name} prob cosine: [{row['p_cos']}]", f"{name} KL: [{row['kl_dense_target']}]"]
-    lines.append("\n===== TOP TOKENS (Original vs Dropped) =====")
-    lines += [
-        f"{token['text']!r:<15} | orig={token['p_dense']:.6f} | drop={token['p_target']:.6f}"
-        for token in sample["top_dense"]
+    tops = [(repr(token["text"]), token["p_dense"], token["p_target"]) for token in sample["top_dense"]]
+    both = zip(
+        sample["option_strings"],
+        _log_probabilities(sample, whole, "dense", temperature),
+        _log_probabilities(sample, whole, "target", temperature),
+        strict=True,
+    )
+    return [
+        f"Subspace token ids: {sample['option_tokens']}",
+        "\n===== GLOBAL =====",
+        *_space_lines("Global", whole),
+        "\n===== TOP TOKENS (Original vs Dropped) =====",
+        *(f"{token:<15} | orig={p:.6f} | drop={q:.6f}" for token, p, q in tops),
+        f"\n===== TOP TOKENS {[token for token, _, _ in tops]} =====",
+        f"\n===== SUBSPACE ({letters}) =====",
+        *_space_lines("Subspace", options),
+        "=" * 80,
+        "\n===== SUBWORD PROBABILITIES (Original vs Dropped) =====",
+        *(f"{text:<10} | orig={p:.6f} | drop={q:.6f}" for text, p, q in both),
     ]
-    lines.append("\n===== SUBWORD PROBABILITIES (Original vs Dropped) =====")
-    both = zip(sample["option_strings"], whole["loglik_dense"], whole["loglik_target"], strict=True)
-    return [*lines, *(f"{text:<10} | orig={p:.6f} | drop={q:.6f}" for text, p, q in both), "=" * 80]
+
+
+def _space_lines(name: str, row: dict[str, Any]) -> list[str]:
+    numbers = {"logits cosine": row["z_cos"], "prob cosine": row["p_cos"], "KL": row["kl_dense_target"]}
+    return [f"{name} {what}: [{value}]" for what, value in numbers.items()]
+
+
+def _log_probabilities(sample: dict[str, Any], whole: dict[str, Any], side: str, temperature: float) -> list[float]:
+    """log p of each option's token at the metric temperature T, in nats.
+
+    The table holds them at T = 1, and at T that of the right option (``nll``); two options are 1/T as far apart at T as at 1. Where
+    options are not one token each (``option_tokens`` is null) they are sequence log-likelihoods, which know T = 1 only.
+    """
+    found: list[float] = whole[f"loglik_{side}"]
+    if temperature == 1 or sample["option_tokens"] is None:
+        return found
+    right = found[whole["gold"]]
+    return [(value - right) / temperature - whole[f"nll_{side}"] for value in found]
 
 
 # --- inter-layer and intra-layer ---------------------------------------------------------------------------------------
 
-_IGNORED = (
-    *("--stage", "--dataset_dir", "--split", "--prune_data_type", "--logging_steps", "--similarity_cache_file"),
-    *("--overwrite_output_dir", "--cache_dir"),
+_IGNORED = (  # flags of LLM-Drop's trainer, data loader and launcher that decide nothing here
+    *("--stage", "--dataset_dir", "--split", "--prune_data_type", "--template", "--streaming", "--mix_strategy"),
+    *("--overwrite_cache", "--preprocessing_num_workers", "--cache_path", "--cache_dir", "--similarity_cache_file"),
+    *("--use_fast_tokenizer", "--flash_attn", "--print_param_status", "--logging_steps", "--report_to", "--plot_loss"),
+    *("--overwrite_output_dir", "--do_train", "--do_eval", "--deepspeed", "--local_rank", "--bf16", "--fp16", "--tf32"),
+    *("--per_device_train_batch_size", "--per_device_eval_batch_size"),
 )
 
 
 def drop_layers(argv: Sequence[str] | None) -> None:
     """inter-layer/compress.py: LLM-Drop's flags; writes the checkpoint where the analysis scripts look for it."""
-    parser = ArgumentParser(description="Drop attention or MLP sublayers, or whole blocks, as LLM-Drop does.")
+    parser = _Flags(description="Drop attention or MLP sublayers, or whole blocks, as LLM-Drop does.")
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--prune_method", default="layer_drop", choices=["layer_drop", "block_drop"])
     for flag in ("--layer_drop_method", "--block_drop_method"):
@@ -391,10 +490,18 @@ def drop_layers(argv: Sequence[str] | None) -> None:
     parser.add_argument("--n_calibration_samples", type=int, default=256)
     parser.add_argument("--cutoff_len", type=int, default=2048)
     parser.add_argument(
-        "--layer_drop_norm", default="True", help="True: score with the module's norm, as LLM-Drop does"
+        "--layer_drop_norm",
+        nargs="?",
+        const="True",
+        default="True",
+        help="True: score with the module's norm, as LLM-Drop does",
     )
     parser.add_argument(
-        "--only_update_config", default="True", help="True: drop lists only; False: weights too, dropped branches zero"
+        "--only_update_config",
+        nargs="?",
+        const="True",
+        default="True",
+        help="True: drop lists only; False: weights too, dropped branches zero",
     )
     parser.add_argument("--output_dir", help="the checkpoint goes to its subfolder checkpoint")
     parser.add_argument("--prune_model_save_path", help="folder of the checkpoint")
@@ -402,16 +509,19 @@ def drop_layers(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--model_tag", help="tag in the folder's name (ours); left out, the last part of the model's name"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help=SUPPRESS)
+    parser.add_argument("--seed", "--prune_seed", type=int, default=0, help="of the calibration's choice")
+    parser.add_argument("--model_revision", help="revision of a Hugging Face id")
     for flag in _IGNORED:
-        parser.add_argument(flag, nargs="?", help=SUPPRESS)
+        parser.add_argument(flag, nargs="?", default=SUPPRESS, help=SUPPRESS)
     args = parser.parse_args(argv)
     block = args.prune_method == "block_drop"
     order = args.block_drop_method if block else args.layer_drop_method
     if order == "post_dropping":
         raise UserError(f"post_dropping is not needed: --only_update_config False writes the weights in the same run as {'block' if block else 'layer'}_drop_method discrete")  # fmt: skip
-    out = _checkpoint_path(args, block)
+    out = _checkpoint_path(args, order)
+    ignored = [flag for flag in _IGNORED if hasattr(args, flag.removeprefix("--"))]
+    if ignored:
+        print(f"ignored, since they decide nothing here: {', '.join(ignored)}")
     commands.drop(
         args.model_name_or_path,
         target="block" if block else args.target_layer,
@@ -424,21 +534,23 @@ def drop_layers(argv: Sequence[str] | None) -> None:
         samples=args.n_calibration_samples,
         seq_len=args.cutoff_len,
         seed=args.seed,
+        revision=args.model_revision,
         overwrite=True,
     )
 
 
-def _checkpoint_path(args: Namespace, block: bool) -> Path:
+def _checkpoint_path(args: Namespace, order: str) -> Path:
+    """Where the checkpoint goes: the paper's layout if its root is given, else as LLM-Drop's own flags say."""
+    if args.dropped_root_path:
+        tag = args.model_tag or args.model_name_or_path.rstrip("/").rpartition("/")[2]
+        return checkpoint_folder(
+            args.dropped_root_path, tag, args.target_layer, args.drop_n, order=order, method=args.prune_method
+        )
     if args.prune_model_save_path:
         return Path(args.prune_model_save_path)
     if args.output_dir:
         return Path(args.output_dir) / "checkpoint"
-    if not args.dropped_root_path:
-        raise UserError(
-            "no place for the checkpoint: give --dropped_root_path, --output_dir or --prune_model_save_path"
-        )
-    tag = args.model_tag or args.model_name_or_path.rstrip("/").rpartition("/")[2]
-    return checkpoint_folder(args.dropped_root_path, tag, "all" if block else args.target_layer, args.drop_n)
+    raise UserError("no place for the checkpoint: give --dropped_root_path, --output_dir or --prune_model_save_path")
 
 
 def _is_true(flag: str, value: str) -> bool:
@@ -449,7 +561,7 @@ def _is_true(flag: str, value: str) -> bool:
 
 def prune_weights(argv: Sequence[str] | None) -> None:
     """intra-layer/main.py: weight pruning with the flags of the Wanda code."""
-    parser = ArgumentParser(description="Prune weights: magnitude, Wanda, SparseGPT, or whole MLP neurons.")
+    parser = _Flags(description="Prune weights: magnitude, Wanda, SparseGPT, or whole MLP neurons.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nsamples", type=int, default=128)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Drop whole blocks into the folder layout that the analysis scripts read. Change the variables on top.
 set -euo pipefail
-cd "$(dirname "$0")/../../../.."
+compress=$(cd "$(dirname "$0")/../.." && pwd)/compress.py
 
 model=${MODEL:-smollm2-135m}
 root=${DROPPED_ROOT:-results_prune}
@@ -10,6 +10,6 @@ dataset=${DATASET:-self} # c4_val needs a network; or a text file
 samples=${SAMPLES:-32}
 cutoff_len=${CUTOFF_LEN:-256}
 
-python paper/inter-layer/compress.py --stage prune --prune_method block_drop --block_drop_method discrete \
+"${PYTHON:-python}" "$compress" --stage prune --prune_method block_drop --block_drop_method discrete \
   --model_name_or_path "$model" --drop_n "$drop_n" --dropped_root_path "$root" \
   --dataset "$dataset" --n_calibration_samples "$samples" --cutoff_len "$cutoff_len"
