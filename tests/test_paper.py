@@ -472,6 +472,10 @@ def test_pruning_methods_of_the_flags(tmp_path: Path, words: Path, monkeypatch: 
         assert (name, sparsity) == (method, "0.5000")
         assert float(perplexity) > 1
     assert json.loads((tmp_path / "neuron_partition" / "model" / "config.json").read_text())["intermediate_size"] == 24
+    for _ in range(2):  # the paper's prune.sh gives one folder to both; a second run replaces it
+        script("intra-layer/main.py", "--model", dense, "--prune_method", "magnitude", "--sparsity_ratio", 0.5, "--sparsity_type", "2:4", "--save", "same",
+               "--save_model", "same")  # fmt: skip
+        assert {"log_magnitude.txt", "config.json", "prunescope.json"} <= {file.name for file in Path("same").iterdir()}
 
 
 # --- lines -------------------------------------------------------------------------------------------------------------
