@@ -5,6 +5,7 @@ Everything public is named here. Importing this package loads neither torch nor 
 
 from __future__ import annotations
 
+import prunescope.report  # noqa: F401 (the package first, so that the function of its name is what stays)
 from prunescope.commands import (
     DemoResult,
     DropResult,
@@ -18,6 +19,7 @@ from prunescope.commands import (
     layerwise,
     load,
     mcq,
+    report,
     sparsify,
 )
 from prunescope.errors import UserError
@@ -41,5 +43,6 @@ __all__ = [
     "load",
     "mcq",
     "open",
+    "report",
     "sparsify",
 ]

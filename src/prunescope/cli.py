@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "layerwise": commands.layerwise,
     "generate": commands.generate,
     "mcq": commands.mcq,
+    "report": commands.report,
 }
 
 
@@ -94,16 +96,21 @@ def _parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _with_flags(argv: list[str]) -> list[str]:
     """What jsonargparse does not know: ``--batch-size`` is ``--batch_size``, a bare ``--overwrite`` is ``--overwrite=true``, and
-    a second bare word fills the next optional argument that may stand without its name (``layerwise DENSE [TARGET]``)."""
+    a second bare word fills the next optional argument that may stand without its name (``layerwise DENSE [TARGET]``), and all bare words
+    make one list where the first argument is one (``report RUN...``)."""
     if not argv or argv[0] not in COMMANDS:
         return argv
     parameters = inspect.signature(COMMANDS[argv[0]]).parameters
     places = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    result, words = [argv[0]], list(reversed(argv[1:]))
+    several = places and places[0].annotation == "list[str]"
+    result, words, listed = [argv[0]], list(reversed(argv[1:])), []
     while words:
         word = words.pop()
         if word.startswith("-") and not word.startswith("--"):
             result.append(word)
+            continue
+        if several and not word.startswith("--"):
+            listed.append(word)
             continue
         if not word.startswith("--"):
             place = places.pop(0) if places else None
@@ -124,4 +131,4 @@ def _with_flags(argv: list[str]) -> list[str]:
         elif not equals and words and (parameter is not None or name == "config"):
             value = words.pop()
         result.append(f"--{name}={value}" if equals or value else f"--{name}")
-    return result
+    return [*result, json.dumps(listed)] if listed else result

@@ -33,6 +33,7 @@ __all__ = [
     "layerwise",
     "load",
     "mcq",
+    "report",
     "sparsify",
 ]
 
@@ -551,6 +552,7 @@ def layerwise(
                 "prompt_tokens": s.prompt,
                 "dense_tokens": s.continuation,
                 "dense": base.tokenizer.decode(s.continuation),
+                "dense_pieces": [base.tokenizer.decode([token]) for token in s.continuation],
             }
             for i, (p, s) in enumerate(zip(chosen, found.sequences, strict=True))
         ]
@@ -677,6 +679,38 @@ def mcq(
     if out is not None:
         _say(f"written: {out}")
     return result
+
+
+def report(runs: list[str], *, out: str = "report.html", figures: str | None = None, overwrite: bool = False) -> Path:
+    """Make one self-contained page of run folders and checkpoints; it opens from disk with no network.
+
+    Args:
+        runs: folders of layerwise, generate, mcq, drop, sparsify or demo
+        out: HTML file to write
+        figures: folder for publication figures of every view, as SVG, PNG and PDF
+        overwrite: replace an existing page and existing figures
+
+    Raises:
+        UserError: a folder that is no run, is damaged or of a newer schema; nothing is written.
+    """
+    from prunescope.report.html import expand, open_folder, write_report
+
+    page = Path(out)
+    if page.is_dir() or (page.exists() and not overwrite):
+        raise UserError(f"{out} exists; choose another --out" + ("" if page.is_dir() else " or give --overwrite"))
+    if figures is not None and Path(figures).exists() and not (overwrite and Path(figures).is_dir()):
+        raise UserError(f"{figures} exists; choose another --figures or give --overwrite")
+    opened = [open_folder(folder) for folder in expand(runs)]
+    write_report(opened, page)
+    _say(f"written: {out} ({page.stat().st_size / 1e6:.1f} MB)")
+    if figures is not None:
+        from prunescope.report.publication import draw_publication
+
+        found = [one for one in opened if isinstance(one, results.Run)]
+        checkpoints = [(one.folder, one.record) for one in opened if not isinstance(one, results.Run)]
+        written = draw_publication(found, checkpoints, Path(figures))
+        _say(f"written: {figures} ({len(written)} files)")
+    return page
 
 
 def demo(*, out: str = "prunescope-demo", overwrite: bool = False) -> DemoResult:

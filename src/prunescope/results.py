@@ -74,8 +74,13 @@ class Run:
 
     def samples(self) -> list[dict[str, Any]]:
         """Prompts and texts."""
-        text = (self.folder / "samples.jsonl").read_text("utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+        path = self.folder / "samples.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); the run folder is damaged, run {self.command} again"
+            ) from error
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
@@ -88,11 +93,12 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     try:
         info = json.loads((path / "run.json").read_text("utf-8"))
         version, command = info["schema_version"], info["command"]
+        newer = version > SCHEMA_VERSION
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path / 'run.json'} cannot be read ({type(error).__name__}: {error}); run it again"
         ) from error
-    if version > SCHEMA_VERSION:
+    if newer:
         raise UserError(
             f"{path} has schema version {version}, newer than this prunescope knows ({SCHEMA_VERSION}); upgrade prunescope"
         )
@@ -209,7 +215,8 @@ def write_run(
 
     pq.write_table(table, folder / TABLES[info["command"]])
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    (folder / "samples.jsonl").write_text(lines, "utf-8")
+    # half a surrogate pair has no UTF-8, but a JSON escape, which is what backslashreplace writes
+    (folder / "samples.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
     (folder / "figures").mkdir(exist_ok=True)
     draw(table, info, samples, folder / "figures")
     write_config(folder, info["config"])

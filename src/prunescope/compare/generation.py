@@ -60,7 +60,9 @@ FREE, TEACHER = "free-running", "teacher-forced"
 Regime = Literal["both", "free-running", "teacher-forced"]
 _CONFIDENCE = ("confidence_dense", "confidence_target")
 _FORCED = "nll_target_of_dense"
-_COLUMNS = ["prompt", "regime", "step", "position", "dense_token", "target_token", *COLUMNS, *_CONFIDENCE]
+TOP = 5  # likeliest tokens kept of each model and step
+_TOPS = ("top_dense", "top_dense_p", "top_target", "top_target_p")
+_COLUMNS = ["prompt", "regime", "step", "position", "dense_token", "target_token", *COLUMNS, *_CONFIDENCE, *_TOPS]
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
 
 
@@ -229,7 +231,7 @@ class _Batch:
             token = theirs[part].clone()
             at = prompts[part][asked], steps[part][asked]
             token[asked] = choose(z_target[asked.to(z.device)], settings.sampling, draws[at]).cpu()
-            return {"target_token": token}
+            return {"target_token": token, **_likeliest(z, z_target, settings.temperature)}
 
         columns = compare_final(
             torch.cat(self.our_states),
@@ -253,7 +255,19 @@ class _Batch:
         }
         arrays = {name: pa.array(values.int().numpy()) for name, values in keys.items()}
         arrays["regime"] = pa.array([regime for _, _, regime in rows], pa.string())
+        arrays |= {name: pa.array(list(columns[name].numpy())) for name in _TOPS}
         return pa.table(arrays | {name: pa.array(columns[name].numpy()) for name in (*COLUMNS, *_CONFIDENCE, _FORCED)})
+
+
+def _likeliest(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
+    """The likeliest tokens of both models, ``(rows, TOP)``, and their probabilities at T, the likeliest first."""
+    found: dict[str, Tensor] = {}
+    for side, mine in (("dense", z), ("target", z_target)):
+        top = mine.topk(min(TOP, mine.shape[-1]), -1)
+        total = torch.logsumexp(mine / temperature, -1, keepdim=True)
+        found[f"top_{side}"] = top.indices.int()
+        found[f"top_{side}_p"] = (top.values / temperature - total).exp()
+    return found
 
 
 def _of_sequences(written: _Written) -> list[Tensor]:

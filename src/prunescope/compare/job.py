@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from prunescope import results
 from prunescope.commands import GenerateResult, McqResult
-from prunescope.compare.generation import check_pair, generation_key, generation_rows
-from prunescope.compare.layerwise import Transcript, encode, run_key
+from prunescope.compare.generation import GenerationRows, check_pair, generation_key, generation_rows
+from prunescope.compare.layerwise import encode, run_key
 from prunescope.compare.mcq import Asked, ask, mcq_rows
 from prunescope.compare.runs import describe_target, run_record
 from prunescope.compare.summary import generation_summary, mcq_summary
@@ -128,10 +130,7 @@ def run_generate(config: dict[str, Any]) -> GenerateResult:
             "noise_floor": found.floor,
             **generation_summary(found.table, ours, theirs, ends, steps, config["seed"]),
         }
-        samples = [
-            _sample(pair, i, prompt, found.dense[i], None if found.target is None else found.target[i], info)
-            for i, prompt in enumerate(chosen)
-        ]
+        samples = [_sample(pair, i, prompt, found, info) for i, prompt in enumerate(chosen)]
         result = GenerateResult(info, found.table, samples)
         if staging is not None:
             result._write(staging)
@@ -139,11 +138,10 @@ def run_generate(config: dict[str, Any]) -> GenerateResult:
     return result
 
 
-def _sample(
-    pair: Pair, number: int, prompt: Any, ours: Transcript, theirs: Transcript | None, info: dict[str, Any]
-) -> dict[str, Any]:
-    """What `samples.jsonl` holds of a prompt: the texts whole and token by token."""
+def _sample(pair: Pair, number: int, prompt: Any, found: GenerationRows, info: dict[str, Any]) -> dict[str, Any]:
+    """What `samples.jsonl` holds of a prompt: the texts whole and token by token, and the text of every token among the likeliest."""
     tokenizer = pair.dense.tokenizer
+    ours, theirs = found.dense[number], None if found.target is None else found.target[number]
     row: dict[str, Any] = {
         "prompt": number,
         "id": prompt.id,
@@ -159,6 +157,9 @@ def _sample(
         row[f"{side}_pieces"] = [tokenizer.decode([token]) for token in sequence.continuation]
     if theirs is not None:
         row["first_difference"] = info["first_difference"]["by_prompt"][number]
+    rows = found.table.filter(pc.equal(found.table["prompt"], number))
+    named = {int(token) for name in ("top_dense", "top_target") for token in pc.list_flatten(rows[name]).to_pylist()}
+    row["token_texts"] = {str(token): tokenizer.decode([token]) for token in sorted(named)}
     return row
 
 

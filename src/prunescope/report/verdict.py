@@ -1,0 +1,166 @@
+"""What the figures of a target mean for each use, in plain words, with the rule behind each.
+
+The uses are those of the paper's discussion (section 8): retrieval reads the hidden state h; multiple choice reads a few option tokens; generation
+reads the full distribution p, again and again. The thresholds are this project's, stated with every verdict, and no law of nature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FEW_PROMPTS", "Verdict", "judge", "warnings_of"]
+
+FEW_PROMPTS = 30
+KEPT, RISK, BROKEN, UNCLEAR = "kept", "at risk", "broken", "not shown"
+_H = (0.95, 0.80)  # mean cosine of the final h
+_SAME = (0.90, 0.70)  # same choice
+_AGREE, _KL = (0.95, 0.80), 0.05  # same likeliest token a step; nats a step
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One use of a model: ``level`` is kept, at risk, broken or not shown; ``numbers`` are (name, value) as shown."""
+
+    use: str
+    space: str
+    level: str
+    sentence: str
+    rule: str
+    numbers: list[tuple[str, str]] = field(default_factory=list)
+
+
+def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Verdicts on one target.
+
+    Args:
+        runs: command (``generate``, ``mcq``) -> run.json of that command on the target.
+    """
+    return [_retrieval(runs), _choice(runs.get("mcq")), _generation(runs.get("generate"))]
+
+
+def _steps(info: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    regime = "teacher-forced" if "teacher-forced" in info["regimes"] else info["regimes"][0]
+    return regime, info["summary_by_regime"][regime]
+
+
+def _mean(stats: Mapping[str, Any]) -> str:
+    low, high = stats["ci95"]
+    return f"{stats['mean']:.4g}" + ("" if low is None else f" ({low:.4g} to {high:.4g})")
+
+
+def _retrieval(runs: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    rule = f"Mean cosine of the final hidden state: kept from {_H[0]:g}, broken below {_H[1]:g}."
+    use = "Embedding and retrieval"
+    if info := runs.get("generate"):
+        where, summary = _steps(info)
+    elif info := runs.get("mcq"):
+        where, summary = "at the answer", info["summary_by_space"]["global"]
+    else:
+        return Verdict(
+            use, "h", UNCLEAR, "No run of generate or mcq shows the final hidden state of this target.", rule
+        )
+    stats = summary["h"].get("h_cos")
+    if stats is None:
+        return Verdict(use, "h", UNCLEAR, "The two hidden states have different widths; there is no cosine.", rule)
+    value = stats["mean"]
+    level = KEPT if value >= _H[0] else RISK if value >= _H[1] else BROKEN
+    words = {
+        KEPT: "Hidden states point where they did; rankings by embedding should hold.",
+        RISK: "Hidden states have turned; rankings by embedding will shift, test them.",
+        BROKEN: "Hidden states have turned far; embeddings of the two models do not belong together.",
+    }[level]
+    return Verdict(use, "h", level, words, rule, [(f"cosine of h, {where}", _mean(stats))])
+
+
+def _choice(info: Mapping[str, Any] | None) -> Verdict:
+    use = "Multiple choice"
+    rule = f"Same choice: kept from {_SAME[0]:g} with no significant loss (McNemar p at least 0.05), broken below {_SAME[1]:g}."
+    if info is None:
+        return Verdict(use, "options", UNCLEAR, "No mcq run of this target is on this page.", rule)
+    same, flips, accuracy = info["agreement"]["same_choice"], info["flips"], info["accuracy"]
+    lost = flips["mcnemar_p"] < 0.05 and flips["right_to_wrong"] > flips["wrong_to_right"]
+    level = BROKEN if same < _SAME[1] else KEPT if same >= _SAME[0] and not lost else RISK
+    words = {
+        KEPT: "Among the options the target chooses as the dense model does.",
+        RISK: "The target changes some choices.",
+        BROKEN: "The target answers many questions otherwise than the dense model.",
+    }[level]
+    if accuracy["dense"]["ci95"][0] <= info["chance"]:
+        words += " The dense accuracy is not above chance, so accuracies say nothing here; only agreement does."
+    low, high = info["agreement"]["ci95"]
+    options = info["summary_by_space"]["options"]["p"]["kl_dense_target"]
+    return Verdict(
+        use,
+        "options",
+        level,
+        words,
+        rule,
+        [
+            ("same choice", f"{same:.3f} ({low:.3f} to {high:.3f})"),
+            ("accuracy, dense", f"{accuracy['dense']['accuracy']:.3f}"),
+            ("accuracy, target", f"{accuracy['target']['accuracy']:.3f}"),
+            ("right to wrong / wrong to right", f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"),
+            ("McNemar p", f"{flips['mcnemar_p']:.3g}"),
+            ("KL over the options", _mean(options)),
+        ],
+    )
+
+
+def _generation(info: Mapping[str, Any] | None) -> Verdict:
+    use = "Generation"
+    rule = (
+        f"Same likeliest token a step: kept from {_AGREE[0]:g} with a mean KL of at most {_KL:g} nats, broken below {_AGREE[1]:g}; "
+        "kept is not said where the target's texts end in loops more often."
+    )
+    if info is None:
+        return Verdict(use, "p", UNCLEAR, "No generate run of this target is on this page.", rule)
+    where, summary = _steps(info)
+    agree, kl = summary["p"]["top1_agree"], summary["p"]["kl_dense_target"]
+    texts, parts, first = info.get("texts"), info.get("divergence"), info.get("first_difference")
+    loops = bool(texts) and texts["target"]["looping"] > texts["dense"]["looping"]  # type: ignore[index]
+    level = RISK
+    if agree["mean"] < _AGREE[1]:
+        level = BROKEN
+    elif agree["mean"] >= _AGREE[0] and kl["mean"] <= _KL and not loops:
+        level = KEPT
+    words = {
+        KEPT: "Step by step the target would write what the dense model writes.",
+        RISK: "Single steps mostly agree, but the texts part; small errors add up over time.",
+        BROKEN: "The full distribution has changed: the target writes other texts.",
+    }[level]
+    numbers = [(f"same likeliest token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
+    if parts:
+        numbers.append(
+            ("of the free-running KL, through its own history", f"{parts['history']:.4g} of {parts['total']:.4g}")
+        )
+    if first:
+        numbers.append(("texts that stay the same to the end", f"{first['same_texts']} of {len(first['by_prompt'])}"))
+    if texts:
+        numbers.append(
+            (
+                "texts that end in a loop, dense / target",
+                f"{texts['dense']['looping']:.2f} / {texts['target']['looping']:.2f}",
+            )
+        )
+    return Verdict(use, "p", level, words, rule, numbers)
+
+
+def warnings_of(name: str, info: Mapping[str, Any], under_floor: Mapping[str, float]) -> list[str]:
+    """Why the numbers of a run deserve a second look: few prompts, values under the noise floor.
+
+    Args:
+        under_floor: space -> share of rows (of sublayers that the target changes) that lie under the noise floor.
+    """
+    found = []
+    count = info["questions"] if info["command"] == "mcq" else len(info["prompts"])
+    what = "questions" if info["command"] == "mcq" else "prompts"
+    if count < FEW_PROMPTS:
+        found.append(f"{name}: only {count} {what}; intervals are wide, means may move with other ones.")
+    for space, share in under_floor.items():
+        if share > 0.01:
+            found.append(
+                f"{name}: {100 * share:.0f} % of the {space} values lie under the noise floor, which is what the dense model gives against itself; read them as zero."
+            )
+    return found
