@@ -367,6 +367,6 @@ def _mixed(runs: Sequence[results.Run]) -> list[str]:
 def _title(runs: Sequence[results.Run], checkpoints: Sequence[Checkpoint]) -> str:
     dense = list(dict.fromkeys(_short(run.info["config"]["dense"]) for run in runs))
     names = dense or list(dict.fromkeys(_short(str((c.record.get("config") or {}).get("model"))) for c in checkpoints))
-    targets = list(dict.fromkeys(_short(run.info["config"].get("target")) for run in runs))
+    targets = list(dict.fromkeys(_short(t) for run in runs if (t := run.info["config"].get("target"))))
     against = f" against {targets[0]}" if len(targets) == 1 else f" against {len(targets)} targets" if targets else ""
     return f"{', '.join(names)}{against}"

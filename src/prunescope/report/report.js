@@ -91,13 +91,13 @@
   };
 
   const look = () => ({ ink: css("--ink"), soft: css("--soft"), grid: css("--grid"), panel: css("--panel"), line: css("--line") });
-  const axis = (c, more = {}) => ({ gridcolor: c.grid, zerolinecolor: c.grid, linecolor: c.line, tickcolor: c.line, automargin: true, exponentformat: "power", ...more });
+  const axis = (c, more = {}) => ({ gridcolor: c.grid, zerolinecolor: c.grid, linecolor: c.line, tickcolor: c.line, automargin: true, exponentformat: "power", ...more, ...(typeof more.title === "string" ? { title: { text: more.title, standoff: 8 } } : {}) });
   const layout = (more) => {
     const c = look();
     const result = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: c.ink, size: 12, family: "system-ui, sans-serif" },
       margin: { l: 56, r: 14, t: 30, b: 44 }, hoverlabel: { bgcolor: c.panel, bordercolor: c.line, font: { color: c.ink }, align: "left" },
-      legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 11 } }, ...more,
+      legend: { orientation: "h", x: 0, y: 1.03, yanchor: "bottom", font: { size: 11 } }, ...more,
     };
     for (const name of Object.keys(result)) if (/^[xy]axis/.test(name)) result[name] = axis(c, result[name]);
     return result;
@@ -165,6 +165,14 @@
   const positive = (values) => values.map((value) => (value > 0 ? value : null));
   const allPositive = (values) => values.every((value) => value === null || value >= 0) && values.some((value) => value > 0);
 
+  // An axis made for the means: what a band has below it, zeros too, ends at the lower edge.
+  const onLog = (traces, means) => {
+    const known = means.filter((value) => value > 0);
+    const low = known.reduce((a, b) => Math.min(a, b), Infinity) / 100;
+    const high = traces.flatMap((trace) => trace.y).reduce((a, b) => Math.max(a, b ?? 0), 0);
+    for (const trace of traces) trace.y = trace.y.map((value) => (value === null || value === undefined ? null : value > low ? value : trace.line.width ? (value > 0 ? value : null) : low));
+    return [Math.log10(low), Math.log10(high) + 0.1];
+  };
   const lineWithBand = (x, mean, low, high, name, colour, more = {}) => [
     { x, y: high, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: name, ...more },
     { x, y: low, mode: "lines", line: { width: 0 }, fill: "tonexty", fillcolor: colour + "26", hoverinfo: "skip", showlegend: false, legendgroup: name, ...more },
@@ -263,13 +271,13 @@
         }
       }
       const log = pick.scale.value === "log" && allPositive(all);
-      if (log) for (const trace of traces) trace.y = positive(trace.y);
+      const range = log ? onLog(traces, all) : undefined;
       const tall = narrow();
       await plot(figure, traces, {
         grid: tall ? { rows: 2, columns: 1, pattern: "independent", ygap: 0.3 } : { rows: 1, columns: 2, pattern: "independent", xgap: 0.1 },
-        xaxis: { title: "layer" }, xaxis2: { title: "layer" }, yaxis: { type: log ? "log" : "linear", title: name }, yaxis2: { type: log ? "log" : "linear", ...(log ? {} : { matches: "y" }) },
-        annotations: KINDS.map((kind, k) => panelTitle(kind, k ? "x2" : "x", k ? "y2" : "y")),
-      }, tall ? 560 : 360);
+        xaxis: { title: "layer" }, xaxis2: { title: "layer" }, yaxis: { type: log ? "log" : "linear", title: name, range }, yaxis2: { type: log ? "log" : "linear", matches: "y", range },
+        annotations: KINDS.map((kind, k) => panelTitle(kind, k ? "x2" : "x", k ? "y2" : "y")), legend: { orientation: "h", x: 0, y: tall ? 1.07 : 1.11, yanchor: "bottom", font: { size: 11 } }, showlegend: true,
+      }, tall ? 600 : 390);
       say(figure, `${name} by layer, for every layerwise run on the page; line: mean over prompts and steps, band: 5th to 95th percentile. Sublayers that a target leaves as they are have no point.`);
     });
     add("multiples", async (figure, chart) => {
@@ -403,8 +411,8 @@
         one.view.steps.forEach((step, t) => chart.rows.push([one.name, regime, step, found.prompts[t], ...[0, 1, 2, 3, 4].map((s) => stats[s * count + t])]));
       }
       const log = allPositive(all) && !/agree|overlap|_cos$|tv|confidence|centred/.test(name);
-      if (log) for (const trace of traces) trace.y = positive(trace.y);
-      await plot(figure, traces, { xaxis: { title: "decoding step" }, yaxis: { title: name, type: log ? "log" : "linear" } }, 380);
+      const range = log ? onLog(traces, all) : undefined;
+      await plot(figure, traces, { xaxis: { title: "decoding step" }, yaxis: { title: name, type: log ? "log" : "linear", range } }, 380);
       say(figure, `${name} by decoding step; line: mean over the prompts that have the step (solid free-running, dashed teacher-forced), band: 5th to 95th percentile of the solid line.`);
     });
     add("survival", async (figure, chart) => {
