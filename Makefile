@@ -27,9 +27,8 @@ format: $(DEV)
 paper: $(RUN)
 	$(BIN)/python paper/make_page.py --out $(PAPER)
 
-docs-figures: demo
-	cp $(DEMO)/layerwise/figures/fig04_cosine_by_layer_attn.png docs/demo-attn.png
-	cp $(DEMO)/layerwise/figures/fig04_cosine_by_layer_mlp.png docs/demo-mlp.png
+docs-figures: demo $(DEV)
+	$(BIN)/python docs/make_figures.py $(DEMO)
 
 $(RUN): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,7 +38,10 @@ $(RUN): requirements.txt pyproject.toml
 
 $(DEV): $(RUN) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	command -v chromium chromium-browser > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium fonts-dejavu; }
+	command -v npm > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends npm; }
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(PAPER) .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -37,9 +37,10 @@ def test_the_public_surface_is_pinned() -> None:
         "load",
         "mcq",
         "open",
+        "report",
         "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "report"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 
@@ -434,7 +435,9 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     patched = pytest.MonkeyPatch()
     patched.setattr(module, "_DROPPED", 2)
     patched.setattr(module, "_SHOWN_PROMPTS", ("mc-1",))
-    found = module.run_demo(str(tmp_path / "demo"), model=str(folder), calibration=(4, 12), max_new_tokens=3)
+    found = module.run_demo(
+        str(tmp_path / "demo"), model=str(folder), calibration=(4, 12), max_new_tokens=3, questions=False
+    )
     patched.undo()
     assert len(found.sentences) == 3
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
@@ -442,7 +445,10 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
         "demo.json",
         "drop-attn",
         "drop-mlp",
+        "generate-attn",
+        "generate-mlp",
         "layerwise",
+        "report.html",
         "summary.md",
     ]
     assert prunescope.open(tmp_path / "demo" / "layerwise").table().equals(found.table())

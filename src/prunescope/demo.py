@@ -10,6 +10,7 @@ from prunescope.commands import DemoResult, LayerwiseResult
 from prunescope.models.loading import BUNDLED, LoadedModel, load_model
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
+from prunescope.report.html import open_folder, write_report
 from prunescope.report.tables import worst_layers
 
 __all__ = ["run_demo"]
@@ -25,10 +26,13 @@ def run_demo(
     model: str = BUNDLED,
     calibration: tuple[int, int] = (32, 128),
     max_new_tokens: int = 32,
+    questions: bool = True,
 ) -> DemoResult:
     """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
 
-    Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` (run with figures), ``out/demo.json`` and ``out/summary.md``.
+    Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise``, and ``out/generate-...`` and ``out/mcq-...`` of both (runs with
+    figures), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
+    Without ``questions`` there are no mcq runs: a tokenizer that has no letters cannot answer.
     """
     results.check_free(out, overwrite=overwrite)
     dense = load_model(model)
@@ -42,19 +46,43 @@ def run_demo(
         run = commands.layerwise(dense, chat=bool(dense.tokenizer.chat_template), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         (staging / "layerwise").mkdir()
         run._write(staging / "layerwise")
+        compared = _compare(dense, drops, staging, max_new_tokens, questions)
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
         results.write_config(staging, {"out": str(out), "overwrite": overwrite})
         results.write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
+        folders = [staging / name for name in ("layerwise", *compared, *(f"drop-{kind}" for kind in drops))]
+        write_report([open_folder(folder) for folder in folders], staging / "report.html")
     console.print()
     for sentence in sentences:
         console.print(sentence, markup=False)
     console.print(
-        f"\nLook at {Path(out) / 'layerwise' / 'figures' / 'fig04_cosine_by_layer_attn.png'} and {Path(out) / 'summary.md'}",
+        f"\nLook at {Path(out) / 'report.html'} (opens in any browser, no network needed) and {Path(out) / 'summary.md'}",
         markup=False,
     )
     return DemoResult(Path(out), sentences, run, drops)
+
+
+def _compare(
+    dense: LoadedModel, drops: dict[str, commands.DropResult], staging: Path, max_new_tokens: int, questions: bool
+) -> list[str]:
+    """Let both dropped models write and answer questions; returns the names of the run folders."""
+    written = []
+    for kind, drop in drops.items():
+        target = f"drop:{kind}={','.join(map(str, drop.spec.layers(kind)))}"  # type: ignore[arg-type]
+        chat = bool(dense.tokenizer.chat_template)
+        found: list[tuple[str, Any]] = [
+            ("generate", commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens))  # type: ignore[arg-type]
+        ]
+        if questions:
+            found.append(("mcq", commands.mcq(dense, target)))  # type: ignore[arg-type]
+        for command, result in found:
+            name = f"{command}-{kind}"
+            (staging / name).mkdir()
+            result._write(staging / name)
+            written.append(name)
+    return written
 
 
 def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> list[str]:

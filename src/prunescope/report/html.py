@@ -107,8 +107,9 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
 
     runs = [one for one in opened if isinstance(one, results.Run)]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
-    names = _names(runs)
-    views = [_guarded(run.folder, _view, run, name, runs) for run, name in zip(runs, names, strict=True)]
+    aliases = _aliases(runs, checkpoints)
+    names = _names(runs, aliases)
+    views = [_guarded(run.folder, _view, run, name, runs, aliases) for run, name in zip(runs, names, strict=True)]
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
     targets = [t for found in _targets(runs, views).values() for t in [found]]
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
@@ -190,9 +191,26 @@ def _short(name: str | None) -> str:
     )
 
 
-def _names(runs: Sequence[results.Run]) -> list[str]:
+def _aliases(runs: Sequence[results.Run], checkpoints: Sequence[Checkpoint]) -> dict[Path, str]:
+    """Run folder -> name of its target: the checkpoint on this page that drops the same of the same model, else what was asked for."""
+    known = {}
+    for one in checkpoints:
+        base = one.record.get("base") or {}
+        if one.record["command"] == "drop":
+            lists = (one.record.get(f"drop_{kind}_list") for kind in ("attn", "mlp"))
+            known[json.dumps([base.get("content_hash"), base.get("source"), *lists])] = one.folder.name
+    found = {}
+    for run in runs:
+        target = (run.info.get("models") or {}).get("target") or {}
+        lists = (target.get(f"drop_{kind}_list") for kind in ("attn", "mlp"))
+        key = json.dumps([target.get("content_hash"), target.get("source"), *lists])
+        found[run.folder] = known.get(key) or _short((run.info.get("config") or {}).get("target"))
+    return found
+
+
+def _names(runs: Sequence[results.Run], aliases: Mapping[Path, str]) -> list[str]:
     """What each run is called on the page: its target, with what tells it from others of the same command."""
-    plain = [(run.command, _short(run.info["config"].get("target"))) for run in runs]
+    plain = [(run.command, aliases[run.folder]) for run in runs]
     found = []
     for run, (command, name) in zip(runs, plain, strict=True):
         config = run.info["config"]
@@ -216,7 +234,7 @@ def _names(runs: Sequence[results.Run]) -> list[str]:
     return [f"{name} ({run.folder.name})" if name in repeated else name for run, name in zip(runs, found, strict=True)]
 
 
-def _view(run: results.Run, name: str, runs: Sequence[results.Run]) -> dict[str, Any]:
+def _view(run: results.Run, name: str, runs: Sequence[results.Run], aliases: Mapping[Path, str]) -> dict[str, Any]:
     info, table, samples = run.info, run.table(), run.samples()
     if not len(table):
         raise ValueError("no rows")
@@ -230,7 +248,7 @@ def _view(run: results.Run, name: str, runs: Sequence[results.Run]) -> dict[str,
         "command": run.command,
         "folder": run.folder.name,
         "dense": _short(info["config"]["dense"]),
-        "target": _short(info["config"].get("target")),
+        "target": aliases[run.folder],
         "lens": info["config"].get("lens"),
         "temperature": info["config"]["metric_temperature"],
         "rows": len(table),

@@ -618,7 +618,6 @@
     const name = THEMES[current];
     if (current) document.documentElement.dataset.theme = name; else delete document.documentElement.dataset.theme;
     theme.textContent = `Colours: ${name}`;
-    theme.setAttribute("aria-label", `Colours: ${current ? name : "as the system"}`);
     recolour();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
