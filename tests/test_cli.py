@@ -448,6 +448,7 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
         "generate-attn",
         "generate-mlp",
         "layerwise",
+        "layerwise-final-norm",
         "report.html",
         "summary.md",
     ]

@@ -30,7 +30,7 @@ def run_demo(
 ) -> DemoResult:
     """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
 
-    Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise``, and ``out/generate-...`` and ``out/mcq-...`` of both (runs with
+    Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` and ``out/layerwise-final-norm``, ``out/generate-...`` and ``out/mcq-...`` of both (runs with
     figures), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
     Without ``questions`` there are no mcq runs: a tokenizer that has no letters cannot answer.
     """
@@ -46,13 +46,21 @@ def run_demo(
         run = commands.layerwise(dense, chat=bool(dense.tokenizer.chat_template), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         (staging / "layerwise").mkdir()
         run._write(staging / "layerwise")
+        normed = commands.layerwise(
+            dense, chat=bool(dense.tokenizer.chat_template), lens="final-norm", max_new_tokens=min(8, max_new_tokens)
+        )  # type: ignore[arg-type]
+        (staging / "layerwise-final-norm").mkdir()
+        normed._write(staging / "layerwise-final-norm")
         compared = _compare(dense, drops, staging, max_new_tokens, questions)
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
         results.write_config(staging, {"out": str(out), "overwrite": overwrite})
         results.write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
-        folders = [staging / name for name in ("layerwise", *compared, *(f"drop-{kind}" for kind in drops))]
+        folders = [
+            staging / name
+            for name in ("layerwise", "layerwise-final-norm", *compared, *(f"drop-{kind}" for kind in drops))
+        ]
         write_report([open_folder(folder) for folder in folders], staging / "report.html")
     console.print()
     for sentence in sentences:

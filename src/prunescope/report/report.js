@@ -356,7 +356,7 @@
         table.append(make("caption", `${side}: likeliest tokens`, { style: "text-align:left" }));
         for (const [token, p] of row[side]) {
           const line = make("tr");
-          line.append(make("td", visible(token), { class: "text" }), make("td", p.toPrecision(4), { class: "n", "data-v": p }));
+          line.append(make("td", visible(token.replace(/ /g, "\u2423")), { class: "text" }), make("td", p.toPrecision(4), { class: "n", "data-v": p }));
           table.append(line);
         }
         box.append(table);
@@ -577,11 +577,14 @@
     add("pareto", async (figure, chart) => {
       const [x, y] = [pick.x.value, pick.y.value], known = data.targets.filter((t) => typeof t.values[y] === "number");
       const log = known.length > 0 && known.every((t) => t.values[y] > 0) && /KL|kl/.test(y);
+      const dense = data.targets[0].size[x === "nonzero" ? "parameters_dense" : `${x}_dense`];
       chart.rows = [["target", x, y], ...known.map((t) => [t.name, t.size[x], t.values[y]])];
       await plot(figure, known.map((t, i) => ({ x: [t.size[x]], y: [t.values[y]], mode: "markers+text", text: [label(t.name, 30)], textposition: "top center", cliponaxis: false, marker: { size: 11, color: COLOURS[i % COLOURS.length] }, name: plain(t.name), showlegend: false, hovertemplate: "%{text}<br>%{x:,} / %{y:.6g}<extra></extra>" })), {
+        shapes: [{ type: "line", x0: dense, x1: dense, y0: 0, y1: 1, yref: "paper", line: { dash: "dot", width: 1, color: look().soft } }],
+        annotations: [{ text: "dense", x: dense, y: 1, yref: "paper", yanchor: "bottom", showarrow: false, font: { size: 11 } }],
         xaxis: { title: $(`option[value="${x}"]`, pick.x).textContent, rangemode: "normal", exponentformat: "SI" }, yaxis: { title: y, type: log ? "log" : "linear" }, margin: { l: 70, r: 60, t: 30, b: 50 },
       }, 380);
-      say(figure, `${y} of every target against ${$(`option[value="${x}"]`, pick.x).textContent}; the dense model has ${(x === "nonzero" ? data.targets[0].size.parameters_dense : data.targets[0].size[`${x}_dense`]).toLocaleString("en")}.`);
+      say(figure, `${y} of every target against ${$(`option[value="${x}"]`, pick.x).textContent}; the dense model (dotted) has ${dense.toLocaleString("en")}.`);
     });
     for (const input of Object.values(pick)) input.addEventListener("change", () => redraw("pareto"));
   };
