@@ -46,9 +46,8 @@ def run_demo(
         run = commands.layerwise(dense, chat=bool(dense.tokenizer.chat_template), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         (staging / "layerwise").mkdir()
         run._write(staging / "layerwise")
-        normed = commands.layerwise(
-            dense, chat=bool(dense.tokenizer.chat_template), lens="final-norm", max_new_tokens=min(8, max_new_tokens)
-        )  # type: ignore[arg-type]
+        chat, few = bool(dense.tokenizer.chat_template), min(8, max_new_tokens)
+        normed = commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few)  # type: ignore[arg-type]
         (staging / "layerwise-final-norm").mkdir()
         normed._write(staging / "layerwise-final-norm")
         compared = _compare(dense, drops, staging, max_new_tokens, questions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-__all__ = ["by", "draw_layerwise", "drawable", "save", "short", "style"]
+__all__ = ["also_pdf", "by", "draw_layerwise", "drawable", "save", "short", "style"]
 
 SPACES = {
     "h": ("#0072B2", "hidden state h", "o"),
@@ -265,15 +266,30 @@ def style() -> Iterator[None]:
         {
             "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
-            "lines.linewidth": 1.2, "svg.fonttype": "none", "svg.hashsalt": "prunescope", "figure.dpi": 100,
+            "lines.linewidth": 1.2, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "prunescope", "figure.dpi": 100,
         }
     ):  # fmt: skip
         yield
 
 
+_PDF = ContextVar("_PDF", default=False)
+
+
+@contextmanager
+def also_pdf() -> Iterator[None]:
+    """Inside this ``with`` block `save` writes PDF too."""
+    token = _PDF.set(True)
+    try:
+        yield
+    finally:
+        _PDF.reset(token)
+
+
 def save(figure: Figure, path: Path) -> list[Path]:
-    """As SVG and as PNG; returns both paths."""
-    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    """As SVG and as PNG, and as PDF inside `also_pdf`; returns the paths. A dot in the name is no suffix."""
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png", *(["pdf"] if _PDF.get() else []))]
     figure.savefig(files[0], metadata={"Date": None})
     figure.savefig(files[1], dpi=200)
+    for file in files[2:]:
+        figure.savefig(file, metadata={"CreationDate": None})
     return files
