@@ -102,7 +102,7 @@ def test_every_column_is_explained_as_in_the_docs():
     ("cosine", "level"), [(0.96, "kept"), (0.95, "kept"), (0.94, "at risk"), (0.80, "at risk"), (0.79, "broken")]
 )
 def test_rule_of_retrieval(tmp_path, cosine, level):
-    info = json.loads((generate_run(tmp_path / "run") / "run.json").read_text())
+    info = json.loads((generate_run(tmp_path / "run", prompts=5) / "run.json").read_text())
     info["summary_by_regime"]["teacher-forced"]["h"]["h_cos"]["mean"] = cosine
     assert judge({"generate": info})[0].level == level
 
@@ -112,7 +112,7 @@ def test_rule_of_retrieval(tmp_path, cosine, level):
     [(0.96, 0.04, 0, "kept"), (0.96, 0.06, 0, "at risk"), (0.96, 0.04, 0.5, "at risk"), (0.9, 0.01, 0, "at risk"), (0.79, 0.01, 0, "broken")],
 )  # fmt: skip
 def test_rule_of_generation(tmp_path, agree, kl, loops, level):
-    info = json.loads((generate_run(tmp_path / "run") / "run.json").read_text())
+    info = json.loads((generate_run(tmp_path / "run", prompts=5) / "run.json").read_text())
     p = info["summary_by_regime"]["teacher-forced"]["p"]
     p["top1_agree"]["mean"], p["kl_dense_target"]["mean"], info["texts"]["target"]["looping"] = agree, kl, loops
     info["texts"]["dense"]["looping"] = 0
@@ -129,6 +129,8 @@ def test_rule_of_multiple_choice(tmp_path, same, mcnemar, lost, level):
     info["flips"] |= {"mcnemar_p": mcnemar, "right_to_wrong": lost, "wrong_to_right": 0}
     assert judge({"mcq": info})[1].level == level
     assert judge({})[1].level == "not shown"
+    few = judge({"mcq": info | {"questions": 4}})[1]
+    assert few.level == "not shown" and "Only 4 questions" in few.sentence and few.numbers
 
 
 def test_a_target_seen_by_several_commands_is_one_target(tmp_path):

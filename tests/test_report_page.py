@@ -41,7 +41,7 @@ class Watched:
         page.on("console", lambda m: self.troubles.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
-        page.set_default_timeout(8000)
+        page.set_default_timeout(30_000)
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 import prunescope
+from families import tiny_folder
 from prunescope.compare.metrics import COLUMNS, H_COLUMNS
 from prunescope.errors import UserError
 from prunescope.results import check_free, require_space, staged, summarise, write_json
@@ -29,12 +31,20 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run(dense_folder: Path, prompts: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawing takes most of a run's time: one run for all tests that only read it or break a copy."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "prompts.jsonl").write_text(PROMPTS)
     prunescope.layerwise(
-        str(dense_folder), out=str(tmp_path / "run"), prompts=str(prompts), max_new_tokens=4, batch_size=2
-    )
-    return tmp_path / "run"
+        str(tiny_folder("llama", folder / "dense")), out=str(folder / "run"), prompts=str(folder / "prompts.jsonl"), max_new_tokens=4, batch_size=2
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_once, tmp_path / "run"))
 
 
 def test_a_run_holds_what_the_spec_says(run: Path) -> None:

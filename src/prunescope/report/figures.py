@@ -289,6 +289,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """As SVG and as PNG, and as PDF inside `also_pdf`; returns the paths. A dot in the name is no suffix."""
     files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png", *(["pdf"] if _PDF.get() else []))]
     figure.savefig(files[0], metadata={"Date": None})
+    figure.set_layout_engine("none")  # the places are found; finding them again takes longer than drawing
     figure.savefig(files[1], dpi=200)
     for file in files[2:]:
         figure.savefig(file, metadata={"CreationDate": None})

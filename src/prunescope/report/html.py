@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -94,8 +95,11 @@ def write_report(opened: Sequence[results.Run | Checkpoint], out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(page)
         beside.replace(out)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
     return out
 

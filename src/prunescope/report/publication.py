@@ -6,8 +6,10 @@ lie the figures over all runs: curves by layer, targets by step, bytes against d
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from prunescope import results
+from prunescope.errors import UserError
 from prunescope.report import KIND_NAMES, figures
 from prunescope.report.figures import by, draw_layerwise, save, short, style
 from prunescope.report.options import draw_mcq
@@ -40,15 +43,30 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 def draw_publication(
     runs: Sequence[results.Run], checkpoints: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path
 ) -> list[Path]:
-    """Draw everything that the runs and checkpoints show into ``folder``; returns what was written.
+    """Draw everything that the runs and checkpoints show into ``folder``, complete or not at all; returns what was written.
 
     Args:
         runs: from `prunescope.open`.
         checkpoints: folder and prunescope.json of each.
+        folder: files of the same name in it are replaced.
+    Raises:
+        UserError: a run whose files do not fit together, or the folder cannot be written.
     """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as beside:
+            written = _draw(runs, checkpoints, Path(beside))
+            shutil.copytree(beside, folder, dirs_exist_ok=True)
+            return [folder / path.relative_to(beside) for path in written]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --figures") from error
+
+
+def _draw(
+    runs: Sequence[results.Run], checkpoints: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path
+) -> list[Path]:
     written: list[Path] = []
     used: set[str] = set()
-    folder.mkdir(parents=True, exist_ok=True)
     with figures.also_pdf():
         for run in runs:
             place = folder / _unused(run.folder.name, used)

@@ -176,7 +176,7 @@
   const lineWithBand = (x, mean, low, high, name, colour, more = {}) => [
     { x, y: high, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: name, ...more },
     { x, y: low, mode: "lines", line: { width: 0 }, fill: "tonexty", fillcolor: colour + "26", hoverinfo: "skip", showlegend: false, legendgroup: name, ...more },
-    { x, y: mean, mode: "lines+markers", line: { color: colour, width: 2, dash: more.dash }, marker: { size: 4, color: colour }, name: plain(name), legendgroup: name, hovertemplate: "%{x}: %{y:.6g}", ...more },
+    { x, y: mean, mode: "lines+markers", line: { color: colour, width: 2, dash: more.dash }, marker: { size: mean.filter((v) => v !== null).length < 6 ? 8 : 4, color: colour }, name: plain(name), legendgroup: name, hovertemplate: "%{x}: %{y:.6g}", ...more },
   ];
 
   // --- layers ----------------------------------------------------------------------------------------------------------

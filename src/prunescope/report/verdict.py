@@ -7,13 +7,14 @@ reads the full distribution p, again and again. The thresholds are this project'
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["FEW_PROMPTS", "Verdict", "judge", "warnings_of"]
 
 FEW_PROMPTS = 30
 KEPT, RISK, BROKEN, UNCLEAR = "kept", "at risk", "broken", "not shown"
+TOO_FEW = 5  # prompts or questions
 _H = (0.95, 0.80)  # mean cosine of the final h
 _SAME = (0.90, 0.70)  # same choice
 _AGREE, _KL = (0.95, 0.80), 0.05  # same likeliest token a step; nats a step
@@ -37,7 +38,26 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
     Args:
         runs: command (``generate``, ``mcq``) -> run.json of that command on the target.
     """
-    return [_retrieval(runs), _choice(runs.get("mcq")), _generation(runs.get("generate"))]
+    generate, mcq = runs.get("generate"), runs.get("mcq")
+    return [
+        _unless_few(_retrieval(runs), generate or mcq),
+        _unless_few(_choice(mcq), mcq),
+        _unless_few(_generation(generate), generate),
+    ]
+
+
+def _count(info: Mapping[str, Any]) -> tuple[int, str]:
+    """How many prompts or questions a run has, and these words."""
+    count, what = (info["questions"], "question") if info["command"] == "mcq" else (len(info["prompts"]), "prompt")
+    return count, f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _unless_few(verdict: Verdict, info: Mapping[str, Any] | None) -> Verdict:
+    """No word is said on a handful of prompts; the numbers are shown all the same."""
+    if info is None or verdict.level == UNCLEAR or _count(info)[0] >= TOO_FEW:
+        return verdict
+    sentence = f"Only {_count(info)[1]}: too few for a verdict, which needs {TOO_FEW}."
+    return replace(verdict, level=UNCLEAR, sentence=sentence)
 
 
 def _steps(info: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -154,10 +174,9 @@ def warnings_of(name: str, info: Mapping[str, Any], under_floor: Mapping[str, fl
         under_floor: space -> share of rows (of sublayers that the target changes) that lie under the noise floor.
     """
     found = []
-    count = info["questions"] if info["command"] == "mcq" else len(info["prompts"])
-    what = "questions" if info["command"] == "mcq" else "prompts"
+    count, words = _count(info)
     if count < FEW_PROMPTS:
-        found.append(f"{name}: only {count} {what}; intervals are wide, means may move with other ones.")
+        found.append(f"{name}: only {words}; intervals are wide, means may move with other ones.")
     for space, share in under_floor.items():
         if share > 0.01:
             found.append(
