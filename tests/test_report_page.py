@@ -251,12 +251,27 @@ def test_print(browser, page_file):
     with browser.new_context(color_scheme="dark") as context:
         page = Watched(context.new_page(), page_file)
         page.settled()
+        page.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         page.page.emulate_media(media="print")
+        widths = page.page.evaluate(
+            "[...document.querySelectorAll('.main-svg')].map(e => e.getBoundingClientRect().width)"
+        )
+        assert widths and max(widths) <= 680  # a sheet of A4 has 717 px between its margins
+        assert (
+            page.page.evaluate("document.querySelector('[data-chart=steps] .chart').layout.xaxis.gridcolor")
+            == "#e3e5e9"
+        )
         assert not page.page.is_visible("nav") and not page.page.is_visible("[data-save=csv]")
         assert page.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         SHOTS.mkdir(parents=True, exist_ok=True)
         page.page.pdf(path=SHOTS / "print.pdf", format="A4", print_background=True)
         assert (SHOTS / "print.pdf").stat().st_size > 20_000
+        page.page.emulate_media(media="screen")
+        page.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        assert (
+            page.page.evaluate("document.querySelector('[data-chart=heat] .main-svg').getBoundingClientRect().width")
+            > 800
+        )
         page.quiet()
 
 

@@ -626,13 +626,12 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
   let wide = narrow();
   window.addEventListener("resize", () => { if (narrow() !== wide) { wide = narrow(); recolour(); } });
-  window.addEventListener("beforeprint", () => {
-    for (const box of $$("details")) box.dataset.was = box.open;
-    for (const chart of $$(".chart")) if (chart.layout) Plotly.relayout(chart, { "font.color": "#000000" });
-  });
-  window.addEventListener("afterprint", () => {
-    for (const chart of $$(".chart")) if (chart.layout) Plotly.relayout(chart, { "font.color": css("--ink") });
-  });
+  // On paper: light whatever the screen is, and no wider than a sheet.
+  const SHEET = 670;
+  const forAll = (change) => { for (const chart of $$(".chart")) if (chart.layout) Plotly.relayout(chart, change(chart)); };
+  const axes = (chart, colour, line) => Object.fromEntries(Object.keys(chart.layout).filter((name) => /^[xy]axis/.test(name)).flatMap((name) => [[`${name}.gridcolor`, colour], [`${name}.zerolinecolor`, colour], [`${name}.linecolor`, line]]));
+  window.addEventListener("beforeprint", () => forAll((chart) => ({ autosize: false, width: Math.min(SHEET, chart.clientWidth || SHEET), "font.color": "#000000", ...axes(chart, "#e3e5e9", "#d5d8de") })));
+  window.addEventListener("afterprint", () => forAll((chart) => ({ width: null, autosize: true, "font.color": css("--ink"), ...axes(chart, css("--grid"), css("--line")) })));
   // Parts of the page are built one after the other, so that it answers in between.
   (async () => {
     for (const build of [layers, decoding, choices, targets, checkpoints]) { build(); await tick(); }
