@@ -17,7 +17,7 @@ VERSIONS = {"python": "3", "prunescope": "0", "torch": "0", "transformers": "0",
 HOSTILE = [
     "<script>window.hurt = 1</script>",
     "</script><img src=x onerror='window.hurt = 1'>",
-    "\"'`><b onmouseover=window.hurt=1>",
+    "=1+1\"'`><b onmouseover=window.hurt=1>",
     "\u202eright to left\u202c\u200f",
     "\U0001f469\u200d\U0001f52c\U0001f1eb\U0001f1f7",
     "half \ud83d pair",

@@ -312,4 +312,6 @@ def test_hostile_text_is_text(browser, tmp_path):
         assert p.evaluate("document.documentElement.scrollWidth <= innerWidth")
         SHOTS.mkdir(parents=True, exist_ok=True)
         p.screenshot(path=SHOTS / "hostile-390.png", full_page=True)
+        rows = list(csv.reader(io.StringIO(page.download("[data-chart=tops] [data-save=csv]"))))
+        assert any(row[0].startswith("'=1+1") for row in rows) and not any(row[0].startswith("=") for row in rows)
         page.quiet()

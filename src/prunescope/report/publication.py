@@ -124,7 +124,10 @@ def _heatmap(table: pa.Table, info: Mapping[str, Any], column: str, name: str) -
     known = np.concatenate([grid[np.isfinite(grid)] for grid in grids])
     figure = Figure(figsize=(7.2, min(6.0, 1.6 + 0.085 * layers)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    norm = LogNorm(known.min(), max(known.max(), known.min() * 1.01)) if len(known) else None
+    low = (
+        float(np.quantile(known, 0.01)) if len(known) else 0.0
+    )  # a few tiny cells would take the colours from all others
+    norm = LogNorm(low, max(known.max(), low * 1.01)) if len(known) else None
     image = None
     for axes, grid, kind in zip(panels, grids, KIND_NAMES.values(), strict=True):
         image = axes.imshow(grid, origin="lower", aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
@@ -134,7 +137,7 @@ def _heatmap(table: pa.Table, info: Mapping[str, Any], column: str, name: str) -
             axis.set_major_locator(MaxNLocator(8, integer=True))
     panels[0].set_ylabel("layer")
     if len(known) and image is not None:
-        bar = figure.colorbar(image, ax=panels, label=name, pad=0.01)
+        bar = figure.colorbar(image, ax=panels, label=name, pad=0.01, extend="min" if known.min() < low else "neither")
         if known.max() > 10 * known.min():
             bar.ax.yaxis.set_minor_formatter(NullFormatter())
     config = info["config"]
@@ -146,10 +149,12 @@ def _heatmap(table: pa.Table, info: Mapping[str, Any], column: str, name: str) -
 
 
 def _labels(infos: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Targets by name, with the lens where there are two."""
+    """Targets by name, with the lens where the command has one."""
     names = [short(info["config"]["target"]) if info["config"]["target"] else "each in turn" for info in infos]
-    several = len({info["config"].get("lens") for info in infos}) > 1
-    return [f"{n}, lens {info['config']['lens']}" if several else n for n, info in zip(names, infos, strict=True)]
+    return [
+        f"{name}, lens {info['config']['lens']}" if info["command"] == "layerwise" else name
+        for name, info in zip(names, infos, strict=True)
+    ]
 
 
 def _by_layer(runs: Sequence[tuple[pa.Table, Mapping[str, Any]]], column: str) -> Figure:
@@ -183,13 +188,19 @@ def _pareto(infos: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()
     labels, damage = _labels(infos), []
+    dense = _bytes(infos[0]["models"]["dense"])
+    sizes = [dense, *(_bytes(info["models"]["target"]) for info in infos)]
+    middle = (min(sizes) + max(sizes)) / 2
     for number, info in enumerate(infos):
         regime = "teacher-forced" if "teacher-forced" in info["regimes"] else info["regimes"][0]
         kl = info["summary_by_regime"][regime]["p"]["kl_dense_target"]["mean"]
         damage.append(kl)
         x = _bytes(info["models"]["target"])
-        axes.plot([x], [kl], "o", color=_COLOURS[number % len(_COLOURS)], label=f"{labels[number]} ({regime})")
-    dense = _bytes(infos[0]["models"]["dense"])
+        axes.plot([x], [kl], "o", color=_COLOURS[number % len(_COLOURS)])
+        side = -1 if x > middle else 1  # towards the middle, where there is room
+        axes.annotate(
+            f"{labels[number]}\n({regime})", (x, kl), (6 * side, 0), textcoords="offset points", fontsize=6.5, va="center", ha="right" if side < 0 else "left"
+        )  # fmt: skip
     axes.axvline(dense, color=figures.FLOOR, linestyle=":", linewidth=1, label="bytes of the dense model")
     axes.set(xlabel="bytes as loaded, MB", ylabel="mean KL(p || q) a step, nats")
     if min(damage) > 0:
@@ -236,9 +247,9 @@ def _errors(record: Mapping[str, Any], name: str) -> Figure | None:
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     layers = list(range(max(layer for layer, _ in cells) + 1))
     grid = np.array([[np.mean(cells[i, kind]) if (i, kind) in cells else np.nan for i in layers] for kind in kinds])
-    figure = Figure(figsize=(7.2, 1.3 + 0.25 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.6 + 0.25 * len(kinds)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

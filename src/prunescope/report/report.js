@@ -224,7 +224,9 @@
       }
       const log = pick.scale.value === "log" && allPositive(grid.values.map(gap));
       const found = grid.values.filter((v) => (log ? v > 0 : Number.isFinite(v))).map((v) => (log ? Math.log10(v) : v));
-      const low = found.reduce((a, b) => Math.min(a, b), Infinity), high = found.reduce((a, b) => Math.max(a, b), -Infinity);
+      const sorted = found.slice().sort((a, b) => a - b);
+      // a few tiny cells would take the colours from all others
+      const low = sorted.length ? sorted[Math.floor(log ? 0.01 * sorted.length : 0)] : 0, high = sorted.length ? sorted[sorted.length - 1] : 1;
       const tall = narrow();
       const traces = KINDS.map((kind, k) => {
         const z = [], text = [];
@@ -251,7 +253,7 @@
       });
       const kept = view.stride > 1 && !grid.tokens ? `; every ${view.stride}. step is kept` : "";
       const some = view.prompts.length < view.prompt_count ? `; ${view.prompts.length} of ${view.prompt_count} prompts are kept one by one` : "";
-      say(figure, `${name} by layer and decoding step, ${grid.tokens ? `prompt ${view.prompts[pick.prompt.value].id}` : `mean over ${view.prompt_count} prompts`}; lens ${run().lens}, T = ${run().temperature}${kept}${some}. Blank: exactly zero or not there.`);
+      say(figure, `${name} by layer and decoding step, ${grid.tokens ? `prompt ${view.prompts[pick.prompt.value].id}` : `mean over ${view.prompt_count} prompts`}; lens ${run().lens}, T = ${run().temperature}${kept}${some}. ${log ? "The lowest 1 % of the cells share the darkest colour. " : ""}Blank: not there${log ? ", or exactly zero" : ""}.`);
       chart.rows = [["sublayer", "layer", "step", name], ...grid.values.map((v, i) => [KINDS[Math.floor(i / steps / view.layers)], Math.floor(i / steps) % view.layers, grid.steps[i % steps], v])];
       read();
     });
