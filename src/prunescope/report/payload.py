@@ -20,7 +20,7 @@ from prunescope.report import KIND_NAMES
 __all__ = ["CELL_COLUMNS", "checkpoint_view", "generation_view", "layerwise_view", "mcq_view", "metric_columns", "pack"]
 
 CELL_COLUMNS = ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "kl_est", "js", "top1_agree", "dp_top1")
-MEAN_FLOATS, CELL_FLOATS = 400_000, 300_000  # of all layerwise runs of a page together
+MEAN_FLOATS, CELL_FLOATS = 400_000, 600_000  # of all layerwise runs of a page together
 STEP_ROWS, TEXT_STEPS, QUESTIONS, TOP_QUESTIONS, POINTS = 1024, 6000, 500, 100, 5000
 TOKEN_CHARACTERS, TEXT_CHARACTERS = 400, 20_000
 _STATS = ("mean", "p5", "p95", "min", "max")
