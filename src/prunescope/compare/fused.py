@@ -21,6 +21,7 @@ float32 over at most `SEGMENT` tokens at a time: `fused_triton` for GPUs. Symbol
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple, Protocol
@@ -35,8 +36,13 @@ __all__ = [
     "SEGMENT",
     "TOP",
     "Backend",
+    "Gathered",
     "RowStats",
-    "pair_columns",
+    "backend",
+    "finish",
+    "gather",
+    "merged",
+    "padded",
     "pilots",
     "row_stats",
     "segments",
@@ -105,6 +111,20 @@ class RowStats(NamedTuple):
 
     def take(self, index: Tensor) -> RowStats:
         return RowStats(*(field[index] for field in self))
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """The kernels for logits of ``dtype`` on ``device``; None where there are none, and `metrics` computes in plain tensor operations."""
+    if dtype != torch.float32 or device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from prunescope.compare import fused_triton
+
+    return fused_triton
+
+
+def padded(vocab: int) -> int:
+    """The stride of a matrix of logits whose rows shall be aligned to 16 bytes."""
+    return -(-vocab // 4) * 4
 
 
 def segments(vocab: int) -> int:
@@ -186,29 +206,77 @@ def _variance(first: Tensor, second: Tensor, total: Tensor | float) -> Tensor:
     return (second / total - (first / total) ** 2).clamp(min=0)
 
 
-def pair_columns(
+class Gathered(NamedTuple):
+    """All that the columns of some pairs follow from; the logits are no longer needed."""
+
+    rows: RowStats
+    pairs: Tensor  # (m, 2) int64, into rows: dense, target
+    guess: Tensor  # (m, len(PILOTS)) float32
+    sums: Tensor  # (m, len(PAIR_SUMS)) float64
+    top_z: Tensor  # (m, <= TOP) float64, z' at the dense row's likeliest tokens
+    next_z: Tensor  # (m, 3) float64: z at the token that follows, z' at the one that follows there, z' at the former; NaN where none does
+
+
+def gather(
+    backend: Backend,
     z: Tensor,
     pairs: Tensor,
-    rows: RowStats,
-    guessed: Tensor,
-    sums: Tensor,
     temperature: float,
-    change: Callable[[Tensor, Tensor, Tensor], object],
     next_token: Tensor | None = None,
     next_token_target: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """All z and p columns of each pair, ``(pairs,)`` float64.
+) -> Gathered:
+    """Sweep over the logits.
 
     Args:
-        z, pairs, rows: as for `pilots`, whose result is ``guessed``; ``sums`` is ``(pairs, segments, len(PAIR_SUMS))``.
-        change: ``(alpha, along, orth)`` -> the geometry of a change (`metrics.Change`).
-        next_token, next_token_target: ``(pairs,)`` int64, as in `metrics.compare_final`.
+        z: ``(rows, V)`` float32, unit stride along V.
+        pairs: ``(m, 2)`` int64 on the device of z, rows of z: dense, target.
+        next_token, next_token_target: ``(m,)`` int64 on the device of z, as in `metrics.compare_final`.
     """
-    t, vocab = temperature, z.shape[1]
+    sums, top = backend.row_sums(z, temperature)
+    rows = row_stats(z, sums, top, temperature)
+    guess = pilots(z, pairs, rows, temperature)
     i, j = pairs.unbind(1)
-    a, b = rows.take(i), rows.take(j)
-    s = dict(zip(PAIR_SUMS, sums.double().sum(1).unbind(1), strict=True))
-    g = dict(zip(PILOTS, guessed.double().unbind(1), strict=True))
+    next_z = z.new_full((len(pairs), 3), torch.nan, dtype=torch.float64)
+    if next_token is not None:
+        other = next_token if next_token_target is None else next_token_target
+        for column, (row, token) in enumerate(((i, next_token), (j, other), (j, next_token))):
+            next_z[:, column] = torch.where(token >= 0, z[row, token.clamp(min=0)].double(), torch.nan)
+    top_z = z[j[:, None], top[i]].double()
+    return Gathered(rows, pairs, guess, backend.pair_sums(z, pairs, guess, temperature).double().sum(1), top_z, next_z)
+
+
+def merged(parts: list[Gathered]) -> Gathered:
+    """One after the other."""
+    starts = torch.tensor([len(part.rows.peak) for part in parts]).cumsum(0).tolist()
+    pairs = [part.pairs + start - len(part.rows.peak) for part, start in zip(parts, starts, strict=True)]
+    rows = RowStats(*(torch.cat(field) for field in zip(*(part.rows for part in parts), strict=True)))
+    others = [torch.cat([getattr(part, name) for part in parts]) for name in ("guess", "sums", "top_z", "next_z")]
+    return Gathered(rows, torch.cat(pairs), *others)
+
+
+def finish(
+    found: Gathered,
+    vocab: int,
+    temperature: float,
+    change: Callable[[Tensor, Tensor, Tensor], object],
+) -> dict[str, Tensor]:
+    """All z and p columns of each pair, and ``confidence_dense`` and ``confidence_target``, ``(pairs,)`` float64 each.
+
+    Args:
+        found: from `gather`.
+        vocab: V.
+        temperature: T, the same as for `gather`.
+        change: ``(alpha, along, orth)`` -> the geometry of a change (`metrics.Change`).
+    Raises:
+        FloatingPointError: a NaN or infinite logit.
+    """
+    if not bool(found.rows.finite.all()):
+        raise FloatingPointError("a logit is NaN or infinite")
+    t = temperature
+    i, j = found.pairs.unbind(1)
+    a, b = found.rows.take(i), found.rows.take(j)
+    s = dict(zip(PAIR_SUMS, found.sums.unbind(1), strict=True))
+    g = dict(zip(PILOTS, found.guess.double().unbind(1), strict=True))
 
     def geometry(coef: Tensor, far: Tensor, rest2: Tensor, rest_x: Tensor, x2: Tensor) -> object:
         along_or_alpha = coef + rest_x / x2
@@ -226,7 +294,7 @@ def pair_columns(
     near_covariance, near_spread = a.spread + s["zc"], a.spread + 2 * s["zc"] + centred_d2
     far = g["z_far"] > 0
     covariance, spread = torch.where(far, s["zc"], near_covariance), torch.where(far, b.spread, near_spread)
-    delta_top = z[j[:, None], a.top].double() - a.top_z
+    delta_top = found.top_z - a.top_z
     out = {
         **_geometry_columns("z", of_z),
         "z_cos_centred": (covariance / (a.spread * spread).sqrt()).clamp(-1, 1),
@@ -272,14 +340,10 @@ def pair_columns(
         "top5_overlap": shared.double() / min(5, a.top.shape[1]),
         "rank_in_target": s["rank"],
     }
-    if next_token is not None:
-        other = next_token if next_token_target is None else next_token_target
-        wanted = [("nll_dense", i, a, next_token), ("nll_target", j, b, other)]
-        if next_token_target is not None:
-            wanted.append(("nll_target_of_dense", j, b, next_token))
-        for name, row, stats, token in wanted:
-            nll = stats.log_mass - (z[row, token.clamp(min=0)].double() - stats.peak) / t
-            out[name] = torch.where(token >= 0, nll, torch.nan)
+    of_next = (("nll_dense", a), ("nll_target", b), ("nll_target_of_dense", b))
+    for column, (name, side) in enumerate(of_next):
+        out[name] = side.log_mass - (found.next_z[:, column] - side.peak) / t
+    out |= {"confidence_dense": torch.exp(-a.log_mass), "confidence_target": torch.exp(-b.log_mass)}
     return out
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Lens",
     "Transcript",
     "at_least_float32",
+    "batch_rows",
     "check_comparable",
     "check_vocabulary",
     "encode",
@@ -157,23 +158,27 @@ def _slot(layer: int, kind: Kind) -> int:
 
 @torch.no_grad()
 def _dense_streams(
-    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], _Kept] | None
+    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], _Kept] | None, spare: int = 0
 ) -> Tensor:
-    """``(steps, 2 layers + 1, d)``. With ``keep``, what a target needs of every sublayer is kept there."""
+    """``(steps, 2 layers + 1 + spare, d)``; the last ``spare`` slots are left to the caller. With ``keep``, what a target needs of every
+    sublayer is kept there. Of everything else a block computes, only its rows at the steps outlive it."""
     index = step_index(sequences, dense.device)
-    slots: list[Tensor] = []
+    slots = 2 * len(dense.anatomy) + 1
+    rows: list[Tensor] = []
 
     def see(passage: Passage) -> None:
-        if not slots:
-            slots.append(passage.before[index])
-        slots.append(passage.after[index])
+        if not rows:
+            width = passage.before.shape[-1]
+            rows.append(passage.before.new_empty(len(index[0]), slots + spare, width))
+            rows[0][:, 0] = passage.before[index]
+        rows[0][:, _slot(passage.layer, passage.kind)] = passage.after[index]
         if keep is not None:
             assert passage.added is not None  # the dense model has all its branches
             keep[passage.layer, passage.kind] = _Kept(passage.before, passage.added[index])
 
     with watching(dense, see):
         dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
-    return torch.stack(slots, 1)
+    return rows[0]
 
 
 class _Kept(NamedTuple):
@@ -196,9 +201,11 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
         ]
         return _Streams(rows, torch.tensor(pairs))
     kept: dict[tuple[int, Kind], _Kept] = {}
-    rows = _dense_streams(dense, sequences, kept)
+    rows = _dense_streams(dense, sequences, kept, spare=len(places))
     index = step_index(sequences, dense.device)
-    found: dict[tuple[int, Kind], Tensor] = {}
+    slot_of_target = {place: 2 * layers + 1 + i for i, place in enumerate(places)}
+    for place, slot in slot_of_target.items():  # a sublayer that the target lacks leaves the stream as it was before
+        rows[:, slot] = rows[:, _slot(*place) - 1]
 
     def stream(block: int, kind: Kind) -> Tensor:
         return kept[target.layer_map[block], kind].before.to(target.device, target.dtype)
@@ -209,15 +216,13 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
         branch = added.to(before.device, before.dtype).view_as(before)[index]
         if target.anatomy.blocks[block].parallel and kind == "mlp":
             # a parallel block adds both branches in an order of its own: exchange this one in its sum, so that equals give equals
-            found[place] = rows[:, _slot(*place)] + (branch - dense_added)
+            rows[:, slot_of_target[place]] = rows[:, _slot(*place)] + (branch - dense_added)
         else:
-            found[place] = before[index] + branch
+            rows[:, slot_of_target[place]] = before[index] + branch
 
     with substituting(target, stream, see):
         target.model(input_ids=padded(sequences, target.device), use_cache=False, logits_to_keep=1)
-    after = [found.get(place, rows[:, _slot(*place) - 1]) for place in places]
-    pairs = [(_slot(*place), 2 * layers + 1 + i) for i, place in enumerate(places)]
-    return _Streams(torch.cat([rows, torch.stack(after, 1)], 1), torch.tensor(pairs))
+    return _Streams(rows, torch.tensor([(_slot(*place), slot) for place, slot in slot_of_target.items()]))
 
 
 def _columns(
@@ -245,6 +250,20 @@ def _table(columns: dict[str, Tensor], sequences: Sequence[Transcript], first_pr
     arrays["sublayer"] = pa.array(list(KINDS) * (layers * len(steps)), pa.string())
     arrays |= {name: pa.array(columns[name].numpy()) for name in COLUMNS}
     return pa.table(arrays)
+
+
+def batch_rows(
+    dense: LoadedModel,
+    target: Target,
+    batch: Sequence[Transcript],
+    head: Head,
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    first: int = 0,
+) -> pa.Table:
+    """The rows of a batch of transcripts, the first of which is prompt number ``first``; a row per prompt, step and sublayer."""
+    columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
+    return _table(columns, batch, first, len(dense.anatomy))
 
 
 # --- the whole run -----------------------------------------------------------------------------------------------------
@@ -315,8 +334,7 @@ def layerwise_rows(
             batch = [sequences[i] for i in chosen]
 
             def compute(batch: list[Transcript] = batch, first: int = chosen[0]) -> pa.Table:
-                columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
-                return _table(columns, batch, first, len(dense.anatomy))
+                return batch_rows(dense, target, batch, head, temperature, memory, first)
 
             tables.append(part(parts, number, compute))
             advance(sum(len(s.continuation) for s in batch))

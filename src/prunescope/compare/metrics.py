@@ -14,6 +14,9 @@ Three ideas carry the file:
 * No tensor of tokens x vocabulary is ever held. `compare` projects a few rows at a time, and rows that take part in
   several comparisons (the stream after sublayer i is the stream before sublayer i + 1) are projected once.
 
+The forms written here are the reference: plain tensor operations, about fifty sweeps over the logits of a pair. Where a kernel is at hand
+(`fused.backend`), `compare` and `compare_final` take the same columns from sums that one sweep gathers, within the same bounds.
+
 Precision. Rows are handled in float32, or in float64 if the inputs are float64; hidden states always in float64. The
 relative error against float64 brute force on the same logits, for deviations of 1e-6 up to total disagreement, is below
 ``ERROR_BOUND[column]`` plus the absolute error there; tests hold every column to it. bf16 and fp16 inputs are upcast
@@ -29,6 +32,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from prunescope.compare import fused
 
 __all__ = [
     "COLUMNS",
@@ -75,6 +80,9 @@ ERROR_BOUND: dict[str, tuple[float, float]] = {
 DEFAULT_MEMORY = 512 * 2**20
 _TOP = 10  # likeliest tokens kept of every row
 _GROUP = 2**18  # logits that the elementwise pass handles at once: small enough to stay in the cache
+_PRODUCT_ROWS = 128  # rows that one tile of a GPU's matrix product covers
+_GATHERED = 1500  # bytes that the kernels' sums and the columns of one pair take
+_DEVICE_GROUP = 2**23  # the same where kernels do the rest
 _TEMPORARIES = 20  # tensors of one group alive at the same time in `_pair_columns`, rounded up
 
 
@@ -346,8 +354,15 @@ def _pair_columns(
 @torch.no_grad()
 def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
+    return _hidden_columns(_hidden_change(h, h_target))
+
+
+def _hidden_change(h: Tensor, h_target: Tensor) -> Change:
     h, h_target = h.double(), h_target.double()
-    change = relative_change(h, h_target, h_target - h)
+    return relative_change(h, h_target, h_target - h)
+
+
+def _hidden_columns(change: Change) -> dict[str, Tensor]:
     return {
         "h_cos": change.cos,
         "h_cos_dev": change.cos_dev,
@@ -406,28 +421,61 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """Logits ``(rows, V)`` in ``dtype`` of ``h`` (rows, d), a tile of the vocabulary at a time.
 
         Residual streams hold a few huge entries, and logits are small sums of large terms: a float32 product of SmolLM2's streams is
         off by 1e-3, and a KL of 0.1 by 1e-3 of itself. So the product is taken in float64 wherever that costs at most twice as
-        much (`_product_dtype`), and rounded once.
+        much (`_product_dtype`), and rounded once. A head in half precision on a GPU is multiplied on its tensor cores: the
+        products are exact there, and summed in float32.
+
+        Args:
+            out: where to write, ``(rows, V)`` of ``dtype``.
         """
         h = self.norm(h.to(dtype)) if self.norm else h
+        z = h.new_empty(h.shape[0], self.vocab_size, dtype=dtype) if out is None else out
+        if dtype == torch.float32 and _on_tensor_cores(h, self.weight):
+            _half_product(h, self.weight, z)
+            self._finish(z, self.bias)
+            return z
         product = torch.float64 if dtype == torch.float64 else _product_dtype(h.device)
         h = h.to(product)
         tile = _vocab_tile(self)
-        z = h.new_empty(h.shape[0], self.vocab_size, dtype=dtype)
         for start in range(0, self.vocab_size, tile):
             part = h @ self.weight[start : start + tile].to(product).T
-            if self.bias is not None:
-                part += self.bias[start : start + tile]
-            if self.scale != 1.0:
-                part *= self.scale
-            if self.softcap is not None:
-                part.div_(self.softcap).tanh_().mul_(self.softcap)
+            self._finish(part, None if self.bias is None else self.bias[start : start + tile])
             z[:, start : start + tile] = part
         return z
+
+    def _finish(self, z: Tensor, bias: Tensor | None) -> None:
+        """Bias, scale and soft-capping, in place."""
+        if bias is not None:
+            z += bias
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _on_tensor_cores(h: Tensor, weight: Tensor) -> bool:
+    """Whether W h can be had from exact products of half-precision numbers: h has W's dtype, or can be split into three bfloat16 parts."""
+    return weight.is_cuda and (
+        weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and h.dtype == torch.float16)
+    )
+
+
+def _half_product(h: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = h W^T`` in float32 from half-precision operands; a wider h as the sum of three parts of 8 bits, the smallest first."""
+    parts = [h]
+    if h.dtype != weight.dtype:
+        rest = h.float()
+        parts = []
+        for _ in range(3):
+            parts.insert(0, rest.to(weight.dtype))
+            rest = rest - parts[0].float()
+    torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
+    for part in parts[1:]:
+        torch.addmm(out, part, weight.T, out_dtype=torch.float32, out=out)
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:
@@ -466,6 +514,9 @@ def compare(
     """
     _check_temperature(temperature)
     dtype = _working_dtype(streams, head.weight)
+    backend = fused.backend(streams.device, dtype)
+    if backend is not None:
+        return _compare_fused(backend, streams, pairs, head, temperature, next_token, memory)
     parts: dict[str, list[Tensor]] = {}
     for chunk in _chunks(pairs, head, dtype, memory):
         columns = _compare_chunk(
@@ -519,6 +570,7 @@ def compare_final(
     if memory < fixed + 2 * row:
         raise ValueError(f"memory={memory} bytes is too little: give at least {fixed + 2 * row}")
     index = index.to(h.device)
+    kernels = fused.backend(h.device, dtype)
 
     def of_chunk(chunk: slice) -> dict[str, Tensor]:
         used, place = torch.unique(index[chunk], return_inverse=True)
@@ -527,23 +579,86 @@ def compare_final(
             columns = compare_hidden(h[index[chunk]], theirs)
         else:
             columns = {name: torch.full((len(theirs),), torch.nan, dtype=torch.float64) for name in H_COLUMNS}
-        z_used, z_target = head.logits(h[used], dtype), target_head.logits(theirs, dtype)
-        group = max(1, _GROUP // head.vocab_size)
+        z = h.new_empty(len(used) + len(theirs), fused.padded(head.vocab_size), dtype=dtype)[:, : head.vocab_size]
+        z_used, z_target = z[: len(used)], z[len(used) :]
+        head.logits(h[used], dtype, out=z_used)
+        target_head.logits(theirs, dtype, out=z_target)
+
+        def following(part: slice) -> list[Tensor | None]:
+            rows = slice(chunk.start + part.start, chunk.start + part.stop)
+            return [None if token is None else token[rows].to(z.device) for token in (next_token, next_token_target)]
+
+        def more(part: slice) -> dict[str, Tensor]:
+            rows = slice(chunk.start + part.start, chunk.start + part.stop)
+            return also(rows, z_used[place[part]], z_target[part])
 
         def of_group(part: slice) -> dict[str, Tensor]:
-            rows = slice(chunk.start + part.start, chunk.start + part.stop)
-            z = z_used[place[part]]
-            a, b = _describe(z, temperature), _describe(z_target[part], temperature)
-            following = [
-                None if token is None else token[rows].to(z.device) for token in (next_token, next_token_target)
-            ]
-            found = _pair_columns(z, z_target[part], a, b, temperature, *following)
+            a, b = (_describe(side, temperature) for side in (z_used[place[part]], z_target[part]))
+            found = _pair_columns(z_used[place[part]], z_target[part], a, b, temperature, *following(part))
             found |= {f"confidence_{side}": torch.exp(-x.log_mass[:, 0]) for side, x in (("dense", a), ("target", b))}
-            return found | also(rows, z, z_target[part])
+            return found | more(part)
 
-        return {name: value.cpu() for name, value in (columns | _by_groups(len(theirs), group, of_group)).items()}
+        if kernels is None:
+            columns |= _by_groups(len(theirs), max(1, _GROUP // head.vocab_size), of_group)
+        else:
+            pairs = torch.stack([place, torch.arange(len(theirs), device=z.device) + len(used)], 1)
+            tokens = following(slice(0, len(theirs)))
+            found = fused.finish(fused.gather(kernels, z, pairs, temperature, *tokens), z.shape[1], temperature, Change)
+            absent = [token is None for token in (tokens[0], tokens[0], tokens[1])]
+            names = ("nll_dense", "nll_target", "nll_target_of_dense")
+            left_out = {name for name, gone in zip(names, absent, strict=True) if gone}
+            columns |= _to_host({name: value for name, value in found.items() if name not in left_out})
+            columns |= _by_groups(len(theirs), max(1, _DEVICE_GROUP // head.vocab_size), more)
+        return {name: value.cpu() for name, value in columns.items()}
 
     return _by_groups(len(h_target), (memory - fixed) // (2 * row), of_chunk)
+
+
+def _compare_fused(
+    backend: fused.Backend,
+    streams: Tensor,
+    pairs: Tensor,
+    head: Head,
+    temperature: float,
+    next_token: Tensor | None,
+    memory: int,
+) -> dict[str, Tensor]:
+    """`compare` with the kernels of a backend. The host runs ahead of the device: nothing is read back before the end of a flush."""
+    device, pairs = streams.device, pairs.cpu()
+    chunks = list(_chunks(pairs, head, torch.float32, memory))
+    uniques = [torch.unique(pairs[chunk], return_inverse=True) for chunk in chunks]
+    used = torch.cat([rows for rows, _ in uniques]).to(device).split([len(rows) for rows, _ in uniques])
+    index = torch.cat([places for _, places in uniques]).to(device)
+    following = None if next_token is None else next_token.to(device)
+    buffer = torch.empty(max(map(len, used)), fused.padded(head.vocab_size), device=device)[:, : head.vocab_size]
+    gathered: list[fused.Gathered] = []
+    hidden: list[Change] = []
+    result: list[dict[str, Tensor]] = []
+
+    def flush() -> None:
+        found = fused.finish(fused.merged(gathered), head.vocab_size, temperature, Change)
+        found |= _hidden_columns(Change(*(torch.cat(field) for field in zip(*hidden, strict=True))))
+        result.append(_to_host({name: found[name] for name in COLUMNS}))
+        gathered.clear()
+        hidden.clear()
+
+    for chunk, rows in zip(chunks, used, strict=True):
+        own = index[chunk]
+        h = streams[rows]
+        z = head.logits(h, out=buffer[: len(rows)])
+        gathered.append(fused.gather(backend, z, own, temperature, None if following is None else following[chunk]))
+        hidden.append(_hidden_change(h[own[:, 0]], h[own[:, 1]]))
+        if sum(len(part.pairs) for part in gathered) * _GATHERED > memory // 8:
+            flush()
+    if gathered:
+        flush()
+    found = {name: torch.cat([part[name] for part in result]) for name in COLUMNS}
+    return found if next_token is not None else {name: v for name, v in found.items() if not name.startswith("nll_")}
+
+
+def _to_host(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All columns in one copy."""
+    return dict(zip(columns, torch.stack(list(columns.values())).cpu().unbind(), strict=True))
 
 
 def _compare_chunk(
@@ -586,6 +701,8 @@ def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Itera
     """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
     fixed, row = _bytes(head, dtype)
     rows = (memory - fixed) // row
+    if head.weight.is_cuda and rows > _PRODUCT_ROWS:
+        rows -= rows % _PRODUCT_ROWS  # whole tiles of the matrix product
     if rows < 2:
         need = fixed + 2 * row
         raise ValueError(
