@@ -15,8 +15,8 @@ The correction of the normalisers. With L~ = log(q/p) + e, where e is the roundi
 sum p expm1(L~) = expm1(e) and sum p (exp(L~) - 1 - L~) = KL(p||q) + expm1(e) - e hold, so that e is measured by the same sweep, and a KL of
 1e-13 is still right.
 
-A backend is a module with two functions, ``row_sums(z, temperature)`` and ``pair_sums(z, pairs, pilots, temperature)``, which accumulate in
-float32 over at most `SEGMENT` tokens at a time: `fused_triton` for GPUs. Symbols as in `metrics.py`.
+A backend is a module with the functions of `Backend`, which accumulate in float32 over at most `SEGMENT` tokens at a time: `fused_triton` for
+GPUs. Symbols as in `metrics.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ __all__ = [
     "TOP",
     "Backend",
     "Gathered",
+    "Prepared",
     "RowStats",
     "backend",
     "finish",
@@ -44,6 +45,7 @@ __all__ = [
     "merged",
     "padded",
     "pilots",
+    "prepare",
     "row_stats",
     "segments",
 ]
@@ -86,16 +88,6 @@ PILOTS = (
 )
 
 
-class Backend(Protocol):
-    """Gathers the sums. Logits are ``(rows, V)`` float32 with unit stride along V."""
-
-    def row_sums(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """``(rows, segments, len(ROW_SUMS))`` float32, and ``(rows, min(TOP, V))`` int64 ids of the likeliest tokens, likeliest first, ties by lower id."""
-
-    def pair_sums(self, z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> Tensor:
-        """``(pairs, segments, len(PAIR_SUMS))`` float32, for ``pairs`` (m, 2) rows of z and ``pilots`` (m, len(PILOTS)) float32."""
-
-
 class RowStats(NamedTuple):
     """What one row of logits says of itself, ``(rows,)`` float64 where not said otherwise."""
 
@@ -111,6 +103,41 @@ class RowStats(NamedTuple):
 
     def take(self, index: Tensor) -> RowStats:
         return RowStats(*(field[index] for field in self))
+
+
+class Prepared(NamedTuple):
+    """What is known before the pairs are swept."""
+
+    rows: RowStats
+    guess: Tensor  # (pairs, len(PILOTS)) float32
+    top_z: Tensor  # (pairs, <= TOP) float64, z' at the dense row's likeliest tokens
+    next_z: Tensor  # (pairs, 3) float64: z at the token that follows, z' at the one that follows there, z' at the former; NaN where none does
+
+
+class Backend(Protocol):
+    """Gathers the sums. Logits are ``(rows, V)`` float32 with unit stride along V."""
+
+    def row_sums(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """``(rows, segments, len(ROW_SUMS))``, float32 or float64, and ``(rows, TOP)`` int64 ids of the likeliest tokens, likeliest first, ties by
+        lower id; where V < TOP, only the first V count."""
+
+    def prepare(
+        self,
+        z: Tensor,
+        pairs: Tensor,
+        sums: Tensor,
+        top: Tensor,
+        temperature: float,
+        next_token: Tensor | None,
+        next_token_target: Tensor | None,
+    ) -> Prepared:
+        """`prepare`, or kernels that do the same."""
+
+    def pair_sums(self, z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> Tensor:
+        """``(pairs, segments, len(PAIR_SUMS))``, float32 or float64, for ``pairs`` (m, 2) rows of z and ``pilots`` (m, len(PILOTS)) float32."""
+
+    def hidden_change(self, h: Tensor, pairs: Tensor) -> Tensor:
+        """``(pairs, 3)`` float64: alpha, along and orth of `metrics.relative_change` for pairs of rows of h ``(rows, d)``."""
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend | None:
@@ -188,7 +215,9 @@ def pilots(z: Tensor, pairs: Tensor, rows: RowStats, temperature: float) -> Tens
     anchors += [(x.p**2 * x.delta).sum(1) / (x.p**2).sum(1) for x in (ours, theirs)]
     anchor_p = anchors[0].float()
     log_ratio = (b.peak - a.peak) / temperature + (b.log_mass - a.log_mass)
-    p_alpha = (ours.p**2 * torch.expm1(ours.delta / temperature - log_ratio[:, None])).sum(1) / (ours.p**2).sum(1)
+    p_alpha = (ours.p**2 * torch.expm1((ours.delta / temperature - log_ratio[:, None]).clamp(max=80))).sum(1) / (
+        ours.p**2
+    ).sum(1)
     sample = z[:, :: max(1, z.shape[1] // _SAMPLE)]
     x, y = sample[i], sample[j]
     z_alpha = ((x * (y - x)).sum(1) / (x * x).sum(1)).nan_to_num(0, 0, 0).double()
@@ -213,8 +242,8 @@ class Gathered(NamedTuple):
     pairs: Tensor  # (m, 2) int64, into rows: dense, target
     guess: Tensor  # (m, len(PILOTS)) float32
     sums: Tensor  # (m, len(PAIR_SUMS)) float64
-    top_z: Tensor  # (m, <= TOP) float64, z' at the dense row's likeliest tokens
-    next_z: Tensor  # (m, 3) float64: z at the token that follows, z' at the one that follows there, z' at the former; NaN where none does
+    top_z: Tensor  # as in `Prepared`
+    next_z: Tensor
 
 
 def gather(
@@ -233,16 +262,29 @@ def gather(
         next_token, next_token_target: ``(m,)`` int64 on the device of z, as in `metrics.compare_final`.
     """
     sums, top = backend.row_sums(z, temperature)
-    rows = row_stats(z, sums, top, temperature)
-    guess = pilots(z, pairs, rows, temperature)
+    known = backend.prepare(z, pairs, sums, top, temperature, next_token, next_token_target)
+    swept = backend.pair_sums(z, pairs, known.guess, temperature).sum(1, dtype=torch.float64)
+    return Gathered(known.rows, pairs, known.guess, swept, known.top_z, known.next_z)
+
+
+def prepare(
+    z: Tensor,
+    pairs: Tensor,
+    sums: Tensor,
+    top: Tensor,
+    temperature: float,
+    next_token: Tensor | None,
+    next_token_target: Tensor | None,
+) -> Prepared:
+    """From the sums of the rows to the guesses for the pairs, in plain tensor operations."""
+    rows = row_stats(z, sums, top[:, : min(TOP, z.shape[1])], temperature)
     i, j = pairs.unbind(1)
     next_z = z.new_full((len(pairs), 3), torch.nan, dtype=torch.float64)
     if next_token is not None:
         other = next_token if next_token_target is None else next_token_target
         for column, (row, token) in enumerate(((i, next_token), (j, other), (j, next_token))):
             next_z[:, column] = torch.where(token >= 0, z[row, token.clamp(min=0)].double(), torch.nan)
-    top_z = z[j[:, None], top[i]].double()
-    return Gathered(rows, pairs, guess, backend.pair_sums(z, pairs, guess, temperature).double().sum(1), top_z, next_z)
+    return Prepared(rows, pilots(z, pairs, rows, temperature), z[j[:, None], rows.top[i]].double(), next_z)
 
 
 def merged(parts: list[Gathered]) -> Gathered:

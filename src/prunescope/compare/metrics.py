@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from math import factorial, log
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -354,12 +355,8 @@ def _pair_columns(
 @torch.no_grad()
 def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
-    return _hidden_columns(_hidden_change(h, h_target))
-
-
-def _hidden_change(h: Tensor, h_target: Tensor) -> Change:
     h, h_target = h.double(), h_target.double()
-    return relative_change(h, h_target, h_target - h)
+    return _hidden_columns(relative_change(h, h_target, h_target - h))
 
 
 def _hidden_columns(change: Change) -> dict[str, Tensor]:
@@ -632,12 +629,12 @@ def _compare_fused(
     following = None if next_token is None else next_token.to(device)
     buffer = torch.empty(max(map(len, used)), fused.padded(head.vocab_size), device=device)[:, : head.vocab_size]
     gathered: list[fused.Gathered] = []
-    hidden: list[Change] = []
+    hidden: list[Tensor] = []
     result: list[dict[str, Tensor]] = []
 
     def flush() -> None:
         found = fused.finish(fused.merged(gathered), head.vocab_size, temperature, Change)
-        found |= _hidden_columns(Change(*(torch.cat(field) for field in zip(*hidden, strict=True))))
+        found |= _hidden_columns(Change(*torch.cat(hidden).unbind(1)))
         result.append(_to_host({name: found[name] for name in COLUMNS}))
         gathered.clear()
         hidden.clear()
@@ -647,7 +644,7 @@ def _compare_fused(
         h = streams[rows]
         z = head.logits(h, out=buffer[: len(rows)])
         gathered.append(fused.gather(backend, z, own, temperature, None if following is None else following[chunk]))
-        hidden.append(_hidden_change(h[own[:, 0]], h[own[:, 1]]))
+        hidden.append(backend.hidden_change(h, own))
         if sum(len(part.pairs) for part in gathered) * _GATHERED > memory // 8:
             flush()
     if gathered:
@@ -658,7 +655,9 @@ def _compare_fused(
 
 def _to_host(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """All columns in one copy."""
-    return dict(zip(columns, torch.stack(list(columns.values())).cpu().unbind(), strict=True))
+    stacked = torch.stack(list(columns.values()))
+    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
+    return dict(zip(columns, host.copy_(stacked).unbind(), strict=True))
 
 
 def _compare_chunk(
@@ -708,12 +707,12 @@ def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Itera
         raise ValueError(
             f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}"
         )
-    start = 0
+    start, pairs = 0, pairs.cpu()
     while start < len(pairs):
-        # rows are shared between neighbours, so try generously and shrink until the distinct rows fit
-        stop = min(len(pairs), start + rows - 1)
-        while len(torch.unique(pairs[start:stop])) > rows:
-            stop = start + max(1, (stop - start) // 2)
+        # the pair that would bring one row too many begins the next chunk
+        window = pairs[start : start + rows].flatten().numpy()
+        first_seen = np.sort(np.unique(window, return_index=True)[1])
+        stop = start + (min(rows, len(pairs) - start) if len(first_seen) <= rows else int(first_seen[rows]) // 2)
         yield slice(start, stop)
         start = stop
 
@@ -726,12 +725,13 @@ def least_memory(head: Head, dtype: torch.dtype = torch.float32) -> int:
 
 def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
     """What `compare` holds however few rows there are, and what each distinct row adds."""
-    tile, width = _vocab_tile(head), head.weight.shape[1]
-    group = max(1, _GROUP // head.vocab_size)
-    fixed = _TEMPORARIES * group * head.vocab_size * dtype.itemsize + 8 * tile * width
-    return fixed, head.vocab_size * dtype.itemsize + 8 * (
-        8 * width + tile
-    )  # logits, float64 copies of h, a float64 tile
+    width, vocab = head.weight.shape[1], head.vocab_size
+    if fused.backend(head.weight.device, dtype) is not None and _on_tensor_cores(head.weight, head.weight):
+        return 2**22, fused.padded(vocab) * 4 + 20 * width + vocab // 16 + _GATHERED  # logits, parts of h, maxima, sums
+    tile = _vocab_tile(head)
+    group = max(1, _GROUP // vocab)
+    fixed = _TEMPORARIES * group * vocab * dtype.itemsize + 8 * tile * width
+    return fixed, vocab * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, a float64 tile
 
 
 def _vocab_tile(head: Head) -> int:
