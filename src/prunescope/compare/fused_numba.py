@@ -7,7 +7,8 @@ reach the sums. And exp and log1p are polynomials, since LLVM has no vector form
 
 Work is shared among threads by whole rows and pairs, so that a result does not depend on how many there are, nor on what else is in
 the batch. The threads are plain ones that live for one call (the kernels release the interpreter's lock): no threading layer, and nothing
-that a fork could break. The compiled kernels are kept in the cache folder; where it cannot be written they are compiled anew in every process.
+that a fork could break. The compiled kernels are kept in the cache folder, or where that cannot be written beside
+this file; where that cannot be either, every process compiles them anew, in some seconds.
 """
 
 from __future__ import annotations
@@ -52,12 +53,17 @@ _PHI = (  # (exp(n) - 1 - n) / n^2 for |n| <= 1/2: relative error 2e-9
     *(0.5, 0.166666671, 0.0416666643, 0.00833318276),
     *(0.00138890402, 0.000199619575, 2.4841671e-05),
 )
-_LOG_COSH = (1 / 2, -1 / 12, 1 / 45, -17 / 2520)  # log(cosh(n / 2)) / w in w = n^2 / 4: relative error 2e-8 for |n| <= 1/2
+_LOG_COSH = (
+    1 / 2,
+    -1 / 12,
+    1 / 45,
+    -17 / 2520,
+)  # log(cosh(n / 2)) / w in w = n^2 / 4: relative error 2e-8 for |n| <= 1/2
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _intrinsic(function: _Function) -> _Function:
-    return intrinsic(function)  # type: ignore[no-any-return]
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -78,6 +84,18 @@ def _add(typing: Any, total: Any, x: Any) -> Any:
     return types.float32(types.float32, types.float32), lambda context, builder, signature, values: builder.fadd(
         *values, flags=("reassoc",)
     )
+
+
+@_intrinsic
+def _lost(typing: Any, b: Any, a: Any, d: Any) -> Any:
+    """What rounding took from d = b - a: (b - a) - d, exactly (Knuth's two-sum)."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        b, a, d = values
+        minus_a = builder.fsub(d, b)
+        return builder.fsub(builder.fsub(b, builder.fsub(d, minus_a)), builder.fadd(a, minus_a))
+
+    return types.float32(types.float32, types.float32, types.float32), code
 
 
 @_intrinsic
@@ -197,7 +215,7 @@ def _kernel(function: _Function) -> _Function:
     try:
         numba.config.CACHE_DIR = configured or str(cache_folder() / "numba")
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError):  # nowhere to write
+    except RuntimeError:  # nowhere to write
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
     finally:
         numba.config.CACHE_DIR = configured
@@ -334,23 +352,25 @@ def _moments(x: Any, y: Any, p: Any, q: Any, g: Any, sums: Any) -> None:
     anchor_p, anchor_q, anchor_r, anchor_t = g[_ANCHOR_P], g[_ANCHOR_Q], g[_ANCHOR_R], g[_ANCHOR_T]
     p_v = p_v2 = q_v = q_v2 = r_v = r_v2 = t_v = t_v2 = p2 = q2 = _ZERO
     for k in range(len(x)):
-        d = y[k] - x[k]
-        v = d - anchor_p
+        a, b = x[k], y[k]
+        d = b - a
+        lost = _lost(b, a, d)  # matters where two tokens share all of p, and their large d are almost the same
+        v = (d - anchor_p) + lost
         pv = p[k] * v
         p_v = _add(p_v, pv)
         p_v2 = _add(p_v2, pv * v)
-        v = d - anchor_q
+        v = (d - anchor_q) + lost
         qv = q[k] * v
         q_v = _add(q_v, qv)
         q_v2 = _add(q_v2, qv * v)
         pp = p[k] * p[k]
-        v = d - anchor_r
+        v = (d - anchor_r) + lost
         rv = pp * v
         r_v = _add(r_v, rv)
         r_v2 = _add(r_v2, rv * v)
         p2 = _add(p2, pp)
         qq = q[k] * q[k]
-        v = d - anchor_t
+        v = (d - anchor_t) + lost
         tv = qq * v
         t_v = _add(t_v, tv)
         t_v2 = _add(t_v2, tv * v)
