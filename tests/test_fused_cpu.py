@@ -34,11 +34,8 @@ def by_sums(z: Tensor, y: Tensor, temperature: float, next_token: Tensor) -> dic
     """All columns of ``z`` and ``y``, both (rows, V) float32, from the kernels' sums."""
     both = torch.cat([z, y])
     pairs = torch.stack([torch.arange(len(z)), torch.arange(len(z)) + len(z)], 1)
-    rows = fused.row_stats(both, *fused_numba.row_sums(both, temperature), temperature)
-    assert rows.finite.all()
-    guessed = fused.pilots(both, pairs, rows, temperature)
-    sums = fused_numba.pair_sums(both, pairs, guessed, temperature)
-    return fused.pair_columns(both, pairs, rows, guessed, sums, temperature, Change, next_token)
+    gathered = fused.gather(fused_numba, both, pairs, temperature, next_token)
+    return fused.finish(gathered, both.shape[1], temperature, Change)
 
 
 def check(z: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, Tensor]:
@@ -66,9 +63,7 @@ def test_every_column_keeps_its_error_bound(spread: float, change: float, temper
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(
-            "long dense, short target", marks=pytest.mark.xfail(strict=True, reason="fused.pilots takes 0 * inf")
-        ),
+        "long dense, short target",
         "one-hot, to flat",
         "flat, to one-hot",
         "opposite",
@@ -108,7 +103,8 @@ def test_a_row_against_itself_is_exactly_zero() -> None:
     for column in one:
         assert (found[column] == 1).all(), column
     torch.testing.assert_close(found["z_cos_centred"], torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-15)
-    apart = ("z_cos_centred", "entropy_dense", "entropy_target", "nll_dense", "nll_target")
+    apart = ("z_cos_centred", "entropy_dense", "entropy_target", "nll_dense", "nll_target", "nll_target_of_dense")
+    apart += ("confidence_dense", "confidence_target")
     for column in set(found) - one - set(apart):
         assert (found[column] == 0).all(), column
     assert torch.equal(found["nll_dense"], found["nll_target"])

@@ -16,11 +16,12 @@ sum p expm1(L~) = expm1(e) and sum p (exp(L~) - 1 - L~) = KL(p||q) + expm1(e) - 
 1e-13 is still right.
 
 A backend is a module with the functions of `Backend`, which accumulate in float32 over at most `SEGMENT` tokens at a time: `fused_triton` for
-GPUs. Symbols as in `metrics.py`.
+GPUs, `fused_numba` for CPUs. Symbols as in `metrics.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from math import log
@@ -52,7 +53,7 @@ __all__ = [
 
 SEGMENT = 16_384  # tokens that one float32 accumulation covers; sums of segments are added in float64
 TOP = 10  # likeliest tokens kept of every row
-_SAMPLE = 2048  # tokens of the vocabulary that the factor along the dense vector is guessed from
+_RUNS, _RUN = 16, 128  # runs of tokens that the factor along the dense vector is guessed from
 
 ROW_SUMS = (
     "peak",  # m = max z of the segment
@@ -142,11 +143,10 @@ class Backend(Protocol):
 
 def backend(device: torch.device, dtype: torch.dtype) -> Backend | None:
     """The kernels for logits of ``dtype`` on ``device``; None where there are none, and `metrics` computes in plain tensor operations."""
-    if dtype != torch.float32 or device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    module = {"cuda": "triton", "cpu": "numba"}.get(device.type)
+    if dtype != torch.float32 or module is None or importlib.util.find_spec(module) is None:
         return None
-    from prunescope.compare import fused_triton
-
-    return fused_triton
+    return importlib.import_module(f"prunescope.compare.fused_{module}")
 
 
 def padded(vocab: int) -> int:
@@ -218,7 +218,7 @@ def pilots(z: Tensor, pairs: Tensor, rows: RowStats, temperature: float) -> Tens
     p_alpha = (ours.p**2 * torch.expm1((ours.delta / temperature - log_ratio[:, None]).clamp(max=80))).sum(1) / (
         ours.p**2
     ).sum(1)
-    sample = z[:, :: max(1, z.shape[1] // _SAMPLE)]
+    sample = z[:, _sampled(z.shape[1], z.device)]
     x, y = sample[i], sample[j]
     z_alpha = ((x * (y - x)).sum(1) / (x * x).sum(1)).nan_to_num(0, 0, 0).double()
     z_far, p_far = ((alpha.abs() > 0.5).double() for alpha in (z_alpha, p_alpha))
@@ -229,6 +229,12 @@ def pilots(z: Tensor, pairs: Tensor, rows: RowStats, temperature: float) -> Tens
         *(p_alpha + p_far, p_far, z[j, a.top[:, 0]].double()),
     )
     return torch.stack(values, 1).float()
+
+
+def _sampled(vocab: int, device: torch.device) -> Tensor:
+    """Some tokens from all over the vocabulary, in runs that a memory bus likes."""
+    runs = torch.arange(_RUNS, device=device)[:, None] * (vocab // _RUNS) + torch.arange(_RUN, device=device)
+    return runs.flatten().clamp(max=vocab - 1)
 
 
 def _variance(first: Tensor, second: Tensor, total: Tensor | float) -> Tensor:

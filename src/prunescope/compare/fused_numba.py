@@ -27,12 +27,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from prunescope.cache import cache_folder
-from prunescope.compare.fused import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, segments
+from prunescope.compare.fused import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, prepare, segments
 
-__all__ = ["pair_sums", "row_sums"]
+__all__ = ["hidden_change", "pair_sums", "prepare", "row_sums"]
 
 _BLOCK = 1024  # tokens of one float32 accumulation
 _GLANCE = 128  # tokens of which only the largest is looked at, to see whether one is among the likeliest
+_HIDDEN = 2**17  # entries of hidden states that are handled at once
 _SHARES = 4  # pieces of work for each thread
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -503,3 +504,15 @@ def pair_sums(z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> T
             lambda start, stop: _pairs(flat, z.stride(0), vocab, places, guesses, start, stop, inverse, out),
         )
     return torch.from_numpy(out)
+
+
+def hidden_change(h: Tensor, pairs: Tensor) -> Tensor:
+    """See `fused.Backend`."""
+    from prunescope.compare.metrics import relative_change
+
+    out = torch.empty(len(pairs), 3, dtype=torch.float64)
+    group = max(1, _HIDDEN // h.shape[1])
+    for start in range(0, len(pairs), group):
+        x, y = (h[rows].double() for rows in pairs[start : start + group].unbind(1))
+        out[start : start + group] = torch.stack(relative_change(x, y, y - x), 1)
+    return out
