@@ -269,7 +269,7 @@ def _table(
         constant = known.sum() < 2
         tau = None if constant else kendalltau(best.score[number][known], best.other[number][known]).statistic
         row |= {
-            "kendall": None if tau is None or np.isnan(tau) else float(tau),
+            "kendall": None if tau is None or np.isnan(tau) else round(float(tau), 12),
             f"overlap_{TOP}": len(set(tops[0]) & set(tops[1])) / max(1, len(tops[0])),
             "top1_same": float(tops[0][:1] == tops[1][:1]),
         }

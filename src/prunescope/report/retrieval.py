@@ -30,27 +30,19 @@ def show_retrieval(info: Mapping[str, Any], console: Console | None = None) -> N
     title = f"{target} against {short(str(info['config']['dense']))}: {info['queries']} queries, {info['passages']} passages"
     console.print(Text(title, style="bold"))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for name in (
-        "mean over queries",
-        "dense",
-        "target",
-        "difference",
-        "95 % interval",
-        "better",
-        "worse",
-        "sign test p",
-    ):
-        table.add_column(name, justify="left" if name == "mean over queries" else "right")
+    table.add_column("mean", no_wrap=True)
+    for name in ("dense", "target", "change (95 % interval)", "up / down", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, row in info["measures"].items():
         table.add_row(
             label(name),
-            *(f"{row[side]:.4f}" for side in ("dense", "target")),
-            f"{row['diff']:+.4f}",
-            _interval(row["diff_ci95"]),
-            *(str(row[side]) for side in ("better", "worse")),
+            *(f"{row[side]:.3f}" for side in ("dense", "target")),
+            f"{row['diff']:+.3f} {_interval(row['diff_ci95'])}",
+            f"{row['better']} / {row['worse']}",
             f"{row['sign_test_p']:.2g}",
         )
     console.print(table)
+    console.print("up / down: queries; p: sign test of them", markup=False)
     alike = info["summary"]["retrieval"]
     console.print(
         f"rankings: Kendall's tau {_mean(alike, 'kendall')}, shared top 10 {_mean(alike, 'overlap_10')}, same first passage "
@@ -75,7 +67,7 @@ def _mean(columns: Mapping[str, Any], name: str) -> str:
 
 
 def _interval(pair: Sequence[float | None]) -> str:
-    return "" if pair[0] is None else f"[{pair[0]:.3f}, {pair[1]:.3f}]"
+    return "" if pair[0] is None else f"({pair[0]:.3f} to {pair[1]:.3f})"
 
 
 def label(name: str) -> str:
@@ -102,7 +94,9 @@ def _scores(table: pa.Table, info: Mapping[str, Any]) -> Figure:
     dense, target = (table[f"ndcg_10_{side}"].to_numpy() for side in ("dense", "target"))
     points, counts = np.unique(np.stack([dense, target], 1), axis=0, return_counts=True)
     left.plot([0, 1], [0, 1], color=FLOOR, linewidth=0.8)
-    left.scatter(points[:, 0], points[:, 1], s=12 * counts, color=_COLOUR, alpha=0.6, linewidth=0)
+    left.scatter(
+        points[:, 0], points[:, 1], s=6 * counts, clip_on=False, zorder=3, color=_COLOUR, alpha=0.6, linewidth=0
+    )
     left.set(xlabel="nDCG@10, dense", ylabel="nDCG@10, target", title="every query (area: how many)", aspect="equal")
     names = list(info["measures"])
     for place, name in enumerate(names):
@@ -127,7 +121,7 @@ def _moves(table: pa.Table, info: Mapping[str, Any]) -> Figure:
         figure.subplots(1, 2), ("kendall", "ndcg_10_diff"), ("Kendall's tau", "change of nDCG@10"), strict=True
     ):
         axes.scatter(np.maximum(moved, 1e-17), table[column].to_numpy().astype(float), s=12, color=_COLOUR, linewidth=0)
-        if floor > 0:
+        if floor > moved[moved > 0].min(initial=np.inf) / 100:  # far from the points it would only press them together
             axes.axvline(floor, color=FLOOR, linewidth=0.8)
         axes.set(xscale="log", xlabel="1 - h-cosine of the query", ylabel=name)
     figure.suptitle(_title(info), parse_math=False)
