@@ -140,7 +140,7 @@ def test_tokens_of_the_e5_convention(dense: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "gpt2"])
-def test_weights_without_a_head_load_for_retrieval_alone(family: str, tmp_path: Path) -> None:
+def test_weights_without_a_head_load_for_retrieval_alone(family: str, collection_folder: Path, tmp_path: Path) -> None:
     """Embedding models are written from `MistralModel`: no head. Elsewhere they are refused, never given a made-up head."""
     folder = tmp_path / "embedder"
     model = tiny_model(family)
@@ -158,6 +158,12 @@ def test_weights_without_a_head_load_for_retrieval_alone(family: str, tmp_path: 
     tokens, _ = tokens_of(loaded, dict(enumerate(texts)), Reading(), "query")  # type: ignore[arg-type]
     expected = _plain_vectors(folder, texts, "last")
     np.testing.assert_allclose(embed(loaded, tokens, "last", 2).numpy(), expected, rtol=2e-5, atol=2e-5)
+    e5: dict[str, Any] = {"pooling": "last", "instruction": "w7 w8", "append_eos": True}
+    result = prunescope.retrieve(str(folder), "drop:attn=1", corpus=str(collection_folder), device="cpu", **e5)
+    vectors = _plain_vectors(folder, ["Instruct: w7 w8\nQuery: w44 w5 </s>", "w44 </s>"], "last")
+    asked = embed(loaded, [[3, 7, 8, 3, 44, 5, 2], [44, 2]], "last", 2)
+    np.testing.assert_allclose(asked.numpy(), vectors, rtol=2e-5, atol=2e-5)
+    assert 0 < result.summary["retrieval"]["kendall"]["mean"] < 1
 
 
 def test_a_language_model_that_lost_its_head_is_still_refused(tmp_path: Path) -> None:
@@ -352,7 +358,8 @@ def test_models_of_another_width_have_rankings_but_no_h(
         str(dense_folder), str(tmp_path / "narrow"), corpus=str(collection_folder), device="cpu"
     )
     run = result.save(tmp_path / "run")
-    assert run.table()["h_cos_dev"].null_count == 7 and run.table()["kendall"].null_count == 0
+    assert np.isnan(run.table()["h_cos_dev"].to_numpy()).all() and not any(run.table()["h_under_floor"].to_pylist())
+    assert run.table()["kendall"].null_count == 0
     assert run.summary["h"] == {} and run.info["passages_moved"] == {}
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,8 @@ def _table(
             "top1_same": float(tops[0][:1] == tops[1][:1]),
         }
         for column in H_COLUMNS:
-            row[column] = float(moved[column][number]) if moved else None
-        row["h_under_floor"] = row["h_cos_dev"] <= floor["floor"]["h_cos_dev"] if moved else None
+            row[column] = float(moved[column][number]) if moved else nan
+        row["h_under_floor"] = row["h_cos_dev"] <= floor["floor"]["h_cos_dev"]
         rows.append(row)
     ints = {"query": pa.int32(), "relevant": pa.int32(), "id": pa.string(), "h_under_floor": pa.bool_()}
     return pa.Table.from_pylist(rows, pa.schema([(name, ints.get(name, pa.float64())) for name in rows[0]]))
