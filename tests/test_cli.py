@@ -27,6 +27,7 @@ def test_the_public_surface_is_pinned() -> None:
         "GenerateResult",
         "LayerwiseResult",
         "McqResult",
+        "RetrieveResult",
         "Run",
         "SparsifyResult",
         "UserError",
@@ -38,9 +39,10 @@ def test_the_public_surface_is_pinned() -> None:
         "mcq",
         "open",
         "report",
+        "retrieve",
         "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "report"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "retrieve", "report"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 

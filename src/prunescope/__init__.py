@@ -12,6 +12,7 @@ from prunescope.commands import (
     GenerateResult,
     LayerwiseResult,
     McqResult,
+    RetrieveResult,
     SparsifyResult,
     demo,
     drop,
@@ -20,6 +21,7 @@ from prunescope.commands import (
     load,
     mcq,
     report,
+    retrieve,
     sparsify,
 )
 from prunescope.errors import UserError
@@ -33,6 +35,7 @@ __all__ = [
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
+    "RetrieveResult",
     "Run",
     "SparsifyResult",
     "UserError",
@@ -44,5 +47,6 @@ __all__ = [
     "mcq",
     "open",
     "report",
+    "retrieve",
     "sparsify",
 ]

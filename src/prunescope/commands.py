@@ -26,6 +26,7 @@ __all__ = [
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
+    "RetrieveResult",
     "SparsifyResult",
     "demo",
     "drop",
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "mcq",
     "report",
+    "retrieve",
     "sparsify",
 ]
 
@@ -139,6 +141,43 @@ class McqResult:
         from prunescope.report.options import draw_mcq
 
         results.write_run(staging, self.info, self._table, self._samples, draw_mcq)
+
+
+@dataclass
+class RetrieveResult:
+    """What `retrieve` found; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    _samples: list[dict[str, Any]] = field(repr=False)
+    rankings: dict[str, dict[str, list[tuple[str, float]]]] = field(repr=False)
+    """``dense`` and ``target``: of each query the passages and their cosines, best first."""
+
+    def table(self) -> pa.Table:
+        """A row a query: measures of both models, agreement of their rankings, h columns of the query's embedding."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Mean, median, percentiles and confidence interval of the columns: ``h`` and ``retrieval``."""
+        return dict(self.info["summary"])
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Queries, their judgements, and the first ten passages of both models."""
+        return list(self._samples)
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder, figures included. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.evaluation.retrieval import write_rankings
+        from prunescope.report.retrieval import draw_retrieval
+
+        write_rankings(staging, self.rankings)
+        results.write_run(staging, self.info, self._table, self._samples, draw_retrieval)
 
 
 @dataclass
@@ -676,6 +715,67 @@ def mcq(
     from prunescope.compare.job import run_mcq
 
     result = run_mcq(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def retrieve(
+    dense: str,
+    target: str,
+    *,
+    out: str | None = None,
+    corpus: str | None = None,
+    queries: str | None = None,
+    qrels: str | None = None,
+    split: str = "test",
+    pooling: Literal["mean", "last", "weighted-mean"] = "mean",
+    instruction: str | None = None,
+    append_eos: bool = False,
+    max_length: int = 512,
+    depth: int = 1000,
+    recall_at: str = "10,100",
+    seed: int = 0,
+    batch_size: int = 16,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RetrieveResult:
+    """Search a corpus with the pooled hidden states of both models: nDCG@10, recall, MAP, agreement of the rankings.
+
+    Args:
+        dense: the base model, or an embedding model made of one (weights without an output head load too)
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        corpus: BEIR folder with corpus.jsonl, queries.jsonl and qrels/, or the corpus file alone; left out, the shipped corpus
+        queries: queries.jsonl, where it is not in the folder
+        qrels: qrels file, tab-separated, or the folder of them, where it is not in the folder
+        split: which qrels of a folder
+        pooling: mean of all tokens, last token (E5-Mistral), or weighted-mean (SGPT, later tokens weigh more)
+        instruction: what queries are for; a query is then read as Instruct: ... and Query: ... on two lines, passages as they are
+        append_eos: end every text in an end-of-text token, if the tokenizer does not
+        max_length: tokens of a text, special ones included; the rest is cut
+        depth: passages that a ranking keeps; MAP is counted over them
+        recall_at: cut-offs of recall, with commas between them
+        seed: of the bootstrap
+        batch_size: texts at a time
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.evaluation.retrieval_job import run_retrieve
+
+    result = run_retrieve(config)
     if out is not None:
         _say(f"written: {out}")
     return result

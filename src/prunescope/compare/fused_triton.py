@@ -21,8 +21,8 @@ from prunescope.compare.fused import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, 
 __all__ = ["hidden_change", "pair_sums", "prepare", "row_sums"]
 
 _SUB = 64  # tokens that share a maximum
-_ROW_GROUPS, _ROW_WARPS = 16, 4
-_PAIR_BLOCK, _PAIR_WARPS = 256, 4
+_ROW_GROUPS, _ROW_WARPS = 8, 4
+_PAIR_BLOCK, _PAIR_WARPS = 128, 2
 _LOW = tl.constexpr(-1e25)  # stands for minus infinity, but 0 times it is 0
 
 

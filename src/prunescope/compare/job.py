@@ -37,10 +37,10 @@ class Pair:
     target: LoadedModel | DropSpec
 
 
-def open_pair(config: dict[str, Any]) -> Pair:
-    """Load what ``dense`` and ``target`` of a command's options name. Raises UserError."""
+def open_pair(config: dict[str, Any], *, headless: bool = False) -> Pair:
+    """Load what ``dense`` and ``target`` of a command's options name; see `load_model` for ``headless``. Raises UserError."""
     target = config["target"]
-    options = {key: config[key] for key in ("dtype", "device", "trust_remote_code")}
+    options = {**{key: config[key] for key in ("dtype", "device", "trust_remote_code")}, "headless": headless}
     spec = None
     if isinstance(target, str) and target.startswith("drop:"):
         spec = DropSpec.parse(target.removeprefix("drop:"))
@@ -63,12 +63,12 @@ def blaming(pair: Pair) -> Iterator[None]:
 
 def check_options(config: dict[str, Any]) -> None:
     """What can be said before anything is loaded. Raises UserError."""
-    for name in ("batch_size", "memory_mb"):
-        if config[name] < 1:
+    for name in ("batch_size", "memory_mb", "max_length", "depth"):
+        if config.get(name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {config[name]}: it must be at least 1")
     if not 0 <= config["seed"] < 2**31:
         raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
-    if not config["metric_temperature"] > 0:
+    if not config.get("metric_temperature", 1.0) > 0:
         raise UserError(f"--metric-temperature {config['metric_temperature']}: it must be positive")
     if config["out"] is not None:
         results.check_free(config["out"], overwrite=config["overwrite"], resume=config.get("resume", False))

@@ -145,6 +145,7 @@ def load_model(
     drop: DropSpec | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    headless: bool = False,
 ) -> LoadedModel:
     """Load ``ref`` in eval mode and check what was found.
 
@@ -156,6 +157,8 @@ def load_model(
         drop: sublayers to drop in place.
         revision: of a Hugging Face id.
         trust_remote_code: run code that comes with the model.
+        headless: take weights without an output head (embedding models, written from `MistralModel` and its like), for callers that read
+            no logits; the input embedding then stands where the head would.
     Raises:
         UserError: whatever is wrong with the reference, the files, the weights or the architecture, in one line.
     """
@@ -168,9 +171,9 @@ def load_model(
     ref = str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
-        loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code)
+        loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code, headless)
     else:
-        loaded = _load_weights(ref, torch_dtype, torch_device, revision, trust_remote_code, record)
+        loaded = _load_weights(ref, torch_dtype, torch_device, revision, trust_remote_code, record, headless)
     if drop is not None:
         loaded.drop(drop)
     return loaded
@@ -201,10 +204,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _load_recipe(
-    folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool
+    folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool, headless: bool
 ) -> LoadedModel:
     base = record["base"]
-    loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None)
+    loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None, headless)
     for key in ("content_hash", "revision"):
         if base.get(key) and loaded.identity.get(key) and base[key] != loaded.identity[key]:
             raise UserError(
@@ -225,6 +228,7 @@ def _load_weights(
     revision: str | None,
     trust_remote_code: bool,
     record: dict[str, Any] | None,
+    headless: bool,
 ) -> LoadedModel:
     source, options, identity = _resolve(ref, revision)
     options["trust_remote_code"] = trust_remote_code
@@ -234,6 +238,7 @@ def _load_weights(
         commit = getattr(model.config, "_commit_hash", None)
         if commit:
             identity["revision"] = commit
+    missing = _put_head(ref, model, missing, headless)
     model = model.to(device).eval()
     _check_weights(ref, model, missing)
     anatomy = find_anatomy(model)
@@ -376,6 +381,22 @@ def _check_weights(ref: str, model: nn.Module, missing: set[str]) -> None:
     for name, parameter in model.named_parameters():
         if name not in missing and not torch.isfinite(parameter).all():
             raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
+
+
+def _put_head(ref: str, model: Any, missing: set[str], headless: bool) -> set[str]:
+    """Weights that were written without a head: refused, or with the input embedding for a head; returns what else is missing."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    made_up = {
+        name for name, weight in model.named_parameters() if head is not None and weight is head.weight
+    } & missing
+    if not made_up or type(model.base_model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        return missing
+    if not headless or head.weight.shape != embedding.weight.shape:
+        raise UserError(
+            f"{ref}: {type(model.base_model).__name__} without an output head, as embedding models are written; only prunescope retrieve takes it"
+        )
+    head.weight = embedding.weight
+    return missing - made_up
 
 
 def _check_missing(ref: str, model: nn.Module, anatomy: Anatomy, missing: set[str], dropped: DropSpec) -> None:
