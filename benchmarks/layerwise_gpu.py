@@ -5,7 +5,7 @@ columns of given token sequences. Floors, measured in the same run: the operatio
 head (57 rows a step) and of the forward passes, over the rate of a large bfloat16 product; and for the kernels one read of their logits,
 over the bandwidth of a large copy.
 
-    python benchmarks/layerwise_gpu.py [--prompts 32] [--steps 256] [--batch-size 8] [--memory-mb 1024] [--table] [--profile]
+    python benchmarks/layerwise_gpu.py [--prompts 32] [--steps 256] [--batch-size 8] [--memory-mb 768] [--table] [--profile]
     python benchmarks/layerwise_gpu.py --device cpu --layers 2 --width 64 --vocab 512 --prompts 2 --steps 4
 
 Does not time sampling of the text, the noise floor, or the writing of files.
@@ -105,11 +105,20 @@ def massive(streams: torch.Tensor, size: float) -> torch.Tensor:
     return out
 
 
+def machine(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second of a large product, and bytes a second of a large copy, read and written."""
+    n = 8192 if device != "cpu" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    big = torch.randn(2**29 if device != "cpu" else 2**24, device=device)
+    other = torch.empty_like(big)
+    return 2 * n**3 / seconds(lambda: a @ b, device, 7), 2 * big.nbytes / seconds(lambda: other.copy_(big), device, 7)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (
         ("layers", 28), ("width", 3584), ("inner", 18944), ("heads", 28), ("kv-heads", 4), ("vocab", 152064),
-        ("prompts", 32), ("steps", 256), ("prompt-length", 32), ("batch-size", 8), ("memory-mb", 1024),
+        ("prompts", 32), ("steps", 256), ("prompt-length", 32), ("batch-size", 8), ("memory-mb", 768),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda")
@@ -122,13 +131,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}, {options.dtype}")
 
-    n = 8192 if cuda else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    rate = 2 * n**3 / seconds(lambda: a @ b, device, 7)
-    big = torch.randn(2**29 if cuda else 2**24, device=device)
-    other = torch.empty_like(big)
-    bandwidth = 2 * big.nbytes / seconds(lambda: other.copy_(big), device, 7)
-    del a, b, big, other
+    rate, bandwidth = machine(device, dtype)
     print(f"product {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s (bytes read and written)")
 
     dense = build(options, 0)
@@ -176,9 +179,9 @@ def main() -> None:
     floor = distinct * 2 * options.width * options.vocab / rate
     forward_floor = 2 * parameters * (length - 1) / options.steps / rate
 
-    def whole(target: Any = None) -> None:
-        for batch in batches:
-            batch_rows(dense, target, batch, head, 1.0, memory)
+    def whole(target: Any = None, size: int = options.batch_size) -> None:
+        for i in range(0, len(sequences), size):
+            batch_rows(dense, target, sequences[i : i + size], head, 1.0, memory)
 
     def report(name: str, taken: float, floor: float) -> None:
         print(f"{name:58s} {taken * 1e3:9.4f} ms a step, floor {floor * 1e3:.4f} = {taken / floor:.2f} x")
@@ -246,7 +249,8 @@ def main() -> None:
         if cuda:
             resident = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        total = seconds(lambda: whole(target), device) / steps
+        half = max(1, options.batch_size // 2)  # the streams of two models are held
+        total = seconds(lambda: whole(target, half), device) / steps
         extra = torch.cuda.max_memory_allocated() - resident if cuda else 0
         both = (4 * options.layers + 1) * 2 * options.width * options.vocab / rate + 2 * forward_floor
         report("against a target model", total, both)

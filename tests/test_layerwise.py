@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, tiny_folder, tiny_model
-from prunescope.compare.layerwise import FLOOR_COLUMNS, encode, layerwise_rows
-from prunescope.compare.metrics import COLUMNS, compare_hidden, compare_logits, space_of
+from prunescope.compare.layerwise import FLOOR_COLUMNS, encode, layerwise_rows, product_error
+from prunescope.compare.metrics import COLUMNS, Head, compare_hidden, compare_logits, space_of
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.errors import UserError
 from prunescope.models.anatomy import find_anatomy
@@ -424,3 +424,21 @@ def test_damaged_parts_are_computed_again(dense: LoadedModel, tmp_path: Path) ->
     assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)
     (tmp_path / "part-state.json").write_text("{ damaged")
     assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)
+
+
+def test_the_error_of_the_product_is_measured() -> None:
+    """A head whose float32 sums are wrong must be seen: the same rows, with logits that are off by 1e-3 of themselves."""
+
+    class Careless(Head):
+        def logits(self, h: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+            z = super().logits(h, dtype, out)
+            return z if dtype == torch.float64 else z.mul_(1.001)
+
+    weight = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
+    pairs = torch.tensor([(slot, slot - 1) for slot in range(1, 5)])
+    good, bad = product_error(rows, pairs, Head(weight)), product_error(rows, pairs, Careless(weight))
+    assert good["pairs"] == 8
+    assert good["dz_rms"]["max"] < 1e-5
+    assert bad["dz_rms"]["median"] == pytest.approx(1e-3, rel=1e-2)
+    assert bad["kl_dense_target"]["max"] > 1e-4

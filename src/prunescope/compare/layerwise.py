@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory
+from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory, uses_tensor_cores
 from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.data.prompts import Prompt
 from prunescope.errors import UserError
@@ -45,6 +45,7 @@ __all__ = [
     "mark_under_floor",
     "noise_floor",
     "padded",
+    "product_error",
     "run_key",
     "step_index",
 ]
@@ -57,6 +58,7 @@ FLOOR_COLUMNS = tuple(  # columns that are zero where nothing differs
     if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
 )
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
+_PRODUCT_STEPS = 2  # of which the product is taken in float64 as well
 
 
 @dataclass(frozen=True)
@@ -431,10 +433,34 @@ def noise_floor(
         pairs = torch.tensor([(slot, 2 * layers + 1 + slot) for slot in range(1, 2 * layers + 1)])
         columns = _columns(_Streams(torch.cat([alone, other], 1), pairs), looked_at, head, temperature, memory)
         result[name] = {column: columns[column].abs().max().item() for column in FLOOR_COLUMNS}
+    if uses_tensor_cores(alone, head):
+        pairs = torch.tensor([(slot, slot - 1) for slot in range(1, 2 * layers + 1)])
+        result["product_error"] = product_error(alone[:_PRODUCT_STEPS], pairs, head, temperature, memory)
     result["floor"] = {
         column: max(result[name][column] for name in ("batched_against_single", "cache_against_no_cache"))
         for column in FLOOR_COLUMNS
     }
+    return result
+
+
+def product_error(
+    rows: Tensor, pairs: Tensor, head: Head, temperature: float = 1.0, memory: int = DEFAULT_MEMORY
+) -> dict[str, Any]:
+    """What the columns owe to the float32 sums of the product W h: the same pairs from a float64 product, per column.
+
+    Args:
+        rows: ``(steps, slots, d)``; pairs ``(m, 2)`` slots.
+    Returns:
+        Per column the median and the largest relative difference over the pairs.
+    """
+    steps, slots, width = rows.shape
+    own = (pairs + slots * torch.arange(steps)[:, None, None]).view(-1, 2)
+    flat = rows.reshape(-1, width)
+    found, exact = (compare(h, own, head, temperature=temperature, memory=2 * memory) for h in (flat, flat.double()))
+    result: dict[str, Any] = {"pairs": len(own)}
+    for column in FLOOR_COLUMNS:
+        relative = ((found[column] - exact[column]).abs() / exact[column].abs()).nan_to_num(0, 0, 0)
+        result[column] = {"median": relative.median().item(), "max": relative.max().item()}
     return result
 
 

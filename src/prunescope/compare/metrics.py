@@ -49,6 +49,7 @@ __all__ = [
     "compare_logits",
     "least_memory",
     "space_of",
+    "uses_tensor_cores",
 ]
 
 H_COLUMNS = ("h_cos", "h_cos_dev", "h_cos_dev_est", "h_alpha", "h_para_rel", "h_orth_rel")
@@ -452,6 +453,11 @@ class Head:
             z *= self.scale
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def uses_tensor_cores(h: Tensor, head: Head) -> bool:
+    """Whether `Head.logits` sums the product of ``h`` in float32, on the tensor cores of a GPU."""
+    return _on_tensor_cores(h, head.weight)
 
 
 def _on_tensor_cores(h: Tensor, weight: Tensor) -> bool:
