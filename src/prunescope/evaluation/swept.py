@@ -1,0 +1,387 @@
+"""From the measured points of a sweep to its tables: scores with what was lost, items, metrics, and which metric foretells which loss.
+
+Reads what was measured and nothing else: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prunescope import results
+from prunescope.evaluation.ranks import kendall, spearman
+
+__all__ = ["COUNTED", "Measured", "Tables", "assemble", "show", "split", "write_tables"]
+
+COUNTED = "weights_removed"  # what a metric must beat: counting what was removed
+_Z95 = 1.959963984540054
+_ID = ("point", "series", "n", "method", "sparsity", "pattern")
+_ID_TYPES = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.float64(), pa.string())
+_MEANS = (("generative", "all generative"), ("choice", "all choice"))  # kind -> outcome in the table of correlations
+_HALF = 0.5
+
+
+@dataclass
+class Measured:
+    """One point: what identifies it, what was removed, scores by task, metrics by space and column, and every item."""
+
+    info: dict[str, Any]
+    items: pa.Table
+
+    def packed(self) -> pa.Table:
+        return self.items.replace_schema_metadata({"prunescope": json.dumps(self.info)})
+
+    @classmethod
+    def unpacked(cls, table: pa.Table) -> Measured:
+        return cls(json.loads(table.schema.metadata[b"prunescope"]), table.replace_schema_metadata(None))
+
+
+@dataclass
+class Tables:
+    """What the files of a sweep hold; ``summary`` goes to run.json."""
+
+    sweep: pa.Table
+    items: pa.Table
+    metrics: pa.Table
+    correlations: pa.Table
+    summary: dict[str, Any]
+
+
+def assemble(measured: Sequence[Measured]) -> Tables:
+    """Tables of the points in their order. The first one must be the dense model: what is lost is lost against it."""
+    dense = measured[0]
+    informative = _informative(dense.info["scores"])
+    rows = [row for point in measured for row in _score_rows(point, dense, informative)]
+    sweep = pa.Table.from_pylist(rows, _SWEEP)
+    metrics = pa.Table.from_pylist([row for point in measured for row in _metric_rows(point)], _METRICS)
+    items = pa.concat_tables([_with_point(point) for point in measured], promote_options="permissive")
+    correlations = pa.Table.from_pylist(_correlations(measured, rows), _CORRELATIONS)
+    return Tables(sweep, items, metrics, correlations, _summary(rows, correlations.to_pylist()))
+
+
+_SWEEP = pa.schema(
+    [
+        *zip(_ID, _ID_TYPES, strict=True),
+        ("dropped", pa.string()),
+        (COUNTED, pa.float64()),
+        ("task", pa.string()),
+        ("pair", pa.string()),
+        ("kind", pa.string()),
+        ("metric", pa.string()),
+        *((name, pa.float64()) for name in ("score", "stderr", "ci_low", "ci_high")),
+        ("items", pa.int32()),
+        *((name, pa.float64()) for name in ("chance", "dense", "loss", "loss_ci_low", "loss_ci_high")),
+        *((name, pa.float64()) for name in ("kept", "kept_ci_low", "kept_ci_high")),
+        ("informative", pa.bool_()),
+        ("seconds", pa.float64()),
+    ]
+)
+_METRICS = pa.schema(
+    [
+        *zip(_ID, _ID_TYPES, strict=True),
+        ("space", pa.string()),
+        ("column", pa.string()),
+        *((name, pa.float64()) for name in ("mean", "median", "ci_low", "ci_high")),
+    ]
+)
+_CORRELATIONS = pa.schema(
+    [
+        ("outcome", pa.string()),
+        ("kind", pa.string()),
+        ("points", pa.string()),
+        ("space", pa.string()),
+        ("column", pa.string()),
+        ("spearman", pa.float64()),
+        ("kendall", pa.float64()),
+        ("count", pa.int32()),
+    ]
+)
+
+
+def split(tables: Tables) -> list[Measured]:
+    """The points that tables were made of: the way back from `assemble`."""
+    import pyarrow.compute as pc
+
+    found = []
+    for name in dict.fromkeys(tables.sweep["point"].to_pylist()):
+        rows = tables.sweep.filter(pc.equal(tables.sweep["point"], name)).to_pylist()
+        metrics: dict[str, dict[str, Any]] = {}
+        for row in tables.metrics.filter(pc.equal(tables.metrics["point"], name)).to_pylist():
+            stats = {"mean": row["mean"], "median": row["median"], "ci95": [row["ci_low"], row["ci_high"]]}
+            metrics.setdefault(row["space"], {})[row["column"]] = stats
+        scores = {
+            row["task"]: {
+                "kind": row["kind"],
+                "metric": row["metric"],
+                "value": row["score"],
+                "stderr": row["stderr"],
+                "ci95": None if row["ci_low"] is None else [row["ci_low"], row["ci_high"]],
+                "n": row["items"],
+                "chance": row["chance"],
+            }
+            for row in rows
+        }
+        info = {key: rows[0][key] for key in (*_ID, "dropped", COUNTED, "seconds")}
+        items = tables.items.filter(pc.equal(tables.items["point"], name)).drop_columns(["point", "series"])
+        found.append(Measured(info | {"scores": scores, "metrics": metrics}, items))
+    return found
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _pair(task: str) -> tuple[str, str] | None:
+    """Pair and way of a built-in task: arithmetic-gen -> arithmetic, gen."""
+    pair, _, way = task.rpartition("-")
+    return (pair, way) if pair and way in ("gen", "mc") else None
+
+
+def _informative(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+    """A task says something if the dense model is above chance, that is with the whole interval; a matched pair only if both ways do."""
+    above = {}
+    for task, score in scores.items():
+        low = (score.get("ci95") or (None, None))[0]
+        low = score["value"] if low is None else low
+        above[task] = low > (score.get("chance") or 0.0)
+    found = {}
+    for task in scores:
+        parts = _pair(task)
+        others = [f"{parts[0]}-{way}" for way in ("gen", "mc")] if parts else []
+        found[task] = above[task] and all(above.get(other, True) for other in others)
+    return found
+
+
+def _id(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: info[name] for name in _ID}
+
+
+def _score_rows(point: Measured, dense: Measured, informative: Mapping[str, bool]) -> list[dict[str, Any]]:
+    rows = []
+    for task, score in point.info["scores"].items():
+        before = dense.info["scores"][task]
+        low, high = score.get("ci95") or (None, None)
+        chance = score.get("chance")
+        loss, half = _loss(point.items, dense.items, task)
+        room = before["value"] - (chance or 0.0)
+        usable = informative[task] and room > 0
+        parts = _pair(task)
+        rows.append(
+            _id(point.info)
+            | {
+                "dropped": point.info["dropped"],
+                COUNTED: point.info[COUNTED],
+                "task": task,
+                "pair": parts[0] if parts else None,
+                "kind": score["kind"],
+                "metric": score["metric"],
+                "score": score["value"],
+                "stderr": score.get("stderr"),
+                "ci_low": low,
+                "ci_high": high,
+                "items": score["n"],
+                "chance": chance,
+                "dense": before["value"],
+                "loss": before["value"] - score["value"],
+                "loss_ci_low": None if half is None else loss - half,
+                "loss_ci_high": None if half is None else loss + half,
+                "kept": 1 - loss / room if usable else None,
+                "kept_ci_low": 1 - (loss + half) / room if usable and half is not None else None,
+                "kept_ci_high": 1 - (loss - half) / room if usable and half is not None else None,
+                "informative": informative[task],
+                "seconds": point.info["seconds"],
+            }
+        )
+    return rows
+
+
+def _by_item(items: pa.Table, task: str) -> dict[Any, float]:
+    found = zip(*(items[name].to_pylist() for name in ("task", "item", "key", "score")), strict=True)
+    return {(item, key): float(score) for name, item, key, score in found if name == task}
+
+
+def _loss(point: pa.Table, dense: pa.Table, task: str) -> tuple[float, float | None]:
+    """Mean of dense minus point over the same items, and half its 95 % interval (normal, paired); None with fewer than two items."""
+    ours, theirs = _by_item(dense, task), _by_item(point, task)
+    if ours.keys() != theirs.keys():
+        raise RuntimeError(f"{task}: the points were not asked the same items")
+    lost = np.array([ours[item] - theirs[item] for item in ours])
+    half = float(_Z95 * lost.std(ddof=1) / math.sqrt(len(lost))) if len(lost) > 1 else None
+    return float(lost.mean()), half
+
+
+def _metric_rows(point: Measured) -> list[dict[str, Any]]:
+    return [
+        _id(point.info)
+        | {
+            "space": space,
+            "column": column,
+            "mean": stats["mean"],
+            "median": stats["median"],
+            "ci_low": stats["ci95"][0],
+            "ci_high": stats["ci95"][1],
+        }
+        for space, columns in point.info["metrics"].items()
+        for column, stats in columns.items()
+    ]
+
+
+def _with_point(point: Measured) -> pa.Table:
+    table = point.items
+    for place, name in enumerate(("point", "series")):
+        table = table.add_column(place, name, pa.array([point.info[name]] * len(table), pa.string()))
+    return table
+
+
+# --- which metric foretells --------------------------------------------------------------------------------------------
+
+
+def _outcomes(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """(outcome, kind) -> loss by point: of every task that says something, and of the share lost on average over those of a kind."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for kind, name in _MEANS:
+        lost: dict[str, list[float]] = {}
+        for row in rows:
+            if row["kind"] == kind and row["kept"] is not None:
+                lost.setdefault(row["point"], []).append(1 - row["kept"])
+        if lost:
+            found[name, kind] = {point: sum(values) / len(values) for point, values in lost.items()}
+    for row in rows:
+        if row["informative"]:
+            found.setdefault((row["task"], row["kind"]), {})[row["point"]] = row["loss"]
+    return found
+
+
+def _correlations(measured: Sequence[Measured], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlation of every metric's mean with every loss: over all points, and over those of each series with the dense model."""
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for point in measured:
+        columns.setdefault(("size", COUNTED), {})[point.info["point"]] = point.info[COUNTED]
+        for space, stats in point.info["metrics"].items():
+            for column, values in stats.items():
+                columns.setdefault((space, column), {})[point.info["point"]] = values["mean"]
+    series = {point.info["point"]: point.info["series"] for point in measured}
+    scopes = {"all": list(series)} | {
+        name: [point for point, own in series.items() if own in (name, "dense")]
+        for name in dict.fromkeys(series.values())
+        if name != "dense"
+    }
+    if len(scopes) == 2:  # one series: the same points as all
+        scopes.pop("all")
+    found = []
+    for (outcome, kind), losses in _outcomes(rows).items():
+        for scope, points in scopes.items():
+            for (space, column), values in columns.items():
+                both = [p for p in points if p in losses and p in values and math.isfinite(values[p])]
+                x, y = [values[p] for p in both], [losses[p] for p in both]
+                found.append(
+                    {
+                        "outcome": outcome,
+                        "kind": kind,
+                        "points": scope,
+                        "space": space,
+                        "column": column,
+                        "spearman": spearman(x, y) if both else None,
+                        "kendall": kendall(x, y) if both else None,
+                        "count": len(both),
+                    }
+                )
+    return found
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    dense = {
+        row["task"]: {key: row[key] for key in ("kind", "score", "ci_low", "ci_high", "chance", "items", "informative")}
+        for row in rows
+        if row["point"] == "dense"
+    }
+    return {"dense": dense, "half_lost": _half_lost(rows), "foretells": _best(correlations)}
+
+
+def _half_lost(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per series and kind the first point at which, on average over the tasks that say something, half of what was above chance is gone."""
+    found: dict[str, dict[str, Any]] = {}
+    for series in dict.fromkeys(row["series"] for row in rows if row["series"] != "dense"):
+        for kind, _ in _MEANS:
+            mine = [r for r in rows if r["series"] == series and r["kind"] == kind and r["kept"] is not None]
+            shares: dict[str, list[float]] = {}
+            for row in mine:
+                shares.setdefault(row["point"], []).append(row["kept"])
+            if shares:
+                at = next((p for p, kept in shares.items() if sum(kept) / len(kept) < _HALF), None)
+                found.setdefault(series, {})[kind] = at
+    return found
+
+
+def _best(correlations: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """For the average of each kind the columns that order the points best, by |Spearman|, and what counting weights does."""
+    found = {}
+    for _, outcome in _MEANS:
+        mine = [r for r in correlations if r["outcome"] == outcome and r["spearman"] is not None]
+        scopes = list(dict.fromkeys(r["points"] for r in mine))
+        mine = [r for r in mine if r["points"] == scopes[0]] if scopes else []
+        mine.sort(key=lambda r: -abs(r["spearman"]))
+        if mine:
+            counted = [r for r in mine if r["column"] == COUNTED]
+            found[outcome] = mine[:count] + [r for r in counted if r not in mine[:count]]
+    return found
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(folder: Path, info: Mapping[str, Any], tables: Tables) -> None:
+    """Write the tables and run.json of a sweep, each beside and renamed, run.json last."""
+    named = {
+        "sweep": tables.sweep,
+        "items": tables.items,
+        "metrics": tables.metrics,
+        "correlations": tables.correlations,
+    }
+    for name, table in named.items():
+        beside = folder / f"{name}.writing"
+        pq.write_table(table, beside)
+        beside.replace(folder / f"{name}.parquet")
+    results.write_config(folder, info["config"])
+    results.write_json(folder / "run.json", dict(info) | {"summary": tables.summary})
+
+
+# --- in the terminal ---------------------------------------------------------------------------------------------------
+
+
+def show(info: Mapping[str, Any], tables: Tables) -> None:
+    """Scores by point and task, then which metrics order the points as the losses do."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    rows = tables.sweep.to_pylist()
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["point"], row["task"]): row for row in rows}
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{info['config']['model']}: scores"), title_justify="left")
+    shown.add_column("point", no_wrap=True)
+    for task in tasks:
+        mark = "" if found["dense", task]["informative"] else "\n(at floor)"
+        shown.add_column(f"{task}{mark}", justify="right")
+    for point in dict.fromkeys(row["point"] for row in rows):
+        shown.add_row(point, *(f"{found[point, task]['score']:.3f}" for task in tasks))
+    shown.add_row("chance", *(_number(found["dense", task]["chance"]) for task in tasks))
+    console.print(shown)
+    if any(not row["informative"] for row in rows):
+        console.print(Text("at floor: the dense model is not above chance, so the task (or its pair) says nothing here"))
+    for outcome, best in tables.summary["foretells"].items():
+        names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
+        console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
