@@ -17,8 +17,8 @@ from prunescope.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from prunescope.models.dropping import DropSpec
     from prunescope.evaluation.swept import Tables
+    from prunescope.models.dropping import DropSpec
     from prunescope.models.loading import LoadedModel
 
 __all__ = [

@@ -175,11 +175,17 @@ class _Batch:
         """The target's states on the dense texts. Where it has read the same tokens already, these are the same states."""
         shared = [self._shared(i) for i in range(len(self.ours))]
         behind = [i for i, sequence in enumerate(self.ours) if shared[i] < len(sequence.continuation)]
-        found = dict(zip(behind, read_states(self.of_target, [self.ours[i] for i in behind]), strict=True)) if behind else {}
+        found = (
+            dict(zip(behind, read_states(self.of_target, [self.ours[i] for i in behind]), strict=True))
+            if behind
+            else {}
+        )
         if (
             self.theirs is None
         ):  # nothing was written by the target: read both, so that equal models are equal to the bit
-            self.our_states = read_states(self.dense, self.ours) if self.of_target is not self.dense else self.our_states
+            self.our_states = (
+                read_states(self.dense, self.ours) if self.of_target is not self.dense else self.our_states
+            )
             return [found[i] for i in range(len(self.ours))]
         return [
             torch.cat([self.their_states[i][: shared[i]], found[i][shared[i] :]])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor
 
 from prunescope.compare.layerwise import Transcript
+from prunescope.evaluation import quick
 from prunescope.evaluation.deviation import Yardstick
+from prunescope.evaluation.evaluate import at_floor, evaluate_model, expand_tasks
 from prunescope.evaluation.points import Point
 from prunescope.evaluation.swept import COUNTED, Measured
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
+from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
 from prunescope.prune.selection import Goal
 
@@ -77,10 +82,21 @@ class Bench:
         return sum(int(matrix.count_nonzero()) for matrix in matrices)
 
 
-def _evaluated(loaded: LoadedModel, plan: Plan, stage: str) -> tuple[dict[str, Any], Any]:
-    """Scores by task, and the items."""
-    from prunescope.evaluation import evaluate
+def _evaluated(loaded: LoadedModel, plan: Plan, stage: str) -> tuple[dict[str, Any], pa.Table]:
+    """Scores by task, each with why it says nothing of pruning if this is the dense model (None if it does); and the items."""
+    items = _quick_items(plan)
+    bar = progress(stage, items) if items and sys.stderr.isatty() else nullcontext(None if not items else _silent)
+    with bar as advance:
+        found = evaluate_model(loaded, plan.tasks, **plan.evaluation, advance=advance)
+    return {task: {**score, "at_floor": at_floor(score)} for task, score in found.scores.items()}, found.items
 
-    found = evaluate.evaluate_model(loaded, plan.tasks, **plan.evaluation)
-    scores: Mapping[str, Mapping[str, Any]] = found.scores
-    return {task: dict(score) for task, score in scores.items()}, found.items
+
+def _quick_items(plan: Plan) -> int:
+    """Items of a point, where they are known beforehand; 0 where a task is the harness's, which then shows its own progress."""
+    names = expand_tasks(plan.tasks)
+    if any(name not in quick.QUICK for name in names):
+        return 0
+    return len({quick.pair_of(name) for name in names}) * (plan.evaluation["limit"] or quick.DEFAULT_ITEMS)
+
+
+def _silent(done: int) -> None: ...

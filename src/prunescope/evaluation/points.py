@@ -124,7 +124,9 @@ def read_points(
         for one in str(pattern).split(",") if pattern is not None else ():
             found = re.fullmatch(r"\s*(\d+):(\d+)\s*", one)
             if found is None or not 0 < int(found[1]) < int(found[2]):
-                raise UserError(f"--pattern {pattern}: cannot read {one.strip()!r}; write N:M with N below M, such as 2:4,4:8")
+                raise UserError(
+                    f"--pattern {pattern}: cannot read {one.strip()!r}; write N:M with N below M, such as 2:4,4:8"
+                )
             keep, of = int(found[1]), int(found[2])
             points.append(Point(f"{name} N:M", method=name, sparsity=1 - keep / of, pattern=f"{keep}:{of}"))
     points = list(dict.fromkeys(points))

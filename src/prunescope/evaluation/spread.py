@@ -70,7 +70,8 @@ def measure_spread(
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
         shared = ray.put(plan)
         idle = [remote.remote(model, shared, threads) for _ in range(workers)]
-        waiting, running = list(points), {}
+        waiting: list[Point] = list(points)
+        running: dict[Any, Any] = {}
         try:
             while waiting or running:
                 while waiting and idle:
@@ -101,7 +102,9 @@ def _cluster(ray: Any, workers: int, address: str | None) -> Any:
         ray.init(**options, logging_level="error")
     except Exception as error:  # of many kinds, none of them ours
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"--ray-address {address}: no Ray cluster there ({first}); start it with ray start --head") from error
+        raise UserError(
+            f"--ray-address {address}: no Ray cluster there ({first}); start it with ray start --head"
+        ) from error
     try:
         yield
     finally:

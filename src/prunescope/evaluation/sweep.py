@@ -24,6 +24,7 @@ from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import read_prompts
 from prunescope.errors import UserError
 from prunescope.evaluation.deviation import write_texts
+from prunescope.evaluation.evaluate import expand_tasks
 from prunescope.evaluation.measuring import Bench, Plan
 from prunescope.evaluation.points import Point, read_points
 from prunescope.evaluation.swept import Measured, Tables, assemble, show, split, write_tables
@@ -75,7 +76,7 @@ def run_sweep(config: dict[str, Any]) -> SweepResult:
 
         def done(point: Point, found: Measured) -> None:
             kept.add(point, found)
-            if staging is not None:  # what is there can be opened and drawn, whatever happens next
+            if staging is not None and "dense" in kept:  # what is there can be opened and drawn, whatever happens next
                 write_tables(staging, _state(info, kept, started, complete=False), assemble(kept.ordered(points)))
 
         todo = [point for point in points if point.name not in kept]
@@ -102,8 +103,7 @@ def _check(config: Mapping[str, Any]) -> list[Point]:
     if not config["metric_temperature"] > 0:
         raise UserError(f"--metric-temperature {config['metric_temperature']}: it must be positive")
     points = read_points(*(config[name] for name in ("target", "n", "method", "sparsity", "pattern")))
-    if not _tasks(config):
-        raise UserError("--tasks names no task; write for example quick, or gsm8k,mmlu")
+    expand_tasks(_tasks(config))
     if config["workers"] > 1 or config["ray_address"] is not None:
         from prunescope.evaluation.spread import require_ray
 
@@ -116,7 +116,7 @@ def _check(config: Mapping[str, Any]) -> list[Point]:
 
 
 def _tasks(config: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(filter(None, (name.strip() for name in config["tasks"].split(",")))))
+    return [name.strip() for name in config["tasks"].split(",")]
 
 
 def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
@@ -158,7 +158,8 @@ def _plan(
     specs = {p.name: spec_of(orders[p.series][: p.n]) if p.dropped else DropSpec() for p in points}
     return Plan(
         tasks=_tasks(config),
-        evaluation={name: config[name] for name in ("limit", "shots", "batch_size", "seed", "data", "allow_code_execution")},
+        evaluation={name: config[name] for name in ("limit", "shots", "batch_size", "seed", "allow_code_execution")}
+        | {"data": None if config["data"] is None else Path(config["data"])},
         texts=write_texts(dense, prompts, config["max_new_tokens"], batch_size=8),
         comparing={"temperature": config["metric_temperature"], "seed": config["seed"]},
         specs=specs,
@@ -193,9 +194,7 @@ def _measure(
         from prunescope.evaluation.spread import measure_spread
 
         model = {"ref": config["model"]} | {name: config[name] for name in _MODEL}
-        measure_spread(
-            todo, model, plan, workers=config["workers"], address=config["ray_address"], done=say
-        )
+        measure_spread(todo, model, plan, workers=config["workers"], address=config["ray_address"], done=say)
         return
     for number, point in enumerate(todo):
         elapsed = time.monotonic() - started
@@ -251,7 +250,13 @@ class _Kept:
 
         def place(found: Measured) -> tuple[Any, ...]:
             info = found.info
-            return series.index(info["series"]), info["method"] or "", info["n"] or 0, info["sparsity"] or 0, info["point"]
+            return (
+                series.index(info["series"]),
+                info["method"] or "",
+                info["n"] or 0,
+                info["sparsity"] or 0,
+                info["point"],
+            )
 
         return sorted(self._found.values(), key=place)
 
@@ -280,9 +285,7 @@ def _record(config: Mapping[str, Any], dense: LoadedModel, started: float) -> di
     return run_record("sweep", plain | {"dense": plain["model"]}, dense, None, started) | {"config": plain}
 
 
-def _key(
-    config: Mapping[str, Any], dense: LoadedModel, prompts: Sequence[list[int]], calibration: Calibration
-) -> str:
+def _key(config: Mapping[str, Any], dense: LoadedModel, prompts: Sequence[list[int]], calibration: Calibration) -> str:
     """Names everything that decides what a point gives. Which points are asked for is not part of it."""
     names = ("tasks", "limit", "shots", "batch_size", "seed", "data", "allow_code_execution")
     content = {
@@ -311,7 +314,5 @@ def _finished(config: Mapping[str, Any], key: str) -> results.Run | None:
 
 
 def _tables_of(run: results.Run) -> Tables:
-    names = ("sweep", "items", "metrics", "correlations")
-    return Tables(*(run.table(name) for name in names), run.summary)
-
-
+    sweep, items, metrics, correlations = (run.table(name) for name in ("sweep", "items", "metrics", "correlations"))
+    return Tables(sweep, items, metrics, correlations, run.summary)

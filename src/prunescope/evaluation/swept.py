@@ -81,6 +81,7 @@ _SWEEP = pa.schema(
         *((name, pa.float64()) for name in ("chance", "dense", "loss", "loss_ci_low", "loss_ci_high")),
         *((name, pa.float64()) for name in ("kept", "kept_ci_low", "kept_ci_high")),
         ("informative", pa.bool_()),
+        ("at_floor", pa.string()),
         ("seconds", pa.float64()),
     ]
 )
@@ -126,6 +127,7 @@ def split(tables: Tables) -> list[Measured]:
                 "ci95": None if row["ci_low"] is None else [row["ci_low"], row["ci_high"]],
                 "n": row["items"],
                 "chance": row["chance"],
+                "at_floor": row["at_floor"],
             }
             for row in rows
         }
@@ -145,12 +147,8 @@ def _pair(task: str) -> tuple[str, str] | None:
 
 
 def _informative(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """A task says something if the dense model is above chance, that is with the whole interval; a matched pair only if both ways do."""
-    above = {}
-    for task, score in scores.items():
-        low = (score.get("ci95") or (None, None))[0]
-        low = score["value"] if low is None else low
-        above[task] = low > (score.get("chance") or 0.0)
+    """A task says something if the dense model is not at its floor; a matched pair only if neither way of answering it is."""
+    above = {task: score["at_floor"] is None for task, score in scores.items()}
     found = {}
     for task in scores:
         parts = _pair(task)
@@ -196,6 +194,7 @@ def _score_rows(point: Measured, dense: Measured, informative: Mapping[str, bool
                 "kept_ci_low": 1 - (loss + half) / room if usable and half is not None else None,
                 "kept_ci_high": 1 - (loss - half) / room if usable and half is not None else None,
                 "informative": informative[task],
+                "at_floor": score["at_floor"] if point is dense else None,
                 "seconds": point.info["seconds"],
             }
         )
@@ -322,9 +321,9 @@ def _half_lost(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _best(correlations: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str, list[dict[str, Any]]]:
     """For the average of each kind the columns that order the points best, by |Spearman|, and what counting weights does."""
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for _, outcome in _MEANS:
-        mine = [r for r in correlations if r["outcome"] == outcome and r["spearman"] is not None]
+        mine = [dict(r) for r in correlations if r["outcome"] == outcome and r["spearman"] is not None]
         scopes = list(dict.fromkeys(r["points"] for r in mine))
         mine = [r for r in mine if r["points"] == scopes[0]] if scopes else []
         mine.sort(key=lambda r: -abs(r["spearman"]))
@@ -357,7 +356,7 @@ def write_tables(folder: Path, info: Mapping[str, Any], tables: Tables) -> None:
 
 
 def show(info: Mapping[str, Any], tables: Tables) -> None:
-    """Scores by point and task, then which metrics order the points as the losses do."""
+    """Mean scores by point and kind, then which metrics order the points as the losses do."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -365,23 +364,30 @@ def show(info: Mapping[str, Any], tables: Tables) -> None:
 
     console = Console()
     rows = tables.sweep.to_pylist()
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    found = {(row["point"], row["task"]): row for row in rows}
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{info['config']['model']}: scores"), title_justify="left")
+    says = [row for row in rows if row["informative"]] or rows
+    kinds = [kind for kind, _ in _MEANS if any(row["kind"] == kind for row in says)]
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(str(info["config"]["model"])), title_justify="left")
     shown.add_column("point", no_wrap=True)
-    for task in tasks:
-        mark = "" if found["dense", task]["informative"] else "\n(at floor)"
-        shown.add_column(f"{task}{mark}", justify="right")
+    shown.add_column("weights\nremoved", justify="right")
+    for kind in kinds:
+        count = len({row["task"] for row in says if row["kind"] == kind})
+        shown.add_column(f"{kind}, mean\nof {count} tasks", justify="right")
+        shown.add_column("share\nkept", justify="right")
     for point in dict.fromkeys(row["point"] for row in rows):
-        shown.add_row(point, *(f"{found[point, task]['score']:.3f}" for task in tasks))
-    shown.add_row("chance", *(_number(found["dense", task]["chance"]) for task in tasks))
+        cells = []
+        for kind in kinds:
+            mine = [row for row in says if (row["point"], row["kind"]) == (point, kind)]
+            kept = [row["kept"] for row in mine if row["kept"] is not None]
+            cells.append(f"{sum(row['score'] for row in mine) / len(mine):.3f}")
+            cells.append(f"{sum(kept) / len(kept):.3f}" if kept else "-")
+        removed = next(row[COUNTED] for row in rows if row["point"] == point)
+        shown.add_row(point, f"{100 * removed:.1f} %", *cells)
     console.print(shown)
-    if any(not row["informative"] for row in rows):
-        console.print(Text("at floor: the dense model is not above chance, so the task (or its pair) says nothing here"))
+    left_out = list(dict.fromkeys(row["task"] for row in rows if not row["informative"]))
+    if left_out:
+        console.print(
+            Text(f"at floor in the dense model, alone or as a pair, so of no say here: {', '.join(left_out)}")
+        )
     for outcome, best in tables.summary["foretells"].items():
         names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
         console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

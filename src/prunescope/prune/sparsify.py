@@ -216,9 +216,7 @@ def prune_model(
     return pruned
 
 
-def prune_block(
-    streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance
-) -> dict[str, Any]:
+def prune_block(streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance) -> dict[str, Any]:
     """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
     matrices = streamed.matrices(layer)
     chosen = [matrix for matrix in matrices if matrix.name in plan.goals]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from prunescope.report.figures import FLOOR, save, short, style
 
@@ -134,7 +134,12 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
                 for axis, column in zip(axes, ("score", "kept"), strict=True):
                     if (found := _mean(there, column)) is not None:
                         axis.errorbar(
-                            [x], [found[0]], [[found[0] - found[1]], [found[2] - found[0]]], fmt="*", color=colour, markersize=8
+                            [x],
+                            [found[0]],
+                            [[found[0] - found[1]], [found[2] - found[0]]],
+                            fmt="*",
+                            color=colour,
+                            markersize=8,
                         )
                         axis.annotate(pattern, (x, found[0]), (5, 3), textcoords="offset points", fontsize=6.5)
         axes[0].set_title(_NAMES.get(name, name))
@@ -206,8 +211,8 @@ def _tasks(rows: Rows, name: str, title: str, by: str) -> Figure:
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
     what = f"{_NAMES.get(name, name)} dropped" if by == "n" else f"{name}, share of weights pruned"
-    figure.suptitle(f"{title}: score by number of {what}" if by == "n" else f"{title}: score by {what}")
-    figure.supxlabel("dashed: dense, dotted: chance, bands: 95 %", fontsize=7, color="#555555")
+    head = f"{title}: score by number of {what}" if by == "n" else f"{title}: score by {what}"
+    figure.suptitle(f"{head}\ndashed: dense, dotted: chance, bands: 95 %")
     return figure
 
 
@@ -233,7 +238,7 @@ def _scatter(rows: Rows, metrics: Rows, title: str) -> Figure | None:
     names = _series(rows)
     of_series = {row["point"]: row["series"] for row in rows}
     for line, kind in zip(grid, kinds, strict=True):
-        for axes, (column, label, scale) in zip(line, columns, strict=True):
+        for axes, (column, _, scale) in zip(line, columns, strict=True):
             for number, name in enumerate(names):
                 mine = [p for p in lost[kind] if of_series[p] == name and (p, column) in values]
                 axes.plot(
@@ -248,6 +253,7 @@ def _scatter(rows: Rows, metrics: Rows, title: str) -> Figure | None:
             axes.axhline(1, color=FLOOR, linewidth=0.6, linestyle=":")
             if scale == "log" and all(values[p, column] > 0 for p in lost[kind] if of_series[p] != "dense"):
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         line[0].set_ylabel(f"share lost, {KINDS[kind][1]}")
     for axes, (_, label, _) in zip(grid[-1], columns, strict=True):
         axes.set_xlabel(label)
@@ -277,7 +283,13 @@ def _foretells(correlations: Rows, title: str) -> Figure | None:
     for (i, j), value in np.ndenumerate(grid):
         if np.isfinite(value):
             axes.text(
-                j, i, f"{value:+.2f}", ha="center", va="center", fontsize=5, color="white" if abs(value) > 0.6 else "black"
+                j,
+                i,
+                f"{value:+.2f}",
+                ha="center",
+                va="center",
+                fontsize=5,
+                color="white" if abs(value) > 0.6 else "black",
             )
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="Spearman's rank correlation with the loss", pad=0.02)
