@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from prunescope import results
 from prunescope.errors import UserError
 from prunescope.report import payload
+from prunescope.report.sweep import sweep_section
 from prunescope.report.verdict import Verdict, judge, warnings_of
 
 __all__ = ["Checkpoint", "expand", "open_folder", "write_report"]
@@ -109,12 +110,15 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    runs = [one for one in opened if isinstance(one, results.Run)]
+    all_runs = [one for one in opened if isinstance(one, results.Run)]
+    swept = [run for run in all_runs if run.command == "sweep"]
+    runs = [run for run in all_runs if run.command != "sweep"]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
     aliases = _aliases(runs, checkpoints)
     names = _names(runs, aliases)
     views = [_guarded(run.folder, _view, run, name, runs, aliases) for run, name in zip(runs, names, strict=True)]
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
+    sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
     targets = [t for found in _targets(runs, views).values() for t in [found]]
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
     # < never stands in the JSON, so no text in it can end the script element that holds it
@@ -124,12 +128,13 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _asset("report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
-        title=_title(runs, checkpoints),
+        title=_title(runs, checkpoints) or ", ".join(dict.fromkeys(sweep["model"] for sweep in sweeps)),
         runs=views,
+        sweeps=sweeps,
         checkpoints=made,
         targets=targets,
         verdicts=[(target["name"], [Verdict(**v) for v in target["verdicts"]]) for target in targets],
-        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed(runs),
+        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed(all_runs),
         columns=columns(),
         commands={view["command"] for view in views},
         data=Markup(text),

@@ -5,8 +5,10 @@ As SVG and PNG, from the tables of a run alone. Imports neither torch nor transf
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-__all__ = ["draw_sweep"]
+    from prunescope.results import Run
+
+__all__ = ["draw_sweep", "sweep_section"]
 
 KINDS = {"generative": ("#D55E00", "written", "o"), "choice": ("#0072B2", "chosen", "s")}
 _SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -60,6 +64,47 @@ def draw_sweep(
             figure = _foretells(correlations.to_pylist(), title)
             written += save(figure, folder / "foretells") if figure is not None else []
     return written
+
+
+def sweep_section(run: Run) -> dict[str, Any]:
+    """What the page shows of a sweep, finished or not. The pictures are drawn from its tables."""
+    table, info = run.table(), run.info
+    rows: Rows = table.to_pylist()
+    says = [row for row in rows if row["informative"]] or rows
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in says)]
+    images = []
+    with TemporaryDirectory(prefix="prunescope-") as folder:
+        for path in draw_sweep(table, run.table("metrics"), run.table("correlations"), info, Path(folder)):
+            if path.suffix == ".svg":
+                data = base64.b64encode(path.read_bytes()).decode("ascii")
+                images.append({"data": data, "alt": f"{short(info['config']['model'])}: {path.stem.replace('_', ' ')}"})
+    return {
+        "model": short(info["config"]["model"]),
+        "folder": run.folder.name,
+        "complete": info["complete"],
+        "done": len(info["points_done"]),
+        "asked": len(info["points_asked"]),
+        "kinds": kinds,
+        "left_out": list(dict.fromkeys(row["task"] for row in rows if not row["informative"])),
+        "rows": [_shown(point, [row for row in says if row["point"] == point], kinds) for point in _points(rows)],
+        "images": images,
+        "foretells": [
+            (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
+            for outcome, best in info["summary"]["foretells"].items()
+        ],
+    }
+
+
+def _points(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["point"] for row in rows))
+
+
+def _shown(point: str, rows: Rows, kinds: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"point": point, "removed": rows[0]["weights_removed"]}
+    for kind in kinds:
+        means = {column: _mean(_of_kind(rows, kind, False), column) for column in ("score", "kept")}
+        found[kind] = {column: "-" if mean is None else f"{mean[0]:.3f}" for column, mean in means.items()}
+    return found
 
 
 # --- picking rows ------------------------------------------------------------------------------------------------------
