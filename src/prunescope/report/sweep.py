@@ -67,19 +67,18 @@ def draw_sweep(
 
 
 def sweep_section(run: Run) -> dict[str, Any]:
-    """What the page shows of a sweep, finished or not. The pictures are drawn from its tables."""
-    table, info = run.table(), run.info
-    rows: Rows = table.to_pylist()
+    """What the page shows of a sweep, finished or not."""
+    info = run.info
+    rows: Rows = run.table().to_pylist()
     says = [row for row in rows if row["informative"]] or rows
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in says)]
-    images = []
-    with TemporaryDirectory(prefix="prunescope-") as folder:
-        for path in draw_sweep(table, run.table("metrics"), run.table("correlations"), info, Path(folder)):
-            if path.suffix == ".svg":
-                data = base64.b64encode(path.read_bytes()).decode("ascii")
-                images.append({"data": data, "alt": f"{short(info['config']['model'])}: {path.stem.replace('_', ' ')}"})
+    name = short(info["config"]["model"])
+    images = [
+        {"data": base64.b64encode(content).decode("ascii"), "alt": f"{name}: {stem.replace('_', ' ')}"}
+        for stem, content in _pictures(run).items()
+    ]
     return {
-        "model": short(info["config"]["model"]),
+        "model": name,
         "folder": run.folder.name,
         "complete": info["complete"],
         "done": len(info["points_done"]),
@@ -93,6 +92,17 @@ def sweep_section(run: Run) -> dict[str, Any]:
             for outcome, best in info["summary"]["foretells"].items()
         ],
     }
+
+
+def _pictures(run: Run) -> dict[str, bytes]:
+    """SVG by name: those of the run's folder, or drawn now where it was not finished."""
+    there = sorted((run.folder / "figures").glob("*.svg")) if run.info["complete"] else []
+    if there:
+        return {path.stem: path.read_bytes() for path in there}
+    with TemporaryDirectory(prefix="prunescope-") as folder:
+        tables = (run.table(), run.table("metrics"), run.table("correlations"))
+        drawn = draw_sweep(*tables, run.info, Path(folder))
+        return {path.stem: path.read_bytes() for path in drawn if path.suffix == ".svg"}
 
 
 def _points(rows: Rows) -> list[str]:
@@ -164,7 +174,7 @@ def _of_kind(rows: Rows, kind: str, only: bool) -> Rows:
 def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
     """Paper Fig. 1: mean score of what is written and of what is chosen; below, the share kept of what the dense model has above chance."""
     only = any(row["informative"] for row in rows)
-    figure = Figure(figsize=(1.2 + 2.6 * len(names), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(4.4, 1.2 + 2.6 * len(names)), 5.2), layout="constrained")
     grid = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
     for axes, name in zip(grid.T, names, strict=True):
         for kind, (colour, word, marker) in KINDS.items():
