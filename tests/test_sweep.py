@@ -423,6 +423,13 @@ def test_tables_of_a_sweep_whose_truth_is_known() -> None:
     assert row["kept"] == pytest.approx(1 - lost.mean() / 0.8)
     assert row["loss_ci_high"] - row["loss"] == pytest.approx(1.959964 * lost.std(ddof=1) / np.sqrt(40), rel=1e-5)
     assert found.summary["half_lost"]["attn"] == {"generative": "attn-003", "choice": None}
+    more = {row["point"]: row for row in found.summary["discrepancy"]}[
+        "attn-002"
+    ]  # of the one pair that says something
+    chosen = np.array([1.0] * 36 + [0.0] * 4) - np.array([1.0] * round(0.86 * 40) + [0.0] * (40 - round(0.86 * 40)))
+    each = lost / 0.8 - chosen / 0.65
+    assert more["choice_keeps_more"] == pytest.approx(each.mean()) and more["pairs"] == 1
+    assert more["ci95"][1] - each.mean() == pytest.approx(1.959964 * each.std(ddof=1) / np.sqrt(40), rel=1e-5)
     best = found.summary["foretells"]["all generative"][0]
     assert best["column"] in ("kl_dense_target", COUNTED) and best["spearman"] > 0.97
     assert not any(row["outcome"].startswith("lookup") for row in found.correlations.to_pylist())

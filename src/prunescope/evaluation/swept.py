@@ -64,7 +64,8 @@ def assemble(measured: Sequence[Measured]) -> Tables:
     metrics = pa.Table.from_pylist([row for point in measured for row in _metric_rows(point)], _METRICS)
     items = pa.concat_tables([_with_point(point) for point in measured], promote_options="permissive")
     correlations = pa.Table.from_pylist(_correlations(measured, rows), _CORRELATIONS)
-    return Tables(sweep, items, metrics, correlations, _summary(rows, correlations.to_pylist()))
+    summary = _summary(rows, correlations.to_pylist()) | {"discrepancy": _discrepancy(measured, informative)}
+    return Tables(sweep, items, metrics, correlations, summary)
 
 
 _SWEEP = pa.schema(
@@ -239,6 +240,34 @@ def _with_point(point: Measured) -> pa.Table:
     return table
 
 
+def _discrepancy(measured: Sequence[Measured], informative: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """By how much more choosing keeps than writing at each point, the paper's claim: share kept of what is above chance, over matched pairs.
+
+    The two ways of a pair answer the same items, so the difference is taken item by item; its interval is normal, with the dense
+    scores taken for exact and pairs for independent. Empty where no pair says something.
+    """
+    dense = measured[0]
+    scores = dense.info["scores"]
+    pairs = [parts[0] for task in scores if (parts := _pair(task)) and parts[1] == "gen"]
+    pairs = [p for p in pairs if f"{p}-mc" in scores and informative[f"{p}-gen"] and informative[f"{p}-mc"]]
+    found = []
+    for point in measured[1:] if pairs else []:
+        means, errors = [], []
+        for pair in pairs:
+            shares = []
+            for task in (f"{pair}-gen", f"{pair}-mc"):
+                ours, theirs = _by_item(dense.items, task), _by_item(point.items, task)
+                room = scores[task]["value"] - (scores[task]["chance"] or 0.0)
+                shares.append({item[0]: (ours[item] - theirs[item]) / room for item in ours})
+            more = np.array([shares[0][item] - shares[1][item] for item in shares[0]])
+            means.append(float(more.mean()))
+            errors.append(float(more.std(ddof=1)) / math.sqrt(len(more)) if len(more) > 1 else math.nan)
+        mean, half = sum(means) / len(means), _Z95 * math.sqrt(sum(e * e for e in errors)) / len(means)
+        interval = [mean - half, mean + half] if math.isfinite(half) else None
+        found.append(_id(point.info) | {"choice_keeps_more": mean, "ci95": interval, "pairs": len(pairs)})
+    return found
+
+
 # --- which metric foretells --------------------------------------------------------------------------------------------
 
 
@@ -373,6 +402,9 @@ def show(info: Mapping[str, Any], tables: Tables) -> None:
         count = len({row["task"] for row in says if row["kind"] == kind})
         shown.add_column(f"{kind}, mean\nof {count} tasks", justify="right")
         shown.add_column("share\nkept", justify="right")
+    more = {row["point"]: row for row in tables.summary["discrepancy"]}
+    if more:
+        shown.add_column("choice keeps\nmore by", justify="right")
     for point in dict.fromkeys(row["point"] for row in rows):
         cells = []
         for kind in kinds:
@@ -380,6 +412,8 @@ def show(info: Mapping[str, Any], tables: Tables) -> None:
             kept = [row["kept"] for row in mine if row["kept"] is not None]
             cells.append(f"{sum(row['score'] for row in mine) / len(mine):.3f}")
             cells.append(f"{sum(kept) / len(kept):.3f}" if kept else "-")
+        if more:
+            cells.append(_more(more.get(point)))
         removed = next(row[COUNTED] for row in rows if row["point"] == point)
         shown.add_row(point, f"{100 * removed:.1f} %", *cells)
     console.print(shown)
@@ -391,3 +425,10 @@ def show(info: Mapping[str, Any], tables: Tables) -> None:
     for outcome, best in tables.summary["foretells"].items():
         names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
         console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
+
+
+def _more(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    half = "" if row["ci95"] is None else f" \u00b1 {(row['ci95'][1] - row['ci95'][0]) / 2:.2f}"
+    return f"{row['choice_keeps_more']:+.2f}{half}"
