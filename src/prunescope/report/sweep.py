@@ -153,6 +153,8 @@ def _mean(rows: Rows, column: str) -> tuple[float, float, float] | None:
     if not known:
         return None
     mean = float(np.mean([row[column] for row in known]))
+    if len(known) == 1 and column == "score" and known[0]["ci_low"] is not None:
+        return mean, known[0]["ci_low"], known[0]["ci_high"]  # its own, which is not symmetric
     if column == "score":
         halves = [(_Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
     else:
