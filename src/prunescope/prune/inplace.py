@@ -99,14 +99,17 @@ def pruned_in_place(
     rows: list[dict[str, Any]] = []
     try:
         with TemporaryDirectory(prefix="prunescope-") as scratch, torch.no_grad(), _eager_experts(loaded, fused):
-            text = Text(resident, tokens, batch, memory, Path(scratch) / "calibration.bin")
+            # magnitude needs no text; only which way fused experts lie is seen when one runs
+            needed = method != "magnitude" or fused
+            text = Text(resident, tokens, batch, memory, Path(scratch) / "calibration.bin") if needed else None
             blocks = len(resident.blocks)
-            with progress(f"pruning ({method} {goal})", 2 * blocks * len(tokens)) as advance:
+            with progress(f"pruning ({method} {goal})", 2 * blocks * len(tokens) if needed else 0) as advance:
                 for layer in range(blocks):
                     rows += prune_block(resident, plan, layer, text, advance)["rows"]
-                    if layer < blocks - 1:
+                    if text is not None and layer < blocks - 1:
                         text.run(layer, keep=True, advance=advance)
-            text.close()
+            if text is not None:
+                text.close()
         yield sum(row["zeros"] for row in rows) / sum(row["outputs"] * row["inputs"] for row in rows)
     except FloatingPointError as error:
         raise UserError(f"{loaded.ref}: {error}; {overflow(loaded.dtype)}") from error
