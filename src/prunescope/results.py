@@ -78,8 +78,10 @@ class Run:
             ) from error
 
     def samples(self) -> list[dict[str, Any]]:
-        """Prompts and texts."""
+        """Prompts and texts; a sweep has none."""
         path = self.folder / "samples.jsonl"
+        if self.command == "sweep":
+            return []
         try:
             return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
