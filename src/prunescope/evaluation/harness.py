@@ -123,7 +123,7 @@ def _model(loaded: LoadedModel, batch_size: int) -> Any:
     """The harness's model around ours, with a tokenizer of its own, since it sets the padding token."""
     from lm_eval.models.huggingface import HFLM
 
-    class Shown(HFLM):  # type: ignore[misc, unused-ignore]
+    class Shown(HFLM):
         """Shows its progress bar, with time left, on a terminal only."""
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -151,7 +151,7 @@ def _load(
     if task.endswith(".jsonl"):
         return [_own_task(task, data, with_dataset)]
 
-    class Factory(TaskFactory):  # type: ignore[misc, unused-ignore]
+    class Factory(TaskFactory):
         def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
             _check_code(entry.name, entry.cfg or {}, allow_code_execution)
             if data is None or "class" in (entry.cfg or {}):
