@@ -71,9 +71,9 @@ def test_items_are_right_and_their_wrong_options_are_wrong(pair: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("dropped", ["", "attn=0;mlp=1", "attn=0-2"])
 def test_both_ways_of_answering_are_those_of_plain_transformers(family: str, dropped: str, tmp_path: Path) -> None:
-    """Against one uncached forward pass a sequence, in float64. Would catch a cache shared between items or options, wrong positions behind
+    """Against one uncached forward pass a sequence, float32. Would catch a cache shared between items or options, wrong positions behind
     the common prefix, an option's first or last token left out, and a batch that changes anything."""
-    loaded = load_model(tiny_folder(family, tmp_path / "m"), device="cpu", dtype="float64")
+    loaded = load_model(tiny_folder(family, tmp_path / "m"), device="cpu", dtype="float32")
     rng = random.Random(0)
     words = lambda n: [rng.randrange(4, 60) for _ in range(n)]  # noqa: E731
     head = words(5)
@@ -90,13 +90,13 @@ def test_both_ways_of_answering_are_those_of_plain_transformers(family: str, dro
                 log_p = loaded.model(ids, use_cache=False).logits[0].log_softmax(-1)
                 at = range(len(question.tokens) - 1, ids.shape[1] - 1)
                 expected = sum(float(log_p[i, ids[0, i + 1]]) for i in at)
-                assert value == pytest.approx(expected, abs=1e-5)  # norms compute in float32
+                assert value == pytest.approx(expected, abs=2e-4)
             written: list[int] = []
             while len(written) < 4 and (not written or written[-1] >= 20):
                 ids = torch.tensor([question.tokens + written])
                 written.append(int(loaded.model(ids, use_cache=False).logits[0, -1].argmax()))
             assert found[0][number].written == written == found[1][number].written
-            assert found[0][number].scores == pytest.approx(found[1][number].scores, abs=1e-6)
+            assert found[0][number].scores == pytest.approx(found[1][number].scores, abs=2e-4)
 
 
 def test_quick_tasks_on_the_real_model(smollm2: LoadedModel) -> None:
@@ -318,7 +318,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         (["m", "--data", "/nowhere"], "--data /nowhere: no such folder"),
         (["drop:attn=1", "m"], "the first model is the dense one"),
         (["m", "drop:attn"], "cannot read 'attn'"),
-        ([], "evaluate needs a model"),
+        ([], "the following arguments are required: models"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(

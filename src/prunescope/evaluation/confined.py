@@ -50,7 +50,7 @@ def limits(cpu_seconds: int, memory: int) -> None:
 def namespace() -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     user, net = 0x10000000, 0x40000000
-    return libc.unshare(net if os.geteuid() == 0 else user | net) == 0
+    return bool(libc.unshare(net if os.geteuid() == 0 else user | net) == 0)
 
 
 def nobody() -> bool:
@@ -94,12 +94,12 @@ def seccomp() -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0) != 0:  # no new privileges
         return False
-    return libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(whole)), 0, 0) == 0
+    return bool(libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(whole)), 0, 0) == 0)
 
 
 _REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.remove", "os.rename", "os.rmdir",
-    "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.startfile", "os.putenv", "os.chflags", "shutil.",
+    "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.startfile", "os.chflags", "shutil.",
     "ctypes.", "signal.pthread_kill", "pty.", "mmap.", "tempfile.", "sqlite3.", "_thread.start", "resource.",
 )  # fmt: skip
 

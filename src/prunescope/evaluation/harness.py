@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +40,7 @@ def check_tasks(tasks: Sequence[str], data: Path | None, allow_code_execution: b
             continue
         entry = _manager().task_index.get(task)
         if entry is None:
-            close = [name for name in _manager().all_tasks if name.startswith(task[:4])][:5]
+            close = get_close_matches(task, _manager().all_tasks, 4)
             hint = f"; near it are {', '.join(close)}" if close else ""
             raise UserError(f"--tasks {task}: neither a quick task nor one of lm-evaluation-harness{hint}")
         _check_code(task, entry.cfg or {}, allow_code_execution)

@@ -54,14 +54,17 @@ def remarks(info: Mapping[str, Any]) -> list[str]:
 def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None) -> None:
     """Every model on every task, and its difference from the first model."""
     console = console or Console()
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in _HEADINGS[4:]:
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-    for row in score_rows(info):
+    rows = score_rows(info)
+    for number, row in enumerate(rows):
         if row[0]:
-            table.add_row(Text(f"{row[0]} ({', '.join(row[1:3])}, n = {row[3]})", style="bold"))
-        table.add_row(*map(Text, row[4:]))
-    console.print(table)
+            end = next((i for i in range(number + 1, len(rows)) if rows[i][0]), len(rows))
+            console.print(Text(f"{row[0]} ({', '.join(row[1:3])}, n = {row[3]})", style="bold"))
+            table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+            for heading in _HEADINGS[4:]:
+                table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+            for each in rows[number:end]:
+                table.add_row(*map(Text, each[4:]))
+            console.print(table)
     for line in remarks(info):
         console.print(Text(line, style="bold"))
 
