@@ -24,6 +24,7 @@ def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
         "DemoResult",
         "DropResult",
+        "EvaluateResult",
         "GenerateResult",
         "LayerwiseResult",
         "McqResult",
@@ -33,6 +34,7 @@ def test_the_public_surface_is_pinned() -> None:
         "UserError",
         "demo",
         "drop",
+        "evaluate",
         "generate",
         "layerwise",
         "load",
@@ -42,7 +44,7 @@ def test_the_public_surface_is_pinned() -> None:
         "sparsify",
         "sweep",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "sweep", "report"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "evaluate", "sweep", "report"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 

@@ -9,6 +9,7 @@ import prunescope.report  # noqa: F401 (the package first, so that the function 
 from prunescope.commands import (
     DemoResult,
     DropResult,
+    EvaluateResult,
     GenerateResult,
     LayerwiseResult,
     McqResult,
@@ -16,6 +17,7 @@ from prunescope.commands import (
     SweepResult,
     demo,
     drop,
+    evaluate,
     generate,
     layerwise,
     load,
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DemoResult",
     "DropResult",
+    "EvaluateResult",
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
@@ -41,6 +44,7 @@ __all__ = [
     "UserError",
     "demo",
     "drop",
+    "evaluate",
     "generate",
     "layerwise",
     "load",

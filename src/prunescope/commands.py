@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DemoResult",
     "DropResult",
+    "EvaluateResult",
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
@@ -31,6 +32,7 @@ __all__ = [
     "SweepResult",
     "demo",
     "drop",
+    "evaluate",
     "generate",
     "layerwise",
     "load",
@@ -142,6 +144,42 @@ class McqResult:
         from prunescope.report.options import draw_mcq
 
         results.write_run(staging, self.info, self._table, self._samples, draw_mcq)
+
+
+@dataclass
+class EvaluateResult:
+    """What `evaluate` found; the same as its run folder holds. ``harness`` is what lm-evaluation-harness itself returned, by task."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    harness: dict[str, Any] = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per model, task and item: score, what was answered, what is right."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Model -> task -> metric, kind, value, stderr, ci95, n, chance. Differences from the first model are in ``info["paired"]``."""
+        return dict(self.info["summary"])
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.report.scores import summary_page
+
+        if self.harness:
+            from prunescope.evaluation.job import write_harness
+
+            labels = list(self.summary)
+            for name, found in self.harness.items():
+                write_harness(staging / "harness", name, labels[int(name.partition("-")[0])], found)
+        (staging / "summary.md").write_text(summary_page(self.info), "utf-8")
+        results.write_run(staging, self.info, self._table, [], lambda *_: None)
 
 
 @dataclass
@@ -725,6 +763,57 @@ def mcq(
     from prunescope.compare.job import run_mcq
 
     result = run_mcq(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def evaluate(
+    models: list[str],
+    *,
+    tasks: str = "quick",
+    out: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    max_new_tokens: int | None = None,
+    data: str | None = None,
+    allow_code_execution: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> EvaluateResult:
+    """Score models on tasks, the built-in quick ones or those of lm-evaluation-harness, and compare each with the first, item by item.
+
+    Args:
+        models: the dense model, then any others; drop:attn=3,5;mlp=7 drops from the first
+        tasks: names with commas between them: quick, quick-gen, quick-mc or a quick task; any task of lm-evaluation-harness (gsm8k, mmlu, ...); a .jsonl file with question and answer, and choices if any
+        out: run folder to write
+        limit: take only the first so many items of each task; a quick task has 100
+        shots: solved examples before each item; left out, the task's own number
+        max_new_tokens: tokens that a generative task of the harness may write at most; left out, the task's own number
+        data: folder of local files for the harness's tasks; left out, they come from the Hugging Face hub
+        allow_code_execution: run programs that the models write (humaneval, mbpp), in a sandbox
+        seed: of the quick tasks' items, of the harness's choice of shots, and of bootstraps
+        batch_size: items at a time
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the first model)
+        trust_remote_code: run code that comes with a model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.evaluation.job import run_evaluate
+
+    result = run_evaluate(config)
     if out is not None:
         _say(f"written: {out}")
     return result

@@ -37,6 +37,7 @@ TABLES = {
     "layerwise": "layerwise.parquet",
     "generate": "generation.parquet",
     "mcq": "mcq.parquet",
+    "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
 }
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these

