@@ -24,6 +24,7 @@ def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
         "DemoResult",
         "DropResult",
+        "EvaluateResult",
         "GenerateResult",
         "LayerwiseResult",
         "McqResult",
@@ -32,6 +33,7 @@ def test_the_public_surface_is_pinned() -> None:
         "UserError",
         "demo",
         "drop",
+        "evaluate",
         "generate",
         "layerwise",
         "load",
@@ -40,7 +42,7 @@ def test_the_public_surface_is_pinned() -> None:
         "report",
         "sparsify",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "report"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "evaluate", "report"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 
