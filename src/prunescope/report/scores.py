@@ -58,11 +58,13 @@ def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None
     for model, number in numbers.items():
         console.print(Text(f"{number}: {model}"))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("task", "", *_HEADINGS[5:]):
-        table.add_column(heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task")
+    for heading in ("task", "", "score", "95 %", "change (95 %)", "lost", "won", "p"):
+        table.add_column(
+            heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task", overflow="fold"
+        )
     for row in score_rows(info):
-        name = f"{row[0]} ({row[2]}, n = {row[3]})" if row[0] else ""
-        table.add_row(*map(Text, (name, numbers[row[4]], *row[5:])))
+        change = f"{row[7]} ({row[8]})" if row[8] else row[7]
+        table.add_row(*map(Text, (row[0], numbers[row[4]], *row[5:7], change, *row[9:])))
     console.print(table)
     for line in remarks(info):
         console.print(Text(line, style="bold"))
