@@ -305,7 +305,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert prunescope.evaluate(models, out=str(tmp_path / "run"), resume=True, **arguments).table().equals(run.table())
     with pytest.raises(UserError, match="other models, tasks or options"):
         prunescope.evaluate(models, out=str(tmp_path / "run"), resume=True, **arguments | {"seed": 1})
-    assert "arithmetic-gen (generative, exact_match, n = 4)" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "2: drop:mlp=14" in shown and max(map(len, shown.splitlines())) <= 80 and "..." not in shown
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def expand(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The folders, with a folder of the demo replaced by the runs and checkpoints in it."""
     found: list[Path] = []
     for folder in map(Path, folders):
-        inside = sorted(folder.iterdir()) if (folder / "demo.json").is_file() else [folder]
+        inside = [folder]
+        if (folder / "demo.json").is_file():  # its scores of tasks are not on the page
+            inside = sorted(path for path in folder.iterdir() if path.name != "evaluate")
         found += [p for p in inside if p == folder or any((p / n).is_file() for n in ("run.json", "prunescope.json"))]
     unique = list(dict.fromkeys(found))
     if not unique:

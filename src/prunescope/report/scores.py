@@ -12,7 +12,7 @@ from rich.text import Text
 
 __all__ = ["score_rows", "show_scores_of_tasks", "summary_page"]
 
-_HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "difference", "95 % of it", "lost", "won", "p")
+_HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "change", "95 % of it", "lost", "won", "p")
 
 
 def score_rows(info: Mapping[str, Any]) -> list[list[str]]:
@@ -52,19 +52,20 @@ def remarks(info: Mapping[str, Any]) -> list[str]:
 
 
 def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None) -> None:
-    """Every model on every task, and its difference from the first model."""
+    """Every model on every task, and its difference from the first model. Models are numbered: their names may be long."""
     console = console or Console()
-    rows = score_rows(info)
-    for number, row in enumerate(rows):
-        if row[0]:
-            end = next((i for i in range(number + 1, len(rows)) if rows[i][0]), len(rows))
-            console.print(Text(f"{row[0]} ({', '.join(row[1:3])}, n = {row[3]})", style="bold"))
-            table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-            for heading in _HEADINGS[4:]:
-                table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-            for each in rows[number:end]:
-                table.add_row(*map(Text, each[4:]))
-            console.print(table)
+    numbers = {model: str(number) for number, model in enumerate(info["summary"], 1)}
+    for model, number in numbers.items():
+        console.print(Text(f"{number}: {model}"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("task", "", "score", "95 %", "change (95 %)", "lost", "won", "p"):
+        table.add_column(
+            heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task", overflow="fold"
+        )
+    for row in score_rows(info):
+        change = f"{row[7]} ({row[8]})" if row[8] else row[7]
+        table.add_row(*map(Text, (row[0], numbers[row[4]], *row[5:7], change, *row[9:])))
+    console.print(table)
     for line in remarks(info):
         console.print(Text(line, style="bold"))
 
@@ -74,7 +75,7 @@ def summary_page(info: Mapping[str, Any]) -> str:
     lines = ["# Scores", "", "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in score_rows(info)]
     lines += ["", *(f"- {line}" for line in remarks(info))] if remarks(info) else []
-    lines += ["", "Differences are model minus first model on the same items; lost and won are items that turned wrong"]
+    lines += ["", "Changes are model minus first model on the same items; lost and won are items that turned wrong"]
     lines += ["and right; p is McNemar's exact test, not corrected for the number of tasks."]
     return "\n".join(lines) + "\n"
 
