@@ -67,7 +67,7 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
         run = results.open_run(folder)
-        if run.command not in _VIEWS:
+        if run.command not in (*_VIEWS, "sweep"):
             raise UserError(f"{folder} is a run of {run.command}, which the page does not show; leave it out")
         return run
     try:
