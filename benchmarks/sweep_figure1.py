@@ -3,7 +3,7 @@
     python benchmarks/sweep_figure1.py --out runs/figure1 --limit 100
     python benchmarks/sweep_figure1.py --out runs/figure1 --draw      # draw again, from the tables
 
-Needs no data, no network and no lm-evaluation-harness. Where matplotlib is missing the tables are written without figures; draw them elsewhere.
+Needs no data, no network and no lm-evaluation-harness; prunescope must be installed, if only by `pip install --no-deps --no-build-isolation -e .`. Where matplotlib is missing the tables are written without figures; draw them elsewhere.
 `--resume` goes on after an interruption. What a run of it showed is in docs/sweep.md.
 """
 
