@@ -305,6 +305,8 @@ def test_a_killed_sweep_is_readable_and_goes_on(chars: Path, undisturbed: result
     process.wait()
     done = len(list(partial.glob("part-*.parquet")))
     assert 3 <= done < len(NAMES) and not out.exists()
+    with pytest.raises(prunescope.UserError, match=r"out\.partial"):
+        prunescope.open(out)
     half = prunescope.open(partial)
     assert half.info["complete"] is False and 1 <= len(set(half.table()["point"].to_pylist())) <= done
     prunescope.report([str(partial)], out=str(tmp_path / "half.html"))

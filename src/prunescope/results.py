@@ -95,6 +95,11 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     """Open a run folder. Raises UserError if it is missing, half-written, damaged or of a newer schema."""
     path = Path(folder)
     if not path.is_dir():
+        partial = path.with_name(path.name + ".partial")
+        if (partial / "run.json").is_file():
+            raise UserError(
+                f"{path} is not finished; continue it with --resume, or give {partial} for what is there already"
+            )
         raise UserError(f"{path}: no such run folder; give the --out folder of a finished run")
     unfinished = path.name.endswith(".partial")
     if not (path / "run.json").is_file():
