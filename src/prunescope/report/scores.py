@@ -57,14 +57,15 @@ def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None
     numbers = {model: str(number) for number, model in enumerate(info["summary"], 1)}
     for model, number in numbers.items():
         console.print(Text(f"{number}: {model}"))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("task", "", "score", "95 %", "change (95 %)", "lost", "won", "p"):
         table.add_column(
             heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task", overflow="fold"
         )
     for row in score_rows(info):
         change = f"{row[7]} ({row[8]})" if row[8] else row[7]
-        table.add_row(*map(Text, (row[0], numbers[row[4]], *row[5:7], change, *row[9:])))
+        cells = (row[0], numbers[row[4]], *row[5:7], change, *row[9:])
+        table.add_row(*(Text(cell.replace(" .. ", "..")) for cell in cells))
     console.print(table)
     for line in remarks(info):
         console.print(Text(line, style="bold"))
