@@ -187,7 +187,7 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
             _band(axes[0], _line(mine, name, by), "score", colour, marker, f"{word} (mean of {len(dense)} tasks)")
             _references(axes[0], dense, colour)
             _band(axes[1], _line(mine, name, by), "kept", colour, marker, word)
-            for x, pattern, there in _patterns(mine, name):
+            for number, (x, pattern, there) in enumerate(_patterns(mine, name)):
                 for axis, column in zip(axes, ("score", "kept"), strict=True):
                     if (found := _mean(there, column)) is not None:
                         axis.errorbar(
@@ -198,7 +198,9 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
                             color=colour,
                             markersize=8,
                         )
-                        axis.annotate(pattern, (x, found[0]), (5, 3), textcoords="offset points", fontsize=6.5)
+                        axis.annotate(
+                            pattern, (x, found[0]), (-6, 0) if number % 2 else (6, 0), textcoords="offset points", fontsize=6.5, va="center", ha="right" if number % 2 else "left"
+                        )  # fmt: skip
         axes[0].set_title(_NAMES.get(name, name))
         axes[1].axhline(1, color=FLOOR, linewidth=0.7, linestyle="--")
         axes[1].axhline(0, color=FLOOR, linewidth=0.7, linestyle=":")
