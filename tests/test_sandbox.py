@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import sys
 import time
@@ -91,3 +93,13 @@ def test_honest_programs_pass_and_the_run_goes_on() -> None:
     assert not run_program(bad, seconds=2, cpu_seconds=1).passed
     assert run_program("import numpy as np\nassert np.arange(4).sum() == 6").passed
     assert run_program(good + "\nassert f(1) == 2").passed
+
+
+def test_reference_solutions_pass_and_without_their_bodies_fail(shared_data: Path) -> None:
+    """Every sixteenth problem of HumanEval. Would catch a layer that stops what honest solutions need."""
+    with gzip.open(shared_data / "humaneval.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][::16]
+    for row in rows:
+        tests = f"{row['test']}\ncheck({row['entry_point']})"
+        assert run_program(f"{row['prompt']}{row['canonical_solution']}\n{tests}").passed, row["task_id"]
+        assert not run_program(f"{row['prompt']}    pass\n{tests}").passed, row["task_id"]
