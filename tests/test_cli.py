@@ -24,15 +24,18 @@ def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
         "DemoResult",
         "DropResult",
+        "EvaluateResult",
         "GenerateResult",
         "LayerwiseResult",
         "McqResult",
         "RetrieveResult",
         "Run",
         "SparsifyResult",
+        "SweepResult",
         "UserError",
         "demo",
         "drop",
+        "evaluate",
         "generate",
         "layerwise",
         "load",
@@ -41,8 +44,11 @@ def test_the_public_surface_is_pinned() -> None:
         "report",
         "retrieve",
         "sparsify",
+        "sweep",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "retrieve", "report"]
+    assert list(COMMANDS) == [
+        *("demo", "drop", "sparsify", "layerwise", "generate", "mcq", "retrieve", "evaluate", "sweep", "report"),
+    ]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 

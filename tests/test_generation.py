@@ -19,7 +19,7 @@ from prunescope.compare import generation
 from prunescope.compare.generation import GenerationRows, final_head, generation_rows
 from prunescope.compare.layerwise import FLOOR_COLUMNS, encode
 from prunescope.compare.metrics import COLUMNS, compare_hidden, compare_logits, space_of
-from prunescope.compare.summary import by_confidence, divergence_parts, wilson
+from prunescope.compare.summary import by_confidence, divergence_parts
 from prunescope.compare.texts import (
     degeneration,
     distinct,
@@ -35,6 +35,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws
 from prunescope.models.loading import LoadedModel, load_model
 from prunescope.models.streams import final_states
+from prunescope.proportions import wilson
 from test_layerwise import in_dtype, relative_errors, rows_of
 
 EIGHT = DropSpec(attn=(1, 4, 9, 12, 15, 18, 22, 26))

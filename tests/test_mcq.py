@@ -23,11 +23,12 @@ from families import VOCAB, tiny_model
 from prunescope.cli import main
 from prunescope.compare.layerwise import FLOOR_COLUMNS
 from prunescope.compare.mcq import ask, mcq_rows
-from prunescope.compare.summary import calibration, mcnemar, mcq_summary
+from prunescope.compare.summary import calibration, mcq_summary
 from prunescope.data.questions import Question, cue_prompt, option_strings, question_text, read_questions
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel, load_model
+from prunescope.proportions import mcnemar
 
 SPEC = DropSpec(attn=(6, 13, 20), mlp=(22,))
 BIOLOGY = "high_school_biology"

@@ -9,13 +9,16 @@ import prunescope.report  # noqa: F401 (the package first, so that the function 
 from prunescope.commands import (
     DemoResult,
     DropResult,
+    EvaluateResult,
     GenerateResult,
     LayerwiseResult,
     McqResult,
     RetrieveResult,
     SparsifyResult,
+    SweepResult,
     demo,
     drop,
+    evaluate,
     generate,
     layerwise,
     load,
@@ -23,6 +26,7 @@ from prunescope.commands import (
     report,
     retrieve,
     sparsify,
+    sweep,
 )
 from prunescope.errors import UserError
 from prunescope.results import Run
@@ -32,15 +36,18 @@ __version__ = "0.1.0"
 __all__ = [
     "DemoResult",
     "DropResult",
+    "EvaluateResult",
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
     "RetrieveResult",
     "Run",
     "SparsifyResult",
+    "SweepResult",
     "UserError",
     "demo",
     "drop",
+    "evaluate",
     "generate",
     "layerwise",
     "load",
@@ -49,4 +56,5 @@ __all__ = [
     "report",
     "retrieve",
     "sparsify",
+    "sweep",
 ]

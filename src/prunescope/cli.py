@@ -22,6 +22,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": commands.generate,
     "mcq": commands.mcq,
     "retrieve": commands.retrieve,
+    "evaluate": commands.evaluate,
+    "sweep": commands.sweep,
     "report": commands.report,
 }
 

@@ -17,19 +17,23 @@ from prunescope.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from prunescope.evaluation.swept import Tables
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loading import LoadedModel
 
 __all__ = [
     "DemoResult",
     "DropResult",
+    "EvaluateResult",
     "GenerateResult",
     "LayerwiseResult",
     "McqResult",
     "RetrieveResult",
     "SparsifyResult",
+    "SweepResult",
     "demo",
     "drop",
+    "evaluate",
     "generate",
     "layerwise",
     "load",
@@ -37,6 +41,7 @@ __all__ = [
     "report",
     "retrieve",
     "sparsify",
+    "sweep",
 ]
 
 _StrPath = str | os.PathLike[str]
@@ -178,6 +183,88 @@ class RetrieveResult:
 
         write_rankings(staging, self.rankings)
         results.write_run(staging, self.info, self._table, self._samples, draw_retrieval)
+
+
+@dataclass
+class EvaluateResult:
+    """What `evaluate` found; the same as its run folder holds. ``harness`` is what lm-evaluation-harness itself returned, by task."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+    harness: dict[str, Any] = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per model, task and item: score, what was answered, what is right."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Model -> task -> metric, kind, value, stderr, ci95, n, chance. Differences from the first model are in ``info["paired"]``."""
+        return dict(self.info["summary"])
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.report.scores import summary_page
+
+        if self.harness:
+            from prunescope.evaluation.job import write_harness
+
+            labels = list(self.summary)
+            for name, found in self.harness.items():
+                write_harness(staging / "harness", name, labels[int(name.partition("-")[0])], found)
+        (staging / "summary.md").write_text(summary_page(self.info), "utf-8")
+        results.write_run(staging, self.info, self._table, [], lambda *_: None)
+
+
+@dataclass
+class SweepResult:
+    """What `sweep` measured; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _tables: Tables = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per point and task: score, interval, chance, what was lost against the dense model."""
+        return self._tables.sweep
+
+    def items(self) -> pa.Table:
+        """A row per point, task and item: score, prediction, gold."""
+        return self._tables.items
+
+    def metrics(self) -> pa.Table:
+        """A row per point and column of h, z and p: the mean over the steps of the dense model's texts."""
+        return self._tables.metrics
+
+    def correlations(self) -> pa.Table:
+        """A row per outcome and column: rank correlation of the column's mean with what was lost, over points."""
+        return self._tables.correlations
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Dense scores, the points at which half was lost, the columns that foretell best."""
+        return dict(self.info["summary"])
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder, figures included. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        from prunescope.evaluation.swept import write_tables
+        from prunescope.report.sweep import draw_sweep
+
+        (staging / "figures").mkdir(exist_ok=True)
+        tables = self._tables
+        draw_sweep(tables.sweep, tables.metrics, tables.correlations, self.info, staging / "figures")
+        write_tables(staging, self.info, tables)
+        for path in staging.glob("part-*"):
+            path.unlink()
 
 
 @dataclass
@@ -776,6 +863,136 @@ def retrieve(
     from prunescope.evaluation.retrieval_job import run_retrieve
 
     result = run_retrieve(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def evaluate(
+    models: list[str],
+    *,
+    tasks: str = "quick",
+    out: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    max_new_tokens: int | None = None,
+    data: str | None = None,
+    allow_code_execution: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> EvaluateResult:
+    """Score models on tasks, the built-in quick ones or those of lm-evaluation-harness, and compare each with the first, item by item.
+
+    Args:
+        models: the dense model, then any others; drop:attn=3,5;mlp=7 drops from the first
+        tasks: names with commas between them: quick, quick-gen, quick-mc or a quick task; any task of lm-evaluation-harness (gsm8k, mmlu, ...); a .jsonl file with question and answer, and choices if any
+        out: run folder to write
+        limit: take only the first so many items of each task; a quick task has 100
+        shots: solved examples before each item; left out, the task's own number
+        max_new_tokens: tokens that a generative task of the harness may write at most; left out, the task's own number
+        data: folder of local files for the harness's tasks; left out, they come from the Hugging Face hub
+        allow_code_execution: run programs that the models write (humaneval, mbpp), in a sandbox
+        seed: of the quick tasks' items, of the harness's choice of shots, and of bootstraps
+        batch_size: items at a time
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the first model)
+        trust_remote_code: run code that comes with a model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    from prunescope.evaluation.job import run_evaluate
+
+    result = run_evaluate(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def sweep(
+    model: str,
+    *,
+    out: str | None = None,
+    target: str | None = None,
+    n: str | None = None,
+    method: str | None = None,
+    sparsity: str | None = None,
+    pattern: str | None = None,
+    tasks: str = "quick",
+    limit: int | None = None,
+    shots: int | None = None,
+    data: str | None = None,
+    allow_code_execution: bool = False,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    metric_temperature: float = 1.0,
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    workers: int = 1,
+    ray_address: str | None = None,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SweepResult:
+    """Task scores against the number of dropped sublayers, or against sparsity, with h, z and p of the same points.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        out: run folder to write; a point is kept there as soon as it is measured
+        target: what to drop, with commas between: attn, mlp, block, all; attn,mlp,block if nothing else is asked for
+        n: how many, such as 0..12, 0..12..4 or 1,2,8; left out, 0..12
+        method: how to prune weights, with commas between: magnitude, wanda, sparsegpt (the default)
+        sparsity: shares of weights to prune, such as 0.3..0.7 (in steps of 0.1) or 0.5,0.6
+        pattern: N:M patterns to prune to, such as 2:4,4:8
+        tasks: names with commas between; quick are the built-in pairs, quick-gen and quick-mc one half of them
+        limit: items of each task
+        shots: solved examples before each item; left out, the task's own number
+        data: folder of local task files
+        allow_code_execution: run what the model writes, for tasks that need it
+        prompts: on what to compare h, z and p: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each of these prompts into the model's chat template
+        max_new_tokens: decoding steps at most that are compared on a prompt
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
+        batch_size: items at a time
+        workers: processes that share the points through Ray, each with a GPU where there are any
+        ray_address: of a running Ray cluster (auto finds one); left out, one is started here for more than one worker
+        seed: of tasks, calibration and bootstrap
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep drop scores and self-sampled text for the next call
+        resume: continue an interrupted sweep, or add points to a finished one
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals()) | {"model": str(model)}
+    from prunescope.evaluation.sweep import run_sweep
+
+    result = run_sweep(config)
     if out is not None:
         _say(f"written: {out}")
     return result

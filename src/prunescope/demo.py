@@ -16,6 +16,7 @@ from prunescope.report.tables import worst_layers
 __all__ = ["run_demo"]
 
 _DROPPED = 8
+_ITEMS = 20  # of each quick task
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
@@ -31,8 +32,8 @@ def run_demo(
     """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
 
     Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` and ``out/layerwise-final-norm``, ``out/generate-...`` and ``out/mcq-...`` of both (runs with
-    figures), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
-    Without ``questions`` there are no mcq runs: a tokenizer that has no letters cannot answer.
+    figures), ``out/evaluate`` (the quick tasks), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
+    Without ``questions`` there are no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
     results.check_free(out, overwrite=overwrite)
     dense = load_model(model)
@@ -51,6 +52,8 @@ def run_demo(
         (staging / "layerwise-final-norm").mkdir()
         normed._write(staging / "layerwise-final-norm")
         compared = _compare(dense, drops, staging, max_new_tokens, questions)
+        if questions:
+            _evaluate(dense, drops, staging)
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
@@ -90,6 +93,14 @@ def _compare(
             result._write(staging / name)
             written.append(name)
     return written
+
+
+def _evaluate(dense: LoadedModel, drops: dict[str, commands.DropResult], staging: Path) -> None:
+    """The quick tasks, dense and with both drops."""
+    targets = [f"drop:{drop.spec}" for drop in drops.values()]
+    found = commands.evaluate([dense, *targets], tasks="quick", limit=_ITEMS, batch_size=_ITEMS)  # type: ignore[list-item]
+    (staging / "evaluate").mkdir()
+    found._write(staging / "evaluate")
 
 
 def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> list[str]:

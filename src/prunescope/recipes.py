@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,30 @@ from prunescope.progress import console
 
 __all__ = ["Recipe", "read_recipe", "run_recipe", "write_page"]
 
-_COMMANDS = {name: getattr(commands, name) for name in ("drop", "sparsify", "layerwise", "generate", "mcq")}
+_COMMANDS = {name: getattr(commands, name) for name in ("drop", "sparsify", "layerwise", "generate", "mcq", "sweep")}
 _SHOWN_TEXTS = 3
+NOT_AT_HAND = "not at hand"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper prints: its models, its tasks, and those values that are at hand, in percent, each with where it was read.
+
+    A value is ``{model, point, task, value, source}``; what is not listed is shown as not at hand. None is ever filled in by us.
+    """
+
+    models: list[str] = field(default_factory=list)
+    tasks: str = ""
+    note: str = ""
+    values: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file; ``show`` names figures as ``step/figure``, ``combine`` overlays generate runs, ``texts`` puts their texts side by side."""
+    """A recipe file; ``show`` names figures as ``step/figure``, ``combine`` overlays generate runs, ``texts`` puts their texts side by side.
+
+    ``tasks`` stands where a step says ``$tasks``. ``scores`` names a sweep whose scores are shown beside those that ``paper`` prints.
+    """
 
     figure: str
     title: str
@@ -41,13 +58,21 @@ class Recipe:
     note: str = ""
     combine: dict[str, list[str]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    tasks: str = "quick"
+    scores: str = ""
+    paper: Published | None = None
 
 
-def read_recipe(path: str | os.PathLike[str], model: str | None = None) -> Recipe:
-    """Read a recipe; ``model`` replaces its own. Raises UserError if it is not one."""
+def read_recipe(path: str | os.PathLike[str], model: str | None = None, tasks: str | None = None) -> Recipe:
+    """Read a recipe; ``model`` and ``tasks`` replace its own. Raises UserError if it is not one."""
     try:
         content = yaml.safe_load(Path(path).read_text("utf-8"))
         recipe = Recipe(**content)
+        if recipe.paper is not None:
+            paper = Published(**content["paper"])
+            if any(not {"model", "point", "task", "value", "source"} <= set(value) for value in paper.values):
+                raise TypeError("a value of the paper needs model, point, task, value and source")
+            recipe = replace(recipe, paper=paper)
     except (OSError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no recipe: {str(error).splitlines()[0]}") from error
     for name, step in recipe.steps.items():
@@ -57,11 +82,12 @@ def read_recipe(path: str | os.PathLike[str], model: str | None = None) -> Recip
     for used in [
         *(shown.split("/")[0] for shown in recipe.show),
         *recipe.texts,
+        *filter(None, [recipe.scores]),
         *(n for v in recipe.combine.values() for n in v),
     ]:
         if used not in known:
             raise UserError(f"{path} shows {used!r}, which is none of its steps")
-    return recipe if model is None else Recipe(**{**recipe.__dict__, "model": model})
+    return replace(recipe, model=model or recipe.model, tasks=tasks or recipe.tasks)
 
 
 def run_recipe(recipe: Recipe, root: Path) -> dict[str, Path]:
@@ -89,6 +115,8 @@ def run_recipe(recipe: Recipe, root: Path) -> dict[str, Path]:
 def _resolved(value: Any, recipe: Recipe, folders: Mapping[str, Path], step: str) -> Any:
     if value == "$model":
         return recipe.model
+    if value == "$tasks":
+        return recipe.tasks
     if isinstance(value, str) and value.startswith("@"):
         if value[1:] not in folders:
             raise UserError(f"{recipe.figure}: step {step} stands on {value[1:]!r}, which is no step before it")
@@ -118,7 +146,10 @@ def write_page(done: Sequence[tuple[Recipe, Mapping[str, Path]]], root: Path) ->
             shutil.copyfile(source, root / "figures" / copy)
             images.append({"file": f"figures/{copy}", "name": name.replace("_", " ")})
         config = [f"{name}: {step}" for name, step in recipe.steps.items()]
-        sections.append({"recipe": recipe, "images": images, "texts": _texts(recipe, folders), "steps": config})
+        sections.append(
+            {"recipe": recipe, "images": images, "texts": _texts(recipe, folders), "steps": config}
+            | {"scores": _scores(recipe, folders)}
+        )
     template = (files("prunescope.report") / "recipes.html.jinja").read_text("utf-8")
     page = Environment(autoescape=True).from_string(template).render(sections=sections)
     path = root / "index.html"
@@ -141,3 +172,26 @@ def _texts(recipe: Recipe, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
         }
         for i in sorted(order)
     ]
+
+
+def _scores(recipe: Recipe, folders: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Scores of a sweep in percent, a row a point and task, beside what the paper prints for each of its models; then what only it has."""
+    if not recipe.scores:
+        return []
+    paper = recipe.paper or Published()
+    printed = {(v["point"], v["task"], v["model"]): v for v in paper.values}
+    rows = []
+    for row in results.open_run(folders[recipe.scores]).table().to_pylist():
+        ours = f"{100 * row['score']:.1f}"
+        if row["ci_low"] is not None:
+            ours += f" ({100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f})"
+        theirs = [printed.pop((row["point"], row["task"], model), None) for model in paper.models]
+        rows.append({"point": row["point"], "task": row["task"], "ours": ours, "paper": _printed(paper.models, theirs)})
+    for (point, task, model), value in printed.items():
+        rows.append({"point": point, "task": task, "ours": "not run", "paper": _printed([model], [value])})
+    return rows
+
+
+def _printed(models: Sequence[str], values: Sequence[Mapping[str, Any] | None]) -> str:
+    known = [f"{m}: {v['value']} ({v['source']})" for m, v in zip(models, values, strict=True) if v is not None]
+    return "; ".join(known) or NOT_AT_HAND

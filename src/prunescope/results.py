@@ -38,6 +38,8 @@ TABLES = {
     "generate": "generation.parquet",
     "mcq": "mcq.parquet",
     "retrieve": "retrieval.parquet",
+    "evaluate": "items.parquet",
+    "sweep": "sweep.parquet",
 }
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
@@ -65,11 +67,11 @@ class Run:
         """Per deviation column: the largest value that the dense model gives against itself."""
         return dict(self.info.get("noise_floor", {}).get("floor", {}))
 
-    def table(self) -> pa.Table:
-        """The rows of the run."""
+    def table(self, name: str | None = None) -> pa.Table:
+        """The rows of the run; or, of a run with several tables, those of ``NAME.parquet``."""
         import pyarrow.parquet as pq
 
-        path = self.folder / TABLES[self.command]
+        path = self.folder / (TABLES[self.command] if name is None else f"{name}.parquet")
         try:
             return pq.read_table(path)
         except (OSError, ValueError) as error:
@@ -78,8 +80,10 @@ class Run:
             ) from error
 
     def samples(self) -> list[dict[str, Any]]:
-        """Prompts and texts."""
+        """Prompts and texts; a sweep has none."""
         path = self.folder / "samples.jsonl"
+        if self.command == "sweep":
+            return []
         try:
             return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
@@ -92,8 +96,14 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     """Open a run folder. Raises UserError if it is missing, half-written, damaged or of a newer schema."""
     path = Path(folder)
     if not path.is_dir():
+        partial = path.with_name(path.name + ".partial")
+        if (partial / "run.json").is_file():
+            raise UserError(
+                f"{path} is not finished; continue it with --resume, or give {partial} for what is there already"
+            )
         raise UserError(f"{path}: no such run folder; give the --out folder of a finished run")
-    if path.name.endswith(".partial") or not (path / "run.json").is_file():
+    unfinished = path.name.endswith(".partial")
+    if not (path / "run.json").is_file():
         raise UserError(f"{path} is not a finished run (no run.json); run it again, or continue it with --resume")
     try:
         info = json.loads((path / "run.json").read_text("utf-8"))
@@ -103,6 +113,8 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
         raise UserError(
             f"{path / 'run.json'} cannot be read ({type(error).__name__}: {error}); run it again"
         ) from error
+    if unfinished and info.get("complete") is not False:  # a sweep's finished points can be read before it is complete
+        raise UserError(f"{path} is not a finished run; run it again, or continue it with --resume")
     if newer:
         raise UserError(
             f"{path} has schema version {version}, newer than this prunescope knows ({SCHEMA_VERSION}); upgrade prunescope"
@@ -116,10 +128,13 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
 
 
 @contextmanager
-def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+def staged(
+    out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False, keep_parts: bool = False
+) -> Iterator[Path]:
     """A folder ``OUT.partial`` to write into, renamed to ``OUT`` when the block ends well.
 
-    If the block fails, the folder is removed, unless it holds finished parts (``part-*``) that a resumed run can use.
+    If the block fails, the folder is removed, unless it holds finished parts (``part-*``) that a resumed run can use. After a mistake of
+    the user it is removed all the same, but with ``keep_parts`` for parts (``part-*.parquet``) that were finished before it showed.
 
     Raises:
         UserError: ``OUT`` exists (without ``overwrite``), or is not ours to overwrite, or cannot be written.
@@ -144,6 +159,7 @@ def staged(out: str | os.PathLike[str], *, overwrite: bool = False, resume: bool
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         mistake = isinstance(error, UserError) and not resume
+        mistake = mistake and not (keep_parts and any(partial.glob("part-*.parquet")))
         no_space = isinstance(error, OSError) and error.errno in NO_SPACE
         useful = any(partial.glob("part-*")) or any((partial / name).is_file() for name in _OURS)
         if mistake or (no_space and not resume) or not useful:

@@ -54,6 +54,7 @@ __all__ = [
     "final_head",
     "generation_key",
     "generation_rows",
+    "read_states",
 ]
 
 FREE, TEACHER = "free-running", "teacher-forced"
@@ -121,7 +122,7 @@ def _write(
 
 
 @torch.no_grad()
-def _read(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
+def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
     """The final states at every step of given texts, from one pass without a cache; of each sequence ``(steps, d)``."""
     caught: list[Tensor] = []
     with final_states(loaded, caught.append):
@@ -174,11 +175,17 @@ class _Batch:
         """The target's states on the dense texts. Where it has read the same tokens already, these are the same states."""
         shared = [self._shared(i) for i in range(len(self.ours))]
         behind = [i for i, sequence in enumerate(self.ours) if shared[i] < len(sequence.continuation)]
-        found = dict(zip(behind, _read(self.of_target, [self.ours[i] for i in behind]), strict=True)) if behind else {}
+        found = (
+            dict(zip(behind, read_states(self.of_target, [self.ours[i] for i in behind]), strict=True))
+            if behind
+            else {}
+        )
         if (
             self.theirs is None
         ):  # nothing was written by the target: read both, so that equal models are equal to the bit
-            self.our_states = _read(self.dense, self.ours) if self.of_target is not self.dense else self.our_states
+            self.our_states = (
+                read_states(self.dense, self.ours) if self.of_target is not self.dense else self.our_states
+            )
             return [found[i] for i in range(len(self.ours))]
         return [
             torch.cat([self.their_states[i][: shared[i]], found[i][shared[i] :]])
@@ -364,7 +371,7 @@ def _noise_floor(batch: _Batch) -> dict[str, Any]:
         ``floor``: per deviation column the largest absolute value; beside it how much was looked at.
     """
     looked_at = [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in batch.ours[:_FLOOR_PROMPTS]]
-    alone = torch.cat([_read(batch.dense, [s])[0] for s in looked_at])
+    alone = torch.cat([read_states(batch.dense, [s])[0] for s in looked_at])
     written = torch.cat([states[:_FLOOR_STEPS] for states in batch.written_states[:_FLOOR_PROMPTS]])
     head = final_head(batch.dense)
     columns = compare_final(

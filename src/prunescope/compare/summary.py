@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import comb, sqrt
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 from prunescope import results
 from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
+from prunescope.proportions import mcnemar, wilson
 
 __all__ = [
     "SPACES",
@@ -22,25 +22,11 @@ __all__ = [
     "calibration",
     "divergence_parts",
     "generation_summary",
-    "mcnemar",
     "mcq_summary",
-    "wilson",
 ]
 
 SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
 _EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confidence
-
-
-def wilson(successes: int, trials: int, level: float = 0.95) -> list[float] | None:
-    """Wilson's score interval of a proportion, None without trials."""
-    if not trials:
-        return None
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share, weight = successes / trials, z * z / trials
-    middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    # at none and at all the bound is exactly 0 and 1; rounding must not put it inside the share
-    return [middle - half if successes else 0.0, middle + half if successes < trials else 1.0]
 
 
 def by_confidence(rows: pa.Table) -> list[dict[str, Any]]:
@@ -147,13 +133,6 @@ def generation_summary(
 
 
 # --- multiple choice ---------------------------------------------------------------------------------------------------
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """McNemar's exact test: the two-sided binomial probability that ``lost`` and ``won`` flips differ this much by chance alone."""
-    flips = lost + won
-    tail = sum(comb(flips, k) for k in range(min(lost, won) + 1))
-    return min(1.0, float(2 * tail / 2**flips))
 
 
 def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> dict[str, Any]:

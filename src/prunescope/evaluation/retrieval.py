@@ -22,13 +22,13 @@ from torch import Tensor
 
 from prunescope.compare.metrics import H_COLUMNS, compare_hidden
 from prunescope.compare.parts import resume_state, save_state
-from prunescope.compare.summary import mcnemar
 from prunescope.data.beir import Collection
 from prunescope.errors import UserError
 from prunescope.evaluation.embedding import Pooling, embed
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
 from prunescope.progress import progress
+from prunescope.proportions import mcnemar
 from prunescope.results import summarise
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,18 @@ from prunescope.models.loading import LoadedModel
 from prunescope.models.streams import Passage, watching
 from prunescope.progress import progress
 
-__all__ = ["Choice", "Order", "ScoreOn", "Scores", "Target", "check_choice", "choose", "score"]
+__all__ = [
+    "Choice",
+    "Order",
+    "ScoreOn",
+    "Scores",
+    "Target",
+    "check_choice",
+    "choose",
+    "drop_orders",
+    "score",
+    "spec_of",
+]
 
 Target = Literal["attn", "mlp", "block", "all"]
 Order = Literal["discrete", "consecutive"]
@@ -145,7 +157,7 @@ def choose(
     else:
         chosen, table = set(), {}
         for _ in range(n if iterative else 1):
-            found = scores(_spec(chosen))
+            found = scores(spec_of(chosen))
             left = {
                 (name, layer): value
                 for name in names
@@ -153,14 +165,13 @@ def choose(
                 if (name, layer) not in chosen
             }
             table |= left
-            ranked = sorted(left, key=lambda key: (-left[key], key[1], key[0]))
-            chosen |= set(ranked[: 1 if iterative else n])
+            chosen |= set(_least_needed_first(left)[: 1 if iterative else n])
     rows = [
         {"layer": layer, "sublayer": name, "score": table[name, layer], "dropped": (name, layer) in chosen}
         for layer in range(blocks)
         for name in names
     ]
-    return Choice(_spec(chosen), rows)
+    return Choice(spec_of(chosen), rows)
 
 
 def check_choice(loaded: LoadedModel, target: Target, n: int, order: Order, iterative: bool, score_on: ScoreOn) -> None:
@@ -182,7 +193,37 @@ def check_choice(loaded: LoadedModel, target: Target, n: int, order: Order, iter
         )
 
 
-def _spec(chosen: set[Any]) -> DropSpec:
+def drop_orders(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    targets: Sequence[Target],
+    *,
+    batch_size: int = 8,
+    cache: Path | None = None,
+) -> dict[str, list[tuple[str, int]]]:
+    """For each target its candidates, ``(sublayer or block, layer)``, the one needed least first, from one scoring of the whole model.
+
+    The first n are what `choose` takes with ``order="discrete"``, so that n sublayers are always among n + 1.
+    """
+    scores = _scored(loaded, calibration, "stream", 0, batch_size, cache, DropSpec())
+    return {
+        target: _least_needed_first(
+            {
+                (name, layer): value
+                for name in (KINDS if target == "all" else (target,))
+                for layer, value in enumerate(scores.of(name))
+            }
+        )
+        for target in targets
+    }
+
+
+def _least_needed_first(scores: Mapping[tuple[Any, int], float]) -> list[tuple[Any, int]]:
+    return sorted(scores, key=lambda key: (-scores[key], key[1], key[0]))
+
+
+def spec_of(chosen: Iterable[Any]) -> DropSpec:
+    """The sublayers of ``(sublayer or block, layer)`` pairs."""
     return DropSpec.of((kind, layer) for name, layer in chosen for kind in (KINDS if name == "block" else (name,)))
 
 

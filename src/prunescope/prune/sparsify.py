@@ -31,7 +31,7 @@ from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt
 from prunescope.prune.structured import structured
 from prunescope.prune.wanda import wanda, wanda_scores
 
-__all__ = ["Method", "Plan", "Pruned", "has_fused_experts", "make_plan", "owl_sparsities", "prune_model"]
+__all__ = ["Method", "Plan", "Pruned", "has_fused_experts", "make_plan", "owl_sparsities", "prune_block", "prune_model"]
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "structured"]
 _EXPERT_MULTIPLE = 8  # PyTorch's grouped product of fused experts takes rows of whole 16 bytes
@@ -191,7 +191,7 @@ def prune_model(
                     if calibration is not None:
                         advance(len(calibration.tokens))
                 else:
-                    found = _prune_block(streamed, plan, layer, calibration, advance)
+                    found = prune_block(streamed, plan, layer, calibration, advance)
                     if shapes:
                         _check_shapes(streamed, layer, shapes)
                     write_part(streamed, folder, layer, found)
@@ -216,9 +216,7 @@ def prune_model(
     return pruned
 
 
-def _prune_block(
-    streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance
-) -> dict[str, Any]:
+def prune_block(streamed: StreamedModel, plan: Plan, layer: int, text: Text | None, advance: Advance) -> dict[str, Any]:
     """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
     matrices = streamed.matrices(layer)
     chosen = [matrix for matrix in matrices if matrix.name in plan.goals]

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from prunescope import results
 from prunescope.errors import UserError
 from prunescope.report import payload
+from prunescope.report.sweep import sweep_section
 from prunescope.report.verdict import Verdict, judge, warnings_of
 
 __all__ = ["Checkpoint", "expand", "open_folder", "write_report"]
@@ -49,7 +50,9 @@ def expand(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The folders, with a folder of the demo replaced by the runs and checkpoints in it."""
     found: list[Path] = []
     for folder in map(Path, folders):
-        inside = sorted(folder.iterdir()) if (folder / "demo.json").is_file() else [folder]
+        inside = [folder]
+        if (folder / "demo.json").is_file():  # its scores of tasks are not on the page
+            inside = sorted(path for path in folder.iterdir() if path.name != "evaluate")
         found += [p for p in inside if p == folder or any((p / n).is_file() for n in ("run.json", "prunescope.json"))]
     unique = list(dict.fromkeys(found))
     if not unique:
@@ -64,7 +67,7 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
         run = results.open_run(folder)
-        if run.command not in _VIEWS:
+        if run.command not in (*_VIEWS, "sweep"):
             raise UserError(
                 f"{folder}: the page has no view of {run.command} runs yet; look at run.json and figures/ in it"
             )
@@ -114,12 +117,15 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    runs = [one for one in opened if isinstance(one, results.Run)]
+    all_runs = [one for one in opened if isinstance(one, results.Run)]
+    swept = [run for run in all_runs if run.command == "sweep"]
+    runs = [run for run in all_runs if run.command != "sweep"]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
     aliases = _aliases(runs, checkpoints)
     names = _names(runs, aliases)
     views = [_guarded(run.folder, _view, run, name, runs, aliases) for run, name in zip(runs, names, strict=True)]
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
+    sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
     targets = [t for found in _targets(runs, views).values() for t in [found]]
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
     # < never stands in the JSON, so no text in it can end the script element that holds it
@@ -129,12 +135,13 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _asset("report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
-        title=_title(runs, checkpoints),
+        title=_title(runs, checkpoints) or ", ".join(dict.fromkeys(sweep["model"] for sweep in sweeps)),
         runs=views,
+        sweeps=sweeps,
         checkpoints=made,
         targets=targets,
         verdicts=[(target["name"], [Verdict(**v) for v in target["verdicts"]]) for target in targets],
-        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed(runs),
+        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed(all_runs),
         columns=columns(),
         commands={view["command"] for view in views},
         data=Markup(text),

@@ -24,6 +24,7 @@ from prunescope.report import KIND_NAMES, figures
 from prunescope.report.figures import by, draw_layerwise, save, short, style
 from prunescope.report.options import draw_mcq
 from prunescope.report.steps import draw_generation, draw_targets
+from prunescope.report.sweep import draw_sweep
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,6 +80,8 @@ def _draw(
                         written += save(_heatmap(table, info, column, name), place / f"heatmap_{column}")
             elif run.command == "generate":
                 written += draw_generation(table, info, run.samples(), place)
+            elif run.command == "sweep":
+                written += draw_sweep(table, run.table("metrics"), run.table("correlations"), info, place)
             else:
                 written += draw_mcq(table, info, run.samples(), place)
         with style():

@@ -1,0 +1,144 @@
+"""The points of a sweep: the dense model, so many sublayers dropped of a target, so much sparsity by a method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from prunescope.errors import UserError
+
+__all__ = ["DENSE", "DROP_SERIES", "METHODS", "Point", "read_points", "read_range"]
+
+DROP_SERIES = ("attn", "mlp", "block", "all")
+METHODS = ("magnitude", "wanda", "sparsegpt")
+_STEP = Decimal("0.1")
+_MOST = 1000  # points; more is a slip of the pen
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a sweep. ``n`` sublayers or blocks are dropped, or weights are pruned to ``sparsity`` or a ``pattern`` N:M."""
+
+    series: str  # dense, a target of drop, or a method of sparsify (with N:M behind it for patterns)
+    n: int | None = None
+    method: str | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Short, unique in a sweep, and fit for the name of a file."""
+        if self.n is not None:
+            return f"{self.series}-{self.n:03d}" if self.n else "dense"
+        return f"{self.method}-{(self.pattern or f'{self.sparsity:g}').replace(':', 'of')}"
+
+    @property
+    def title(self) -> str:
+        if self.n is not None:
+            return f"{self.series} {self.n}" if self.n else "dense"
+        return f"{self.method} {self.pattern or f'{self.sparsity:g}'}"
+
+    @property
+    def dropped(self) -> bool:
+        return bool(self.n)
+
+    def columns(self) -> dict[str, Any]:
+        """What identifies it in the tables of a run."""
+        return {
+            "point": self.name,
+            "series": self.series,
+            "n": self.n,
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "pattern": self.pattern,
+        }
+
+
+DENSE = Point("dense", n=0)
+
+
+def read_range(text: str, option: str) -> list[Decimal]:
+    """Read ``4``, ``0,2,4``, ``0..12``, ``0..12..2``, ``0.3..0.7`` (steps of 1 between whole numbers, else of 0.1), or several with commas.
+
+    Raises:
+        UserError: what cannot be read, or a range that runs backwards.
+    """
+    found: list[Decimal] = []
+    for part in str(text).split(","):
+        pieces = part.strip().split("..")
+        try:
+            numbers = [Decimal(piece) for piece in pieces]
+        except InvalidOperation:
+            numbers = []
+        if not 1 <= len(numbers) <= 3 or not all(number.is_finite() for number in numbers):
+            raise UserError(
+                f"{option} {text}: cannot read {part.strip()!r}; write numbers, or ranges such as 0..12 or 0.3..0.7..0.2"
+            )
+        low, high = numbers[0], numbers[min(1, len(numbers) - 1)]
+        whole = all(number == number.to_integral_value() for number in (low, high))
+        step = numbers[2] if len(numbers) == 3 else Decimal(1) if whole else _STEP
+        if high < low or step <= 0:
+            raise UserError(f"{option} {text}: {part.strip()} runs backwards or has no step; write it from low to high")
+        count = int((high - low) / step) + 1
+        if len(found) + count > _MOST:
+            raise UserError(f"{option} {text}: that is more than {_MOST} points; take a larger step")
+        found += [low + i * step for i in range(count)]
+    return list(dict.fromkeys(found))
+
+
+def read_points(
+    target: str | None = None,
+    n: str | None = None,
+    method: str | None = None,
+    sparsity: str | None = None,
+    pattern: str | None = None,
+) -> list[Point]:
+    """The points that the options of `sweep` name, the dense model first; it is always one of them.
+
+    Sublayers are dropped if ``target`` or ``n`` is given, or nothing at all is (then of attn, mlp and block); weights are pruned if
+    ``sparsity`` or ``pattern`` is.
+
+    Raises:
+        UserError: an unknown target, method, number or pattern.
+    """
+    weights = sparsity is not None or pattern is not None
+    points = [DENSE]
+    if target is not None or n is not None or not weights:
+        targets = _listed(target or "attn,mlp,block", "--target", DROP_SERIES)
+        numbers = read_range(n or "0..12", "--n")
+        wrong = [number for number in numbers if number != number.to_integral_value() or number < 0]
+        if wrong:
+            raise UserError(f"--n {n}: {wrong[0]} sublayers cannot be dropped; write whole numbers from 0")
+        points += [Point(name, n=int(number)) for name in targets for number in numbers if number]
+    if method is not None and not weights:
+        raise UserError("--method prunes weights; say how much with --sparsity 0.3..0.7 or --pattern 2:4")
+    for name in _listed(method or "sparsegpt", "--method", METHODS) if weights else ():
+        if sparsity is not None:
+            shares = read_range(sparsity, "--sparsity")
+            if any(not 0 <= share < 1 for share in shares):
+                raise UserError(f"--sparsity {sparsity}: give shares from 0 up to, not including, 1")
+            points += [Point(name, method=name, sparsity=float(share)) for share in shares if share]
+        for one in str(pattern).split(",") if pattern is not None else ():
+            found = re.fullmatch(r"\s*(\d+):(\d+)\s*", one)
+            if found is None or not 0 < int(found[1]) < int(found[2]):
+                raise UserError(
+                    f"--pattern {pattern}: cannot read {one.strip()!r}; write N:M with N below M, such as 2:4,4:8"
+                )
+            keep, of = int(found[1]), int(found[2])
+            points.append(Point(f"{name} N:M", method=name, sparsity=1 - keep / of, pattern=f"{keep}:{of}"))
+    points = list(dict.fromkeys(points))
+    if len(points) == 1:
+        raise UserError("the sweep has no point but the dense model; raise --n or --sparsity")
+    return points
+
+
+def _listed(text: str, option: str, known: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in str(text).split(",")))
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        more = "; structured pruning changes shapes and is not swept, use sparsify" if "structured" in wrong else ""
+        raise UserError(f"{option} {text}: {wrong[0]!r} is unknown; choose among {', '.join(known)}{more}")
+    return names

@@ -1,0 +1,88 @@
+"""What an evaluate run says, as lines of Markdown and on the terminal. Made from run.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["score_rows", "show_scores_of_tasks", "summary_page"]
+
+_HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "change", "95 % of it", "lost", "won", "p")
+
+
+def score_rows(info: Mapping[str, Any]) -> list[list[str]]:
+    """A row per task and model, the cells of `_HEADINGS`; the dense model's first."""
+    models = list(info["summary"])
+    rows = []
+    for task, dense in info["summary"][models[0]].items():
+        for model in models:
+            entry, pair = info["summary"][model][task], info["paired"].get(model, {}).get(task)
+            first = [task, entry["kind"], entry["metric"], str(entry["n"])] if model == models[0] else [""] * 4
+            cells = [model, f"{entry['value']:.3f}", _interval(entry["ci95"])]
+            if pair is not None:
+                flips = [pair["right_to_wrong"], pair["wrong_to_right"]]
+                p = pair["mcnemar_p"]
+                cells += [f"{pair['difference']:+.3f}", _interval(pair["ci95"], signed=True)]
+                cells += ["-" if flip is None else str(flip) for flip in flips] + ["-" if p is None else f"{p:.2g}"]
+            elif model == models[0]:
+                cells += [f"chance {dense['chance']:.2f}" if dense["chance"] else "", "", "", "", ""]
+            else:
+                cells += [f"{entry['value'] - dense['value']:+.3f}", "", "", "", ""]
+            rows.append(first + cells)
+    return rows
+
+
+def remarks(info: Mapping[str, Any]) -> list[str]:
+    """What one must know to read the table: tasks and pairs that say nothing, and notes."""
+    lines = []
+    for pair in info["pairs"]:
+        tasks = [task for task in (f"{pair}-gen", f"{pair}-mc") if task in info["says_nothing"]]
+        if tasks:
+            why = "; ".join(f"{task}: {info['says_nothing'][task]}" for task in tasks)
+            lines.append(f"The pair {pair} says nothing here: {why}.")
+    inside = {f"{pair}-{way}" for pair in info["pairs"] for way in ("gen", "mc")}
+    lines += [f"{task} says nothing here: {why}." for task, why in info["says_nothing"].items() if task not in inside]
+    first = next(iter(info["summary"].values()))
+    return lines + [f"{task}: {entry['note']}." for task, entry in first.items() if entry.get("note")]
+
+
+def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None) -> None:
+    """Every model on every task, and its difference from the first model. Models are numbered: their names may be long."""
+    console = console or Console()
+    numbers = {model: str(number) for number, model in enumerate(info["summary"], 1)}
+    for model, number in numbers.items():
+        console.print(Text(f"{number}: {model}"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("task", "", "score", "95 %", "change (95 %)", "lost", "won", "p"):
+        table.add_column(
+            heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task", overflow="fold"
+        )
+    for row in score_rows(info):
+        change = f"{row[7]} ({row[8]})" if row[8] else row[7]
+        cells = (row[0], numbers[row[4]], *row[5:7], change, *row[9:])
+        table.add_row(*(Text(cell.replace(" .. ", "..")) for cell in cells))
+    console.print(table)
+    for line in remarks(info):
+        console.print(Text(line, style="bold"))
+
+
+def summary_page(info: Mapping[str, Any]) -> str:
+    """``summary.md`` of a run."""
+    lines = ["# Scores", "", "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in score_rows(info)]
+    lines += ["", *(f"- {line}" for line in remarks(info))] if remarks(info) else []
+    lines += ["", "Changes are model minus first model on the same items; lost and won are items that turned wrong"]
+    lines += ["and right; p is McNemar's exact test, not corrected for the number of tasks."]
+    return "\n".join(lines) + "\n"
+
+
+def _interval(bounds: Any, signed: bool = False) -> str:
+    if not bounds or bounds[0] is None:
+        return ""
+    low, high = bounds
+    return f"{low:+.2f} .. {high:+.2f}" if signed else f"{low:.2f} .. {high:.2f}"
