@@ -49,6 +49,8 @@ class LoadedModel:
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
     stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
     _drops: list[Dropped] = field(default_factory=list)
+    # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
+    decoding: dict[str, str | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"
