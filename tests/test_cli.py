@@ -29,6 +29,7 @@ def test_the_public_surface_is_pinned() -> None:
         "McqResult",
         "Run",
         "SparsifyResult",
+        "SpeedResult",
         "UserError",
         "demo",
         "drop",
@@ -39,8 +40,9 @@ def test_the_public_surface_is_pinned() -> None:
         "open",
         "report",
         "sparsify",
+        "speed",
     ]
-    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "report"]
+    assert list(COMMANDS) == ["demo", "drop", "sparsify", "layerwise", "generate", "mcq", "speed", "report"]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 
 

@@ -13,6 +13,7 @@ from prunescope.commands import (
     LayerwiseResult,
     McqResult,
     SparsifyResult,
+    SpeedResult,
     demo,
     drop,
     generate,
@@ -21,6 +22,7 @@ from prunescope.commands import (
     mcq,
     report,
     sparsify,
+    speed,
 )
 from prunescope.errors import UserError
 from prunescope.results import Run
@@ -35,6 +37,7 @@ __all__ = [
     "McqResult",
     "Run",
     "SparsifyResult",
+    "SpeedResult",
     "UserError",
     "demo",
     "drop",
@@ -45,4 +48,5 @@ __all__ = [
     "open",
     "report",
     "sparsify",
+    "speed",
 ]

@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "layerwise": commands.layerwise,
     "generate": commands.generate,
     "mcq": commands.mcq,
+    "speed": commands.speed,
     "report": commands.report,
 }
 

@@ -33,7 +33,12 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-TABLES = {"layerwise": "layerwise.parquet", "generate": "generation.parquet", "mcq": "mcq.parquet"}
+TABLES = {
+    "layerwise": "layerwise.parquet",
+    "generate": "generation.parquet",
+    "mcq": "mcq.parquet",
+    "speed": "speed.parquet",
+}
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -233,6 +233,7 @@ def decode(
     pad: int = 0,
     keep_states: bool = False,
     graph: bool | None = None,
+    mark: Callable[[int], None] = lambda step: None,
 ) -> Decoded:
     """Continue a left-padded batch.
 
@@ -243,6 +244,8 @@ def decode(
         ends: ids that end a text; decoding stops once every text has ended.
         keep_states: return what the head read at every step.
         graph: capture the step in a CUDA graph; by default on a CUDA device.
+        mark: called by the host before it starts a step, with the step's number, and once behind the last; steps before the first marked
+            one read the prompts and prepare.
     Raises:
         Exception: whatever the model, or the capture, refuses.
     """
@@ -267,7 +270,9 @@ def decode(
         for number in range(done, steps):
             if ends and (number % LOOK == 0 or not graph) and bool(loop.finished.all()):
                 break
+            mark(number)
             next_step()
             done = number + 1
+        mark(done)
         loop.found.clear()
     return Decoded(loop.tokens[:, :done], None if loop.states is None else loop.states[:done])

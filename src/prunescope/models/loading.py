@@ -116,6 +116,10 @@ class LoadedModel:
             for earlier in before:
                 self.drop(earlier)
 
+    def taken_out(self) -> list[nn.Module]:
+        """The modules of the sublayers that are dropped in place; they stay in memory, so that `restore` can put them back."""
+        return [module for drop in self._drops for module in drop.modules()]
+
     def sparsity(self) -> float:
         """Share of zero weights in the matrices of the blocks that are left."""
         matrices = [p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
