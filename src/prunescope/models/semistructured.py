@@ -9,10 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunescope.errors import UserError
 from prunescope.models.loading import LoadedModel
@@ -79,14 +81,24 @@ def using_kernels(loaded: LoadedModel) -> Iterator[list[str]]:
                     reason = str(error).splitlines()[0]
                     raise UserError(f"--sparse-kernels: PyTorch refuses {name} ({reason}); leave it out") from error
             module.weight = nn.Parameter(sparse, requires_grad=False)
+            module.forward = partial(_in_rows, module)  # type: ignore[method-assign]
             waiting.append((module, dense, dense.detach().cpu()))
             dense.data = dense.data.new_empty(0)
             names.append(name)
+        loaded.decoding.clear()  # the kernels must pass the trial of their own
         yield names
     finally:
+        loaded.decoding.clear()
         for module, dense, values in waiting:
             dense.data = values.to(loaded.device)
             module.weight = dense
+            del module.forward  # the class's own again
+
+
+def _in_rows(module: nn.Linear, states: Tensor) -> Tensor:
+    """The layer on a matrix of rows: the kernels know products of matrices only, while PyTorch may expand a weight for three dimensions."""
+    rows = functional.linear(states.reshape(-1, states.shape[-1]), module.weight, module.bias)
+    return rows.view(*states.shape[:-1], rows.shape[-1])
 
 
 def inner_tensors(value: Tensor) -> Iterator[Tensor]:
