@@ -18,9 +18,10 @@ from prunescope.cli import main
 from prunescope.errors import UserError
 from prunescope.evaluation import speed as speed_module
 from prunescope.evaluation.clock import Rates, Timing, measure_rates, timed
+from prunescope.models import semistructured
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.loading import LoadedModel
-from prunescope.models.semistructured import check_kernels, inner_tensors, is_two_four, two_four_layers
+from prunescope.models.semistructured import check_kernels, inner_tensors, is_two_four, two_four_layers, using_kernels
 
 CPU = torch.device("cpu")
 RATES = Rates(1e10, 1e11)
@@ -234,6 +235,42 @@ class _Outer:
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["packed"], None
+
+
+def test_the_kernels_get_rows_and_the_dense_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's conversion replaced by a weight that only multiplies matrices. Would catch a layer that hands it three dimensions, a
+    dense copy that stays in memory, and weights or a forward pass that are not those of before afterwards."""
+    model = tiny_model("qwen2")  # its projections have biases
+    loaded = LoadedModel("tiny", model, tiny_tokenizer(), find_anatomy(model), {}, tuple(range(6)), 6)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.view(-1, 4)[:, 1:3] = 0
+            layer.self_attn.q_proj.weight.view(-1, 4)[:, 1:3] = 0
+    ids = torch.arange(4, 24).view(2, 10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[int] = []
+    plain = semistructured.functional.linear
+
+    def rows_only(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append(rows.dim())
+        return plain(rows, weight, bias)
+
+    monkeypatch.setattr(semistructured, "check_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(semistructured.torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
+    monkeypatch.setattr(semistructured, "functional", type("functional", (), {"linear": staticmethod(rows_only)}))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        dense = model.model.layers[0].mlp.up_proj.weight
+        with using_kernels(loaded) as names:
+            assert dense.numel() == 0
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        assert seen == [2] * 12
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert len(names) == 12
+    assert names[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    assert len(seen) == 12  # the class's own forward is back
+    assert model.model.layers[0].mlp.up_proj.weight is dense
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_kernels_are_refused_in_one_line() -> None:
