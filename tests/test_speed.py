@@ -152,6 +152,11 @@ def test_the_run_folder_opens(run: prunescope.Run) -> None:
     json.dumps(run.summary, allow_nan=False)
 
 
+def test_report_refuses_a_speed_run_in_one_line(run: prunescope.Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="report has no view of a speed run"):
+        prunescope.report([str(run.folder)], out=str(tmp_path / "page.html"))
+
+
 def test_the_function_returns_what_the_command_writes(folders: dict[str, str], tmp_path: Path) -> None:
     result = prunescope.speed([folders["dense"]], **SMALL)  # type: ignore[arg-type]
     saved = result.save(tmp_path / "run")

@@ -63,7 +63,12 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     """A run or a checkpoint. Raises UserError if it is neither, damaged or of a newer schema."""
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
-        return results.open_run(folder)
+        run = results.open_run(folder)
+        if run.command == "speed":
+            raise UserError(
+                f"{folder}: report has no view of a speed run; its table is what speed prints, and speed.parquet"
+            )
+        return run
     try:
         record = json.loads(path.read_text("utf-8"))
         number, command = record["schema_version"], record.get("command")
