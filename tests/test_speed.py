@@ -152,6 +152,22 @@ def test_the_run_folder_opens(run: prunescope.Run) -> None:
     json.dumps(run.summary, allow_nan=False)
 
 
+def test_a_machine_that_slows_down_is_noise(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every timing is a third slower than the one before: dense, dropped, dense again. Would catch a gain made of drift alone."""
+    clock = iter((1.0, 1.4, 1.8))
+
+    def times(*_: Any) -> tuple[Timing, Timing]:
+        seconds = next(clock)
+        return Timing((seconds, seconds)), Timing((seconds, seconds))
+
+    monkeypatch.setattr(speed_module, "_times", times)
+    options: Any = {**SMALL, "batch_size": "1"}
+    dense, dropped = prunescope.speed([folders["dense"], "drop:attn=1"], **options).table().to_pylist()
+    assert (dense["decode_s_min"], dense["decode_s"], dense["decode_s_max"]) == (1.0, 1.4, 1.8)
+    assert dropped["decode_within_spread"]
+    assert dropped["prefill_within_spread"]
+
+
 def test_report_refuses_a_speed_run_in_one_line(run: prunescope.Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="report has no view of a speed run"):
         prunescope.report([str(run.folder)], out=str(tmp_path / "page.html"))
@@ -291,6 +307,7 @@ def test_a_difference_within_the_spread_is_noise() -> None:
     assert quick.same_as(slow)
     assert slow.same_as(quick)
     assert not quick.same_as(Timing((1.5, 1.5, 1.5)))
+    assert quick.and_then(Timing((2.0,))).seconds == (1.0, 1.1, 1.3, 2.0)
 
 
 def test_the_clock_measures_the_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:

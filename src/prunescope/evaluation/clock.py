@@ -28,6 +28,10 @@ class Timing:
         """Slowest minus fastest, in seconds."""
         return max(self.seconds) - min(self.seconds)
 
+    def and_then(self, later: Timing) -> Timing:
+        """The repeats of both."""
+        return Timing(self.seconds + later.seconds)
+
     def same_as(self, other: Timing) -> bool:
         """Whether two medians differ by no more than the larger of the two spreads: then the difference is noise."""
         return abs(self.median - other.median) <= max(self.spread, other.spread)
