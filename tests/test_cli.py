@@ -31,6 +31,7 @@ def test_the_public_surface_is_pinned() -> None:
         "RetrieveResult",
         "Run",
         "SparsifyResult",
+        "SpeedResult",
         "SweepResult",
         "UserError",
         "demo",
@@ -44,10 +45,23 @@ def test_the_public_surface_is_pinned() -> None:
         "report",
         "retrieve",
         "sparsify",
+        "speed",
         "sweep",
     ]
     assert list(COMMANDS) == [
-        *("demo", "drop", "sparsify", "layerwise", "generate", "mcq", "retrieve", "evaluate", "sweep", "report"),
+        *(
+            "demo",
+            "drop",
+            "sparsify",
+            "layerwise",
+            "generate",
+            "mcq",
+            "retrieve",
+            "evaluate",
+            "sweep",
+            "speed",
+            "report",
+        ),
     ]
     assert all(getattr(prunescope, name).__doc__ for name in prunescope.__all__)
 

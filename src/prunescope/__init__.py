@@ -15,6 +15,7 @@ from prunescope.commands import (
     McqResult,
     RetrieveResult,
     SparsifyResult,
+    SpeedResult,
     SweepResult,
     demo,
     drop,
@@ -26,6 +27,7 @@ from prunescope.commands import (
     report,
     retrieve,
     sparsify,
+    speed,
     sweep,
 )
 from prunescope.errors import UserError
@@ -43,6 +45,7 @@ __all__ = [
     "RetrieveResult",
     "Run",
     "SparsifyResult",
+    "SpeedResult",
     "SweepResult",
     "UserError",
     "demo",
@@ -56,5 +59,6 @@ __all__ = [
     "report",
     "retrieve",
     "sparsify",
+    "speed",
     "sweep",
 ]

@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "retrieve": commands.retrieve,
     "evaluate": commands.evaluate,
     "sweep": commands.sweep,
+    "speed": commands.speed,
     "report": commands.report,
 }
 

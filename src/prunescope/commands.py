@@ -30,6 +30,7 @@ __all__ = [
     "McqResult",
     "RetrieveResult",
     "SparsifyResult",
+    "SpeedResult",
     "SweepResult",
     "demo",
     "drop",
@@ -41,6 +42,7 @@ __all__ = [
     "report",
     "retrieve",
     "sparsify",
+    "speed",
     "sweep",
 ]
 
@@ -219,6 +221,36 @@ class EvaluateResult:
                 write_harness(staging / "harness", name, labels[int(name.partition("-")[0])], found)
         (staging / "summary.md").write_text(summary_page(self.info), "utf-8")
         results.write_run(staging, self.info, self._table, [], lambda *_: None)
+
+
+@dataclass
+class SpeedResult:
+    """What `speed` measured; the same as its run folder holds."""
+
+    info: dict[str, Any]
+    _table: pa.Table = field(repr=False)
+
+    def table(self) -> pa.Table:
+        """A row per model and batch size: parameters, bytes, seconds with their spread and floor, tokens a second, gain over the first."""
+        return self._table
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Per model and batch size: memory, tokens a second, gain over the first model and whether it is within the spread."""
+        return dict(self.info["summary"])
+
+    def save(self, folder: _StrPath, *, overwrite: bool = False) -> results.Run:
+        """Write the run folder. Raises UserError if it exists."""
+        with results.staged(folder, overwrite=overwrite) as staging:
+            self._write(staging)
+        return results.open_run(folder)
+
+    def _write(self, staging: Path) -> None:
+        import pyarrow.parquet as pq
+
+        pq.write_table(self._table, staging / results.TABLES["speed"])
+        results.write_config(staging, self.info["config"])
+        results.write_json(staging / "run.json", self.info)
 
 
 @dataclass
@@ -914,6 +946,52 @@ def evaluate(
     from prunescope.evaluation.job import run_evaluate
 
     result = run_evaluate(config)
+    if out is not None:
+        _say(f"written: {out}")
+    return result
+
+
+def speed(
+    models: list[str],
+    *,
+    out: str | None = None,
+    batch_size: str = "1,8",
+    length: int = 128,
+    max_new_tokens: int = 32,
+    repeats: int = 5,
+    sparse_kernels: bool = False,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> SpeedResult:
+    """Measure what each model costs: parameters, bytes on disk and in memory, cache, prefill and decode tokens a second.
+
+    Args:
+        models: models and checkpoints, the dense one first; drop:attn=3,5;mlp=7 drops from the first
+        out: run folder to write
+        batch_size: texts at a time, several with commas between them
+        length: tokens of a prompt
+        max_new_tokens: tokens written behind it
+        repeats: how often each time is measured, after a warm-up; the median counts
+        sparse_kernels: run 2:4 weights with PyTorch's semi-structured kernels (CUDA, bfloat16 or float16)
+        seed: of the random prompts
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the first model)
+        trust_remote_code: run code that comes with the model
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    config = dict(locals())
+    config["models"], config["batch_size"] = [str(model) for model in models], str(batch_size)
+    from prunescope.evaluation.speed import run_speed
+
+    result = run_speed(config)
     if out is not None:
         _say(f"written: {out}")
     return result

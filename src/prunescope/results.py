@@ -40,6 +40,7 @@ TABLES = {
     "retrieve": "retrieval.parquet",
     "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
+    "speed": "speed.parquet",
 }
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on

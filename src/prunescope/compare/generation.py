@@ -40,7 +40,7 @@ from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.compare.texts import first_difference
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import Sampling, batches, choose, continue_texts, uniform_draws
+from prunescope.models.generating import Sampling, batches, choose, continue_texts, decoding_way, uniform_draws
 from prunescope.models.loading import LoadedModel
 from prunescope.models.streams import final_states
 from prunescope.progress import progress
@@ -75,6 +75,7 @@ class GenerationRows:
     dense: list[Transcript]
     target: list[Transcript] | None  # None if only teacher-forced
     floor: dict[str, Any] = field(repr=False)
+    decoding: dict[str, str] = field(default_factory=dict, repr=False)  # how each side was written, see `decoding_way`
 
 
 def final_head(loaded: LoadedModel) -> Head:
@@ -112,13 +113,12 @@ def _write(
     sampling: Sampling,
     stop: bool,
 ) -> _Written:
-    """Let the model write; its ordinary `generate()` calls it once a step, and each time the last position's state is kept."""
+    """Let the model write, and keep the last position's state of every step."""
     states: list[Tensor] = []
-    with final_states(loaded, lambda found: states.append(found[:, -1].clone())):
-        texts = continue_texts(
-            loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop, first=first
-        )
-    return _Written(texts, torch.stack(states))
+    texts = continue_texts(
+        loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop, first=first, see=states.append
+    )  # fmt: skip
+    return _Written(texts, states[0])
 
 
 @torch.no_grad()
@@ -159,6 +159,7 @@ class _Batch:
         self.of_target = target if isinstance(target, LoadedModel) else dense
         self.dropping = nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target)
         how = (first, settings.max_new_tokens, settings.sampling, settings.stop)
+        self.decoding = {"dense": decoding_way(dense)}
         written = _write(dense, prompts, *how)
         self.ours = [Transcript(list(p), t) for p, t in zip(prompts, written.texts, strict=True)]
         self.our_states = self.written_states = _of_sequences(written)
@@ -166,6 +167,7 @@ class _Batch:
         self.their_states: list[Tensor] = []
         with self.dropping:
             if settings.regime != TEACHER:
+                self.decoding["target"] = decoding_way(self.of_target)
                 written = _write(self.of_target, prompts, *how)
                 self.theirs = [Transcript(list(p), t) for p, t in zip(prompts, written.texts, strict=True)]
                 self.their_states = _of_sequences(written)
@@ -348,7 +350,7 @@ def generation_rows(
                     "target": None if batch.theirs is None else [s.continuation for s in batch.theirs],
                 }
                 if not chosen[0]:
-                    notes["floor"] = _noise_floor(batch)
+                    notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
                 return batch.table().replace_schema_metadata({"prunescope": json.dumps(notes)})
 
             tables.append(part(parts, number, compute))
@@ -361,6 +363,7 @@ def generation_rows(
         [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],
         None if regime == TEACHER else [Transcript(list(p), t) for p, t in zip(prompts, theirs, strict=True)],
         notes[0]["floor"],
+        notes[0].get("decoding", {}),
     )
 
 

@@ -128,6 +128,7 @@ def run_generate(config: dict[str, Any]) -> GenerateResult:
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in chosen],
             "steps": sum(map(len, ours)),
             "noise_floor": found.floor,
+            "decoding": found.decoding,
             **generation_summary(found.table, ours, theirs, ends, steps, config["seed"]),
         }
         samples = [_sample(pair, i, prompt, found, info) for i, prompt in enumerate(chosen)]

@@ -15,24 +15,32 @@ from prunescope import results
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
 
-__all__ = ["describe_target", "run_record"]
+__all__ = ["describe_target", "machine_record", "run_record"]
 
 
 def run_record(
     command: str, config: dict[str, Any], dense: LoadedModel, target: dict[str, Any] | None, started: float
 ) -> dict[str, Any]:
     """The fields of run.json that do not depend on what was found; ``started`` is `time.monotonic()` at the start."""
+    written = {**config, **{k: None if config[k] is None else str(config[k]) for k in ("dense", "target")}}
+    return {
+        **machine_record(command, written, dense.device, started),
+        "models": {"dense": dense.describe(), "target": target},
+    }
+
+
+def machine_record(command: str, config: dict[str, Any], device: torch.device, started: float) -> dict[str, Any]:
+    """The fields of run.json that say how and on what a run was made, without its models."""
     return {
         "schema_version": results.SCHEMA_VERSION,
         "command": command,
-        "config": {**config, **{k: None if config[k] is None else str(config[k]) for k in ("dense", "target")}},
+        "config": config,
         "seed": config["seed"],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("prunescope", "torch", "transformers", "pyarrow")},
         },
-        "device": torch.cuda.get_device_name(dense.device) if dense.device.type == "cuda" else str(dense.device),
-        "models": {"dense": dense.describe(), "target": target},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "wall_time_s": round(time.monotonic() - started, 3),
         "peak_memory_bytes": _peak_memory(),
     }

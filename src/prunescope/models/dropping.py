@@ -103,6 +103,10 @@ class Dropped:
         self._undo = undo
         self._hooks = hook_handles
 
+    def modules(self) -> list[nn.Module]:
+        """The modules that were taken out, which stay in memory until the model itself goes."""
+        return [value for _, _, value in self._undo if isinstance(value, nn.Module)]
+
     def restore(self) -> None:
         for owner, name, value in reversed(self._undo):
             setattr(owner, name, value)

@@ -1,9 +1,10 @@
-"""Text from a model through its ordinary `generate()`, in batches whose results do not depend on the batch."""
+"""Text from a model in batches whose results do not depend on the batch: through its ordinary `generate()`, and on a CUDA device through
+`prunescope.models.decoding`, where a trial of the model shows that both write the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,22 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prunescope.errors import UserError
+from prunescope.models.decoding import decode, foreign_cache
 from prunescope.models.loading import LoadedModel
+from prunescope.models.streams import final_states
 
-__all__ = ["Sampling", "batches", "choose", "continue_texts", "end_tokens", "uniform_draws"]
+__all__ = [
+    "Sampling",
+    "batches",
+    "choose",
+    "continue_texts",
+    "decoding_way",
+    "end_tokens",
+    "static_problem",
+    "uniform_draws",
+]
+
+_TRIAL_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,9 @@ def continue_texts(
     stop: bool = True,
     first: int = 0,
     advance: Callable[[int], None] = lambda done: None,
+    see: Callable[[Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt with `generate()`: left-padded batches, key/value cache, no hidden settings of the model's generation config.
+    """Continue each prompt as `generate()` does: left-padded batches, key/value cache, no hidden settings of the model's generation config.
 
     Args:
         prompts: token ids, at least one a prompt.
@@ -97,29 +112,108 @@ def continue_texts(
         stop: end a text at an end-of-text token, which is kept as its last token.
         first: the number of the first prompt, from which the uniform draws of sampling follow.
         advance: told how many prompts are done, batch by batch.
+        see: given what the head read, ``(steps, batch, d)``, batch by batch; a text that has ended leaves what follows it without meaning.
     Returns:
         The new token ids of each prompt.
     """
     ends = end_tokens(loaded) if stop else []
+    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     results: list[list[int]] = []
     for chosen in batches(range(len(prompts)), batch_size):
-        batch = [list(prompts[i]) for i in chosen]
-        width = max(map(len, batch))
-        pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=loaded.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=loaded.device)
+        ids, mask = _left_padded([prompts[i] for i in chosen], pad, loaded.device)
         draws = uniform_draws(sampling, [first + i for i in chosen], max_new_tokens)
-        processors = LogitsProcessorList([_SharedDraws(sampling, draws)] if sampling.temperature else [])
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
-        )
-        with torch.no_grad(), _only(loaded.model, config):
-            out = loaded.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
-        for row in out[:, width:].tolist():
+        write = _write_static if static_problem(loaded) is None else _write_plain
+        rows, states = write(loaded, ids, mask, max_new_tokens, sampling, draws, ends, pad, see is not None)
+        for row in rows.tolist():
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             results.append(row[:length])
-        advance(len(batch))
+        if see is not None and states is not None:
+            see(states)
+        advance(len(chosen))
     return results
+
+
+_Batch = tuple[Tensor, Tensor | None]  # new tokens (batch, steps), states (steps, batch, d) if asked for
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, ``(batch, tokens)``."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+
+def _write_plain(
+    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool
+) -> _Batch:  # fmt: skip
+    """A batch through the model's own `generate()`, which calls the model once a step."""
+    processors = LogitsProcessorList([_SharedDraws(sampling, draws)] if sampling.temperature else [])
+    config = GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+    states: list[Tensor] = []
+    watched = final_states(loaded, lambda found: states.append(found[:, -1].clone())) if keep else nullcontext()
+    with torch.no_grad(), _only(loaded.model, config), watched:
+        out = loaded.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    return out[:, ids.shape[1] :], torch.stack(states) if keep else None
+
+
+def _write_static(
+    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool
+) -> _Batch:  # fmt: skip
+    """The same through `decode`."""
+    draws = draws.to(ids.device)
+
+    def take(scores: Tensor, step: Tensor) -> Tensor:
+        return choose(scores, sampling, draws.index_select(1, step)[:, 0])
+
+    found = decode(loaded, ids, mask, steps, take, ends=ends, pad=pad, keep_states=keep)
+    return found.tokens, found.states
+
+
+# --- which way -----------------------------------------------------------------------------------------------------------
+
+
+def decoding_way(loaded: LoadedModel) -> str:
+    """In words, how `continue_texts` lets this model write on its device, as it is now."""
+    problem = static_problem(loaded)
+    return "fixed cache, CUDA graph" if problem is None else f"generate(): {problem}"
+
+
+def static_problem(loaded: LoadedModel) -> str | None:
+    """Why a model, as it is now, cannot write through `decode`; None if it can.
+
+    On a CUDA device both ways write a few tokens once, for each list of dropped sublayers, and the states of every step must agree.
+    """
+    if loaded.device.type != "cuda":
+        return f"a fixed cache pays on a CUDA device only, this is {loaded.device.type}"
+    key = str(loaded.dropped)
+    if key not in loaded.decoding:
+        loaded.decoding[key] = try_static(loaded)
+    return loaded.decoding[key]
+
+
+def try_static(loaded: LoadedModel) -> str | None:
+    """Let both ways write; why they cannot be exchanged, or None."""
+    if kind := foreign_cache(loaded.model.config):
+        return f"its cache has a layer of kind {kind}"
+    if sum(len(drop.spec.attn) for drop in loaded._drops) == len(loaded.anatomy):
+        return "no attention is left, so that nothing is cached"
+    vocab = loaded.anatomy.vocab_size
+    prompts = [[(17 + 31 * i) % vocab for i in range(length)] for length in (3, 7)]
+    ids, mask = _left_padded(prompts, 0, loaded.device)
+    how: Any = (ids, mask, _TRIAL_STEPS, Sampling(), torch.zeros(2, _TRIAL_STEPS), [], 0, True)
+    try:
+        tokens, states = _write_static(loaded, *how)
+    except Exception as error:  # whatever a model or a capture refuses
+        reason = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {reason}"
+    expected_tokens, expected = _write_plain(loaded, *how)
+    assert states is not None and expected is not None
+    alike = (tokens == expected_tokens).cumprod(1).roll(1, 1)  # (batch, steps): both have read the same
+    alike[:, 0] = 1
+    differences = (states.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    worst = float((differences * alike.T).max())
+    bound = max(1e-4, 16 * torch.finfo(expected.dtype).eps)
+    return None if worst <= bound else f"its states differ from those of generate() by {worst:.1e} relative"
 
 
 def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

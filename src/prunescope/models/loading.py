@@ -49,6 +49,8 @@ class LoadedModel:
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
     stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
     _drops: list[Dropped] = field(default_factory=list)
+    # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
+    decoding: dict[str, str | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"
@@ -113,6 +115,10 @@ class LoadedModel:
             self.restore()
             for earlier in before:
                 self.drop(earlier)
+
+    def taken_out(self) -> list[nn.Module]:
+        """The modules of the sublayers that are dropped in place; they stay in memory, so that `restore` can put them back."""
+        return [module for drop in self._drops for module in drop.modules()]
 
     def sparsity(self) -> float:
         """Share of zero weights in the matrices of the blocks that are left."""

@@ -1,0 +1,251 @@
+"""Writing with two 7B models: a step of both against the time of reading their weights; the claim is at most 2 times.
+
+What is measured: two Qwen2 models of random bfloat16 weights in the shape of Qwen2.5-7B (15.2 GB each) write the same prompts, 32 at a time,
+through `prunescope.models.decoding`, greedy, the final state of every step kept. A step is the difference of a long and a short batch, by
+CUDA events, so that reading the prompts and capturing the graph are left out; they are printed beside it. The floor is the weights of both
+models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
+token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
+
+Run: python benchmarks/generation_gpu.py; on a CPU: python benchmarks/generation_gpu.py --small --device cpu (the loop without a graph)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+
+from prunescope.evaluation.clock import measure_rates
+from prunescope.models import generating
+from prunescope.models.anatomy import find_anatomy
+from prunescope.models.decoding import decode
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import Sampling, decoding_way, uniform_draws
+from prunescope.models.loading import LoadedModel
+
+SHAPE = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 512}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def build(seed: int, shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    config = transformers.Qwen2Config(**shape, max_position_embeddings=4096, tie_word_embeddings=False)
+    config.dtype = dtype
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if name.endswith("norm.weight") else parameter.normal_(0, 0.02)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
+    model.eval()
+    blocks = shape["num_hidden_layers"]
+    return LoadedModel("random", model, TOKENIZER, find_anatomy(model), {}, tuple(range(blocks)), blocks)
+
+
+# --- correctness -------------------------------------------------------------------------------------------------------
+
+
+def both_ways(loaded: LoadedModel, prompts: list[list[int]], steps: int, sampling: Sampling, ends: list[int]) -> Any:
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+    how = (ids, mask, steps, sampling, uniform_draws(sampling, range(len(prompts)), steps), ends, 0, True)
+    return generating._write_static(loaded, *how), generating._write_plain(loaded, *how)
+
+
+def check_families(device: torch.device) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from families import FAMILIES, tiny_model
+
+    prompts = [[5, 9, 11, 4, 60, 8, 33], [7, 3], [21, 40, 41, 42, 13]]
+    worst, equal, total = 0.0, 0, 0
+    for family in FAMILIES:
+        model = tiny_model(family).to(device)
+        loaded = LoadedModel(family, model, TOKENIZER, find_anatomy(model), {}, tuple(range(6)), 6)
+        for spec in (DropSpec(), DropSpec(attn=(0, 2, 3)), DropSpec(attn=(0, 1, 5), mlp=(1, 2, 5))):
+            with loaded.dropping(spec):
+                way = "generate(): cpu" if device.type == "cpu" else decoding_way(loaded)
+                if way.startswith("generate") and device.type != "cpu":
+                    say(f"  {family} {spec}: {way}")
+                    continue
+                for sampling in (Sampling(), Sampling(0.9, 20, 0.95, 3)):
+                    (tokens, states), (expected, expected_states) = both_ways(loaded, prompts, 24, sampling, [])
+                    total, equal = total + 1, equal + int(torch.equal(tokens, expected))
+                    if torch.equal(tokens, expected):
+                        worst = max(worst, float((states - expected_states).abs().max()))
+                    else:
+                        say(f"  {family} {spec} {sampling}: other tokens")
+    say(
+        f"tiny float32 models of {len(FAMILIES)} families: {equal} of {total} batches write the same tokens, states within {worst:.1e}"
+    )
+
+
+@torch.no_grad()
+def check_large(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> None:
+    say(f"large model: {decoding_way(loaded)}")
+    (tokens, states), (expected, expected_states) = both_ways(loaded, prompts, steps, Sampling(), [])
+    alike = (tokens == expected).cumprod(1)
+    read_same = torch.cat([torch.ones_like(alike[:, :1]), alike[:, :-1]], 1).T.bool()  # (steps, batch)
+    error = (states.double() - expected_states.double()).norm(dim=-1) / expected_states.double().norm(dim=-1)
+    logits = loaded.anatomy.head(states[read_same].to(loaded.dtype)).float()
+    others = loaded.anatomy.head(expected_states[read_same].to(loaded.dtype)).float()
+    apart = ((logits - others).norm(dim=-1) / others.norm(dim=-1)).max()
+    say(
+        f"against generate(), {loaded.dtype}: {float(alike.float().mean()):.3f} of the steps up to the first difference, states within "
+        f"{float(error[read_same].max()):.1e}, logits within {float(apart):.1e} relative"
+    )
+    again, _ = both_ways_static(loaded, prompts, steps)
+    order = list(range(len(prompts)))[::-1]
+    turned, _ = both_ways_static(loaded, [prompts[i] for i in order], steps)
+    say(f"run again: {'the same bits' if torch.equal(again[1], states) else 'OTHER BITS'}; rows in another order: "
+        f"{'the same bits' if torch.equal(turned[1][:, order], states) else 'other bits'}")  # fmt: skip
+
+
+def both_ways_static(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> Any:
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+    draws = torch.zeros(len(prompts), steps)
+    return generating._write_static(loaded, ids, mask, steps, Sampling(), draws, [], 0, True), None
+
+
+# --- time --------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Milliseconds between two places of the device's queue; wall time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            work()
+            return 1000 * (time.perf_counter() - started)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        began.record()
+        work()
+        ended.record()
+        torch.cuda.synchronize()
+        return float(began.elapsed_time(ended))
+
+
+def step_ms(
+    models: list[LoadedModel], prompts: list[list[int]], steps: int, rounds: int, clock: Clock
+) -> tuple[list[float], float]:
+    """Milliseconds of a step of all models, round by round, and of everything before the second step."""
+    ids, mask = generating._left_padded(prompts, 0, models[0].device)
+
+    def write(count: int) -> None:
+        for loaded in models:
+            decode(loaded, ids, mask, count, lambda scores, _: scores.argmax(-1), keep_states=True)
+
+    write(4)
+    short, long = [], []
+    for _ in range(rounds):
+        short.append(clock(lambda: write(4)))
+        long.append(clock(lambda: write(steps)))
+    return [(b - a) / (steps - 4) for a, b in zip(short, long, strict=True)], median(short)
+
+
+def profile_step(loaded: LoadedModel, prompts: list[list[int]]) -> None:
+    """Which kernels a step is made of."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+    steps = 12
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        decode(loaded, ids, mask, steps, lambda scores, _: scores.argmax(-1), keep_states=True)
+    kernels: dict[str, tuple[int, float]] = {}
+    for event in found.key_averages():
+        kernels[event.key] = (event.count, event.self_device_time_total)
+    for name, (count, spent) in sorted(kernels.items(), key=lambda item: -item[1][1])[:16]:
+        say(f"  {spent / 1000:8.2f} ms {count:6d} x  {name[:110]}")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--rows", type=int, default=0, help="steps of generate() with all columns; 0 leaves it out")
+    parser.add_argument("--skip-families", action="store_true")
+    run(parser.parse_args())
+
+
+def run(args: Namespace) -> None:
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    say(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    if not args.skip_families:
+        check_families(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rates = measure_rates(device, dtype)
+    shape = SMALL if args.small else SHAPE
+    models = [build(seed, shape, device, dtype) for seed in (0, 1)]
+    generator = torch.Generator().manual_seed(7)
+    lengths = [args.length - i % 8 for i in range(args.batch)]
+    prompts = [torch.randint(shape["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+    weights = sum(p.numel() * p.element_size() for p in models[0].model.parameters())
+    floor = 1000 * len(models) * weights / rates.bytes_per_s
+    say(
+        f"{len(models)} models of {weights / 1e9:.2f} GB; {rates.bytes_per_s / 1e9:.0f} GB/s, {rates.operations_per_s / 1e12:.0f} TFLOP/s measured"
+    )
+    check_large(models[0], prompts, min(args.steps, 32))
+    clock = Clock(device)
+    found, before = step_ms(models, prompts, args.steps, args.rounds, clock)
+    middle = median(found)
+    say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
+        f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
+    if args.profile and device.type == "cuda":
+        profile_step(models[0], prompts)
+    plain = []
+    ids, mask = generating._left_padded(prompts, 0, device)
+    for count in (4, 20):
+        how = (ids, mask, count, Sampling(), torch.zeros(len(prompts), count), [], 0, True)
+        plain.append(clock(lambda how=how: [generating._write_plain(loaded, *how) for loaded in models]))
+    say(f"generate(): {(plain[1] - plain[0]) / 16:.1f} ms a step of both")
+    if args.rows:
+        from prunescope.compare.generation import generation_rows
+
+        how_rows = {
+            "max_new_tokens": args.rows,
+            "stop": False,
+            "batch_size": args.batch,
+            "regime": "free-running",
+            "memory": 4 * 2**30,
+        }
+        generation_rows(models[0], models[1], prompts, **{**how_rows, "max_new_tokens": 4})
+        took = clock(lambda: generation_rows(models[0], models[1], prompts, **how_rows))
+        say(
+            f"generate with all columns, free-running: {took / args.rows:.2f} ms a step of both, {took / args.rows / floor:.1f} floors"
+        )
+
+
+if __name__ == "__main__":
+    main()
