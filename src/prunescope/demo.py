@@ -16,7 +16,8 @@ from prunescope.report.tables import worst_layers
 __all__ = ["run_demo"]
 
 _DROPPED = 8
-_ITEMS = 20  # of each quick task
+_PAIRS = ("arithmetic", "brackets", "substitution")  # the quick tasks that cost least
+_ITEMS = 20  # of each
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
@@ -32,7 +33,7 @@ def run_demo(
     """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
 
     Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` and ``out/layerwise-final-norm``, ``out/generate-...`` and ``out/mcq-...`` of both (runs with
-    figures), ``out/evaluate`` (the quick tasks), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
+    figures), ``out/evaluate`` (quick tasks), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
     Without ``questions`` there are no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
     results.check_free(out, overwrite=overwrite)
@@ -96,9 +97,10 @@ def _compare(
 
 
 def _evaluate(dense: LoadedModel, drops: dict[str, commands.DropResult], staging: Path) -> None:
-    """The quick tasks, dense and with both drops."""
+    """Three pairs of quick tasks, dense and with both drops."""
     targets = [f"drop:{drop.spec}" for drop in drops.values()]
-    found = commands.evaluate([dense, *targets], tasks="quick", limit=_ITEMS, batch_size=_ITEMS)  # type: ignore[list-item]
+    tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
+    found = commands.evaluate([dense, *targets], tasks=tasks, limit=_ITEMS, batch_size=_ITEMS)  # type: ignore[list-item]
     (staging / "evaluate").mkdir()
     found._write(staging / "evaluate")
 

@@ -206,7 +206,7 @@ def _quick_pair(
         asked,
         write="generative" in kinds,
         choose="choice" in kinds,
-        ended=lambda tokens: tokens[-1] in ends or "\n" in decode(tokens).lstrip(),
+        ended=lambda tokens: tokens[-1] in ends or "\n" in decode(tokens),
         max_new_tokens=most,
         batch_size=batch_size,
         advance=advance,
@@ -217,7 +217,7 @@ def _quick_pair(
         for kind, name in kinds.items():
             if kind == "generative":
                 written = decode([token for token in found.written if token not in ends])
-                text, metric = written.strip().partition("\n")[0].strip(), "exact_match"
+                text, metric = written.partition("\n")[0].strip(), "exact_match"
             else:
                 text, metric = item.options[int(np.argmax(found.scores))].strip(), "acc"
             rows.append(

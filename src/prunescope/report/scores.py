@@ -28,7 +28,9 @@ def score_rows(info: Mapping[str, Any]) -> list[list[str]]:
                 flips = [pair["right_to_wrong"], pair["wrong_to_right"]]
                 p = pair["mcnemar_p"]
                 cells += [f"{pair['difference']:+.3f}", _interval(pair["ci95"], signed=True)]
-                cells += ["-" if flip is None else str(flip) for flip in flips] + ["-" if p is None else f"{p:.2g}"]
+                cells += ["-" if flip is None else str(flip) for flip in flips] + [
+                    "-" if p is None else f"{p:.2g}" if p >= 0.001 else "<0.001"
+                ]
             elif model == models[0]:
                 cells += [f"chance {dense['chance']:.2f}" if dense["chance"] else "", "", "", "", ""]
             else:
