@@ -257,17 +257,34 @@ def main() -> None:
         print(f"    memory beyond the two models {extra / 1e9:.2f} GB")
         del target
     if options.table:
-        for name, values in (("steps", (64, 256, 1024, 4096)), ("prompts", (1, 4, 16))):
-            for value in values:
-                prompts, each = (2, value) if name == "steps" else (value, 64)
-                tokens = torch.randint(
-                    0, options.vocab, (prompts, options.prompt_length + each), generator=generator
-                ).tolist()
-                some = [Transcript(t[: options.prompt_length], t[options.prompt_length :]) for t in tokens]
-                taken = seconds(
-                    lambda some=some: [batch_rows(dense, None, [s], head, 1.0, memory) for s in some], device, 1
-                )
-                print(f"{name} {value:5d}: {taken:8.3f} s, {taken / prompts / each * 1e3:.4f} ms a step")
+        table(dense, options, memory)
+
+
+def table(dense: LoadedModel, options: argparse.Namespace, memory: int) -> None:
+    """Time against steps, prompts, blocks and vocabulary; each line is one call, in batches of one or eight prompts."""
+    generator = torch.Generator().manual_seed(2)
+
+    def taken(model: LoadedModel, vocab: int, prompts: int, steps: int, size: int) -> float:
+        length = options.prompt_length + steps
+        tokens = torch.randint(0, vocab, (prompts, length), generator=generator).tolist()
+        some = [Transcript(t[: options.prompt_length], t[options.prompt_length :]) for t in tokens]
+        head = lens_head(model, "raw")
+        batches = [some[i : i + size] for i in range(0, prompts, size)]
+        return seconds(
+            lambda: [batch_rows(model, None, batch, head, 1.0, memory) for batch in batches], options.device, 3
+        )
+
+    for steps in (64, 256, 1024, 4096):
+        time_ = taken(dense, options.vocab, 1, steps, 1)
+        print(f"steps   {steps:7d} (1 prompt):            {time_:8.3f} s, {time_ / steps * 1e3:.4f} ms a step")
+    for prompts in (8, 16, 32):
+        time_ = taken(dense, options.vocab, prompts, 256, 8)
+        print(f"prompts {prompts:7d} (256 steps, by 8):    {time_:8.3f} s, {time_ / prompts / 256 * 1e3:.4f} ms a step")
+    for name, values in (("layers", (7, 14)), ("vocab", (32_000, 76_032))):
+        for value in values:
+            changed = argparse.Namespace(**(vars(options) | {name: value}))
+            time_ = taken(build(changed, 3), changed.vocab, 8, 256, 8)
+            print(f"{name:7s} {value:7d} (8 prompts x 256):    {time_:8.3f} s, {time_ / 2048 * 1e3:.4f} ms a step")
 
 
 if __name__ == "__main__":
