@@ -57,7 +57,7 @@ _RUNS, _RUN = 16, 128  # runs of tokens that the factor along the dense vector i
 
 ROW_SUMS = (
     "peak",  # m = max z of the segment
-    "mass",  # sum exp((z - m) / T)
+    "rest",  # sum exp((z - m) / T) over all tokens but one at the maximum, whose own is 1: nothing is lost beside it
     "lowered",  # sum exp((z - m) / T) (z - m) / T
     "shift",  # any value near the mean of the segment
     "off",  # sum (z - shift)
@@ -162,28 +162,28 @@ def segments(vocab: int) -> int:
 def row_stats(z: Tensor, sums: Tensor, top: Tensor, temperature: float) -> RowStats:
     """Put the sums of the segments of each row together, in float64."""
     vocab = z.shape[1]
-    peak_k, mass_k, lowered_k, shift, off, off2 = sums.double().unbind(-1)
+    peak_k, rest_k, lowered_k, shift, off, off2 = sums.double().unbind(-1)
     start = torch.arange(segments(vocab), device=z.device) * SEGMENT
     count = (vocab - start).clamp(max=SEGMENT).double()
     top_z = z.gather(1, top).double()
     peak = top_z[:, 0]
     below = (peak_k - peak[:, None]) / temperature
     weight = below.exp()
-    mass = (mass_k * weight).sum(1)
-    log_mass = torch.log1p((mass - 1).clamp(min=0))
-    lowered = ((lowered_k + mass_k * below) * weight).sum(1)
+    rest_mass = (rest_k * weight).sum(1) + (weight.sum(1) - 1)
+    log_mass = torch.log1p(rest_mass)
+    lowered = ((lowered_k + (1 + rest_k) * below) * weight).sum(1)
     mean = (off + count * shift).sum(1) / vocab
     rest = mean[:, None] - shift
     return RowStats(
         peak=peak,
         log_mass=log_mass,
-        entropy=(log_mass - lowered / mass).clamp(min=0),
+        entropy=(log_mass - lowered / (1 + rest_mass)).clamp(min=0),
         mean=mean,
         square=(off2 + 2 * shift * off + count * shift * shift).sum(1),
         spread=(off2 - 2 * rest * off + count * rest * rest).sum(1).clamp(min=0),
         top=top,
         top_z=top_z,
-        finite=torch.isfinite(off2).all(1) & torch.isfinite(mass),
+        finite=torch.isfinite(off2).all(1) & torch.isfinite(rest_mass),
     )
 
 

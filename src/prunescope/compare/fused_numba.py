@@ -251,11 +251,13 @@ def _mean(x: Any) -> Any:
 
 @_kernel
 def _row_block(x: Any, peak: Any, shift: Any, scale: Any, sums: Any) -> None:
-    """Add mass, lowered / log 2, off and off2 of a block to ``sums`` (4)."""
-    mass = lowered = off = off2 = _ZERO
+    """Add the mass below the peak, lowered / log 2, off, off2 and the number of peaks of a block to ``sums`` (5)."""
+    mass = lowered = off = off2 = peaks = _ZERO
     for k in range(len(x)):
         t = (x[k] - peak) * scale
-        e = _exp2(t)
+        at_peak = x[k] == peak
+        e = _ZERO if at_peak else _exp2(t)
+        peaks = _add(peaks, _ONE if at_peak else _ZERO)
         o = x[k] - shift
         mass = _add(mass, e)
         lowered = _add(lowered, e * t)
@@ -265,6 +267,7 @@ def _row_block(x: Any, peak: Any, shift: Any, scale: Any, sums: Any) -> None:
     sums[1] += lowered
     sums[2] += off
     sums[3] += off2
+    sums[4] += peaks
 
 
 @_kernel
@@ -273,7 +276,7 @@ def _rows(flat: Any, stride: int, vocab: int, start: int, stop: int, scale: Any,
     before = _no_denormals()
     keep = top.shape[1]
     best = np.empty(keep, np.float32)
-    sums = np.empty(4, np.float64)
+    sums = np.empty(5, np.float64)
     for row in range(start, stop):
         z = flat[row * stride : row * stride + vocab]
         ids = top[row]
@@ -307,7 +310,7 @@ def _rows(flat: Any, stride: int, vocab: int, start: int, stop: int, scale: Any,
             for begin in range(first, last, _BLOCK):
                 _row_block(z[begin : min(begin + _BLOCK, last)], peak, shift, scale, sums)
             out[row, segment, 0] = peak
-            out[row, segment, 1] = sums[0]
+            out[row, segment, 1] = sums[0] + (sums[4] - 1)
             out[row, segment, 2] = sums[1] * 0.6931471805599453
             out[row, segment, 3] = shift
             out[row, segment, 4] = sums[2]

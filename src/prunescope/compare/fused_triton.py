@@ -52,12 +52,12 @@ def _row_kernel(
             inside = start + lane < count
             x = tl.load(base + start + lane, mask=inside, other=_LOW)
             c = tl.where(inside, x - shift, 0.0)
-        # a running softmax of every lane: one exponential whichever of the two is larger
+        # a running softmax of every lane, its largest token left out: one exponential whichever of the two is larger
         d = (x - m) * inv_t
         e = tl.exp(-tl.abs(d))
         up = d > 0
-        u = tl.where(up, (u - s * d) * e, u + e * d)
-        s = tl.where(up, s * e + 1.0, s + e)
+        u = tl.where(up, (u - (s + 1.0) * d) * e, u + e * d)
+        s = tl.where(up, (s + 1.0) * e, s + e)
         m = tl.maximum(m, x)
         off += c
         off2 += c * c
@@ -68,8 +68,9 @@ def _row_kernel(
     w = tl.exp(below)
     out = sums_ptr + (row * tl.num_programs(1) + seg) * N
     tl.store(out, peak)
-    tl.store(out + 1, tl.sum(tl.sum(s * w, 1), 0))
-    tl.store(out + 2, tl.sum(tl.sum((u + s * below) * w, 1), 0))
+    peaks = tl.sum(tl.sum(tl.where(m == peak, 1.0, 0.0), 1), 0)
+    tl.store(out + 1, tl.sum(tl.sum(tl.where(m == peak, s, (s + 1.0) * w), 1), 0) + (peaks - 1.0))
+    tl.store(out + 2, tl.sum(tl.sum((u + (s + 1.0) * below) * w, 1), 0))
     tl.store(out + 3, shift)
     tl.store(out + 4, tl.sum(tl.sum(off, 1), 0))
     tl.store(out + 5, tl.sum(tl.sum(off2, 1), 0))
@@ -285,25 +286,27 @@ def _stats_kernel(
     at = sums_ptr + (row * n_segments + k) * N
     below = (tl.load(at, mask=own, other=0.0).to(tl.float64) - peak) * inv_t
     weight = tl.where(own, tl.exp(below), 0.0)
-    mass_k = tl.load(at + 1, mask=own, other=0.0).to(tl.float64)
+    rest_k = tl.load(at + 1, mask=own, other=0.0).to(tl.float64)
     lowered_k = tl.load(at + 2, mask=own, other=0.0).to(tl.float64)
     shift = tl.load(at + 3, mask=own, other=0.0).to(tl.float64)
     off = tl.load(at + 4, mask=own, other=0.0).to(tl.float64)
     off2 = tl.load(at + 5, mask=own, other=0.0).to(tl.float64)
     count = tl.where(own, tl.minimum(vocab - k * SEG, SEG), 0).to(tl.float64)
-    mass = tl.sum(mass_k * weight, 0)
-    log_mass = tl.log(tl.maximum(mass, 1.0))
+    rest_mass = tl.sum(rest_k * weight, 0) + (tl.sum(weight, 0) - 1)
+    # log1p: where 1 + rest is rounded, its logarithm is scaled back
+    whole = 1 + rest_mass
+    log_mass = tl.where(whole == 1, rest_mass, tl.log(whole) * (rest_mass / tl.where(whole == 1, 1.0, whole - 1)))
     mean = tl.sum(off + count * shift, 0) / vocab
     rest = mean - shift
     spread = tl.sum(off2 - 2 * rest * off + count * rest * rest, 0)
     out = stats_ptr + row * S
     tl.store(out, peak)
     tl.store(out + 1, log_mass)
-    tl.store(out + 2, tl.maximum(log_mass - tl.sum((lowered_k + mass_k * below) * weight, 0) / mass, 0.0))
+    tl.store(out + 2, tl.maximum(log_mass - tl.sum((lowered_k + (1 + rest_k) * below) * weight, 0) / whole, 0.0))
     tl.store(out + 3, mean)
     tl.store(out + 4, tl.sum(off2 + 2 * shift * off + count * shift * shift, 0))
     tl.store(out + 5, tl.maximum(spread, 0.0))
-    tl.store(out + 6, tl.sum(off2, 0) + mass)  # finite where every logit is
+    tl.store(out + 6, tl.sum(off2, 0) + rest_mass)  # finite where every logit is
 
 
 @triton.jit
