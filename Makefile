@@ -38,6 +38,7 @@ $(RUN): requirements.txt pyproject.toml
 
 $(DEV): $(RUN) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0  # a CPU build of torch brings none
 	command -v chromium chromium-browser > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium fonts-dejavu; }
 	command -v npm > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends npm; }
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1
