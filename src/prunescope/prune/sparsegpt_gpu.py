@@ -27,7 +27,7 @@ from prunescope.prune.sparsegpt import factorise
 __all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
 
 _WIDEST = 256  # columns of a block that a kernel holds
-_LOOP_ROWS, _LOOP_WARPS = 8, 1  # of a tile in the column loop
+_LOOP_ROWS, _LOOP_WARPS = 16, 4  # of a tile in the column loop
 _SCAN_ROWS, _SCAN_WARPS = 32, 4  # of a tile in the histograms
 
 
