@@ -28,7 +28,6 @@ _SAMPLED_ROWS = (
 )
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
-_LEAST_ON_GPU = 1024  # columns of a stripe there: narrower ones wait for their launches
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 
 
@@ -101,8 +100,8 @@ class InputStatistic:
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
 
 
-def _stripes(n: int, least: int = 64) -> list[tuple[int, int]]:
-    size = max(least, -(-n // _STRIPES))
+def _stripes(n: int) -> list[tuple[int, int]]:
+    size = max(64, -(-n // _STRIPES))
     return [(low, min(low + size, n)) for low in range(0, n, size)]
 
 
@@ -123,14 +122,15 @@ def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
 def _sum_of_squares(x: Tensor) -> Tensor:
     """``(n,)`` float32."""
     if x.device.type == "cuda" and x.dtype in _HALF:  # one reading of x, and nothing of its size in float32
-        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+        return norm.square()
     return x.float().square().sum(0)
 
 
 def _add_upper_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x to the upper triangle, in float32. Below the diagonal only the stripes' own squares are kept up."""
     if x.device.type == "cuda" and x.dtype in _HALF:  # tensor cores: exact products, float32 sums, added in place
-        for low, high in _stripes(len(gram), _LEAST_ON_GPU):
+        for low, high in _stripes(len(gram)):
             part = gram[low:high, low:]
             torch.addmm(part, x[:, low:high].T, x[:, low:], out_dtype=torch.float32, out=part)
         return

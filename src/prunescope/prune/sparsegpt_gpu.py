@@ -130,7 +130,7 @@ def _parts(
 
 def _tiles(spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """The table of tiles of ``rows`` rows; see kernels.py."""
-    table = []
+    table: list[list[int]] = []
     for matrix, (low, high) in enumerate(spans):
         begin = len(table)
         table += [[matrix, first, min(first + rows, high), begin] for first in range(low, high, rows)]
