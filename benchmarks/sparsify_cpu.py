@@ -35,10 +35,10 @@ SHAPES = {  # a block's inputs, each with the outputs of the modules that read i
 def direct_hessian(samples: list[Tensor]) -> Tensor:
     """As published: H, rescaled at every sample so that it is always the mean, in the module's own buffer."""
     n = samples[0].shape[1]
-    hessian = torch.zeros(n, n)
+    hessian = torch.zeros(n, n, device=samples[0].device)
     for seen, x in enumerate(samples, 1):
         hessian *= (seen - 1) / seen
-        scaled = math.sqrt(2 / seen) * x.T
+        scaled = math.sqrt(2 / seen) * x.T.float()
         hessian += scaled.matmul(scaled.T)
     return hessian
 

@@ -574,7 +574,7 @@ def sparsify(
         calibration: self (text that the model samples, for which it is loaded whole), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
-        batch_size: samples at a time, by default as many as make 2048 tokens; models with fused experts take one at a time
+        batch_size: samples at a time, by default as many as make 2048 tokens (on a GPU 8192); models with fused experts take one at a time
         seed: of the calibration's choice
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
         perplexity_windows: take only so many windows of it

@@ -27,6 +27,7 @@ _SAMPLED_ROWS = (
     1024  # rows of an input that are kept to measure a reconstruction error, where no Gram matrix is gathered
 )
 _EXPERT_ROWS = 256  # the same for one expert among many
+_HALF = (torch.bfloat16, torch.float16)
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 
 
@@ -51,7 +52,7 @@ class InputStatistic:
         """Add rows ``x`` ``(tokens, n)``; ``sampled`` are those of them to keep."""
         self.tokens += len(x)
         if self.gram is None:
-            self.squares += x.float().square().sum(0)
+            self.squares += _sum_of_squares(x)
             if sampled is not None:
                 self.rows = torch.cat([self.rows, sampled.float()])
         else:
@@ -92,6 +93,8 @@ class InputStatistic:
         return math.sqrt(lost / whole) if whole > 0 else math.nan
 
     def _energy(self, weight: Tensor) -> float:
+        if self.gram is not None and self.gram.device.type == "cuda":
+            return max(0.0, _energy_by_half(weight, self.gram))
         if self.gram is not None:
             return max(0.0, float(((weight @ self.hessian()) * weight).sum(dtype=torch.float64)))
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
@@ -102,11 +105,34 @@ def _stripes(n: int) -> list[tuple[int, int]]:
     return [(low, min(low + size, n)) for low in range(0, n, size)]
 
 
+def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
+    """``sum((weight @ H) * weight)`` from the upper triangle of H alone: each pair of inputs once, in float32."""
+    total = torch.zeros((), dtype=torch.float64, device=gram.device)
+    for low, high in _stripes(len(gram)):
+        square = gram[low:high, low:high].triu()
+        square.diagonal().mul_(0.5)
+        product = weight[:, low:high] @ square
+        total += (product * weight[:, low:high]).sum(dtype=torch.float64)
+        if high < len(gram):
+            product = weight[:, low:high] @ gram[low:high, high:]
+            total += (product * weight[:, high:]).sum(dtype=torch.float64)
+    return 2 * float(total)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """``(n,)`` float32."""
+    if x.device.type == "cuda" and x.dtype in _HALF:  # one reading of x, and nothing of its size in float32
+        norm: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+        return norm.square()
+    return x.float().square().sum(0)
+
+
 def _add_upper_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x to the upper triangle, in float32. Below the diagonal only the stripes' own squares are kept up."""
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):  # exact products, float32 sums
+    if x.device.type == "cuda" and x.dtype in _HALF:  # tensor cores: exact products, float32 sums, added in place
         for low, high in _stripes(len(gram)):
-            gram[low:high, low:] += torch.mm(x[:, low:high].T, x[:, low:], out_dtype=torch.float32)
+            part = gram[low:high, low:]
+            torch.addmm(part, x[:, low:high].T, x[:, low:], out_dtype=torch.float32, out=part)
         return
     x = x.float()
     for low, high in _stripes(len(gram)):

@@ -42,7 +42,7 @@ from prunescope.report.tables import show_plan, show_sparsified
 
 __all__ = ["run_sparsify"]
 
-_TOKENS_AT_A_TIME = 2048
+_TOKENS_AT_A_TIME, _TOKENS_ON_GPU = 2048, 8192
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
@@ -244,7 +244,8 @@ def _length(config: Mapping[str, Any], streamed: StreamedModel) -> int:
 
 def _batch(config: Mapping[str, Any], streamed: StreamedModel, length: int) -> int:
     """Samples at a time; one where experts are fused, since which rows an expert gets must not depend on the batch."""
-    return 1 if has_fused_experts(streamed) else int(config["batch_size"] or max(1, _TOKENS_AT_A_TIME // length))
+    tokens = _TOKENS_ON_GPU if streamed.device.type == "cuda" else _TOKENS_AT_A_TIME
+    return 1 if has_fused_experts(streamed) else int(config["batch_size"] or max(1, tokens // length))
 
 
 def _texts(config: Mapping[str, Any], streamed: StreamedModel) -> tuple[Calibration | None, Tensor | None]:

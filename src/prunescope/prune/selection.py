@@ -17,6 +17,7 @@ from prunescope.errors import UserError
 
 __all__ = ["Goal", "lowest", "lowest_along_first", "lowest_per_group", "lowest_per_row"]
 
+_FEW_ROWS, _LONG_ROW = 64, 2**18
 _PAIRWISE = 8  # groups up to this size are ranked by comparing pairs
 
 
@@ -79,13 +80,33 @@ def lowest_per_row(scores: Tensor, count: int) -> Tensor:
         taken = torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
         bar = torch.from_numpy(kth)
     else:
-        bar = torch.kthvalue(scores, count, dim=1, keepdim=True).values
+        bar = _kth_on_gpu(scores, count)
         mask = scores <= bar
         taken = mask.sum(1)
     for row in (taken != count).nonzero().flatten().tolist():  # ties at the threshold: the higher indices stay
         tied = (scores[row] == bar[row]).nonzero().flatten()
         mask[row, tied[len(tied) - (int(taken[row]) - count) :]] = False
     return mask
+
+
+def _kth_on_gpu(scores: Tensor, count: int) -> Tensor:
+    """``(rows, 1)``: the ``count``-th lowest of each row.
+
+    PyTorch's kthvalue works on a row with one multiprocessor; of a few long rows, only the scores that share their leading bits with the
+    answer are left to it.
+    """
+    rows, n = scores.shape
+    if rows > _FEW_ROWS or n < _LONG_ROW or scores.dtype != torch.float32:
+        return torch.kthvalue(scores, count, dim=1, keepdim=True).values
+    found = []
+    for row in scores:
+        bits = (row + 0.0).view(torch.int32)  # no negative zeros
+        digits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 20  # the order of floats, in 12 bits
+        below = torch.bincount(digits + 2048, minlength=4096).cumsum(0)
+        place = int(torch.searchsorted(below, count))
+        left = count - (int(below[place - 1]) if place else 0)
+        found.append(torch.kthvalue(row[digits == place - 2048], left).values)
+    return torch.stack(found)[:, None]
 
 
 def lowest_per_group(scores: Tensor, keep: int, of: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunescope.prune.selection import Goal, lowest, lowest_along_first
 
-__all__ = ["NotPositiveDefiniteError", "inverse_factor", "sparsegpt"]
+__all__ = ["NotPositiveDefiniteError", "factorise", "inverse_factor", "sparsegpt"]
 
 _SUB_BLOCK = 16
 _PANEL = 256
@@ -39,6 +39,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         NotPositiveDefiniteError: no damping helped.
     """
+    lower, used = factorise(hessian, damping)
+    _invert_in_place(lower)
+    return lower, used
+
+
+def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The Cholesky factor ``L`` of the damped H reversed in both axes, lower triangular; otherwise as `inverse_factor`, its inverse."""
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.sum() / (~dead).sum() if not dead.all() else torch.ones_like(diagonal[0])
@@ -49,7 +56,6 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            _invert_in_place(lower)
             return lower, used
         del lower
     raise NotPositiveDefiniteError
@@ -90,6 +96,11 @@ def sparsegpt(
     Raises:
         NotPositiveDefiniteError: see `inverse_factor`.
     """
+    if hessian.device.type == "cuda":
+        from prunescope.prune import sparsegpt_gpu
+
+        if sparsegpt_gpu.supported(hessian, goals, block_size):
+            return sparsegpt_gpu.sparsegpt_on_gpu(weights, hessian, goals, block_size=block_size, damping=damping)
     reverse, used = inverse_factor(hessian, damping)
     n = len(reverse)
 
