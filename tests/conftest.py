@@ -69,3 +69,8 @@ def dense_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def dense(dense_folder: Path) -> LoadedModel:
     return load_model(dense_folder, device="cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group first, so that the processes end together."""
+    items.sort(key=lambda item: "test_sparsify_real" not in item.nodeid)
