@@ -24,10 +24,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the real model run in one worker: it is loaded once."""
+    """Tests of the real model run in one worker, which loads it once; those that prune it come first, since they take longest."""
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
+    items.sort(key=lambda item: "test_sparsify_real" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +70,3 @@ def dense_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def dense(dense_folder: Path) -> LoadedModel:
     return load_model(dense_folder, device="cpu")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest group first, so that the processes end together."""
-    items.sort(key=lambda item: "test_sparsify_real" not in item.nodeid)

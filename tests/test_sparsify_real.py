@@ -17,7 +17,6 @@ from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.wanda import wanda
 
 LAYERS = (0, 20)
-pytestmark = pytest.mark.xdist_group("sparsify-real")  # one process prunes the model for all of these tests
 
 
 @pytest.fixture(scope="module")
