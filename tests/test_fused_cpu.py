@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunescope.compare import fused
-from prunescope.compare.metrics import ERROR_BOUND, P_COLUMNS, Z_COLUMNS, Change, compare_logits
+from prunescope.compare.metrics import ERROR_BOUND, P_COLUMNS, Z_COLUMNS, Change, Head, compare, compare_logits
 
 numba = pytest.importorskip("numba", reason="the fused kernels for CPUs need numba, which is not installed")
 from prunescope.compare import fused_numba  # noqa: E402
@@ -221,3 +221,20 @@ def test_compiling_without_any_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _twice(x: int) -> int:
     return 2 * x
+
+
+def test_without_numba_the_plain_operations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where numba is there but refuses to be imported, as it does beside a numpy that is too new for it."""
+    head = Head(torch.randn(700, 24, generator=generator(91)))
+    streams = torch.randn(6, 24, generator=generator(92))
+    pairs = torch.tensor([[0, 1], [1, 2], [3, 5]])
+    following = torch.tensor([3, -1, 699])
+    assert fused.backend(streams.device, torch.float32) is fused_numba
+    with_kernels = compare(streams, pairs, head, next_token=following)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "prunescope.compare.fused_numba")
+    assert fused.backend(streams.device, torch.float32) is None
+    plain = compare(streams, pairs, head, next_token=following)
+    for column, values in plain.items():
+        relative, absolute = ERROR_BOUND[column]
+        torch.testing.assert_close(with_kernels[column], values, rtol=2 * relative, atol=2 * absolute, equal_nan=True)

@@ -22,7 +22,6 @@ GPUs, `fused_numba` for CPUs. Symbols as in `metrics.py`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple, Protocol
@@ -144,9 +143,12 @@ class Backend(Protocol):
 def backend(device: torch.device, dtype: torch.dtype) -> Backend | None:
     """The kernels for logits of ``dtype`` on ``device``; None where there are none, and `metrics` computes in plain tensor operations."""
     module = {"cuda": "triton", "cpu": "numba"}.get(device.type)
-    if dtype != torch.float32 or module is None or importlib.util.find_spec(module) is None:
+    if dtype != torch.float32 or module is None:
         return None
-    return importlib.import_module(f"prunescope.compare.fused_{module}")
+    try:
+        return importlib.import_module(f"prunescope.compare.fused_{module}")
+    except ImportError:  # not installed, or not for this machine's numpy or torch
+        return None
 
 
 def padded(vocab: int) -> int:
