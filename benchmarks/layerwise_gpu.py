@@ -145,9 +145,7 @@ def main() -> None:
 
     if not options.skip_check:
         few = _streams(dense, None, [Transcript(s.prompt, s.continuation[:2]) for s in sequences[:2]])
-        count, slots, width = few.rows.shape
-        pairs = (few.pairs + slots * torch.arange(count)[:, None, None]).view(-1, 2)
-        rows = few.rows.reshape(-1, width)
+        rows, pairs = few.flat()
         tiny = rows.float() * (1 + 1e-6 * torch.randn(rows.shape, device=rows.device))
         for name, streams, chosen in (
             ("streams of the model", rows, pairs),
@@ -201,9 +199,7 @@ def main() -> None:
     report(
         "forward pass with streams", seconds(lambda: _streams(dense, None, batches[0]), device) / share, forward_floor
     )
-    count, slots, width = streams[0].rows.shape
-    flat = streams[0].rows.reshape(-1, width)
-    pairs = (streams[0].pairs + slots * torch.arange(count)[:, None, None]).view(-1, 2)
+    flat, pairs = streams[0].flat()
     following = torch.zeros(len(pairs), dtype=torch.int64)
     report(
         "all columns",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,16 +74,16 @@ def check_options(config: dict[str, Any]) -> None:
         results.check_free(config["out"], overwrite=config["overwrite"], resume=config.get("resume", False))
 
 
-def finished(config: dict[str, Any], key: str) -> results.Run | None:
-    """The run that ``--resume`` finds complete. Raises UserError if it was made of other models or options."""
+def finished(
+    config: Mapping[str, Any], key: str, made_with: str = "other models, prompts or options"
+) -> results.Run | None:
+    """The run that ``--resume`` finds complete. Raises UserError if it was made of something else, which ``made_with`` names."""
     out = config["out"]
     if not config["resume"] or out is None or not Path(out).expanduser().exists():
         return None
     run = results.open_run(out)
     if run.info.get("key") != key:
-        raise UserError(
-            f"{out} is complete, but was made with other models, prompts or options; choose another --out or give --overwrite"
-        )
+        raise UserError(f"{out} is complete, but was made with {made_with}; choose another --out or give --overwrite")
     return run
 
 

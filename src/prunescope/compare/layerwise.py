@@ -139,7 +139,14 @@ class _Streams:
     """
 
     rows: Tensor
-    pairs: Tensor  # (steps, 2 * layers, 2) slots: dense, target
+    pairs: Tensor  # (2 * layers, 2) slots: dense, target; the same at every step
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """``(steps * slots, d)`` rows, and ``(steps * pairs, 2)`` the pairs of every step as rows of it."""
+        steps, slots, width = self.rows.shape
+        return self.rows.reshape(steps * slots, width), (self.pairs + slots * torch.arange(steps)[:, None, None]).view(
+            -1, 2
+        )
 
 
 def padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
@@ -230,11 +237,10 @@ def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]
 def _columns(
     streams: _Streams, sequences: Sequence[Transcript], head: Head, temperature: float, memory: int
 ) -> dict[str, Tensor]:
-    steps, slots, width = streams.rows.shape
-    pairs = (streams.pairs + slots * torch.arange(steps)[:, None, None]).view(-1, 2)
+    flat, pairs = streams.flat()
     following = torch.tensor([token for s in sequences for token in s.continuation])
     return compare(
-        streams.rows.reshape(steps * slots, width),
+        flat,
         pairs,
         head,
         temperature=temperature,
@@ -453,9 +459,7 @@ def product_error(
     Returns:
         Per column the median and the largest relative difference over the pairs.
     """
-    steps, slots, width = rows.shape
-    own = (pairs + slots * torch.arange(steps)[:, None, None]).view(-1, 2)
-    flat = rows.reshape(-1, width)
+    flat, own = _Streams(rows, pairs).flat()
     found, exact = (compare(h, own, head, temperature=temperature, memory=2 * memory) for h in (flat, flat.double()))
     result: dict[str, Any] = {"pairs": len(own)}
     for column in FLOOR_COLUMNS:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from prunescope import results
 from prunescope.cache import cache_folder
 from prunescope.commands import SweepResult
+from prunescope.compare.job import finished
 from prunescope.compare.layerwise import encode
 from prunescope.compare.parts import resume_state, save_state
 from prunescope.compare.runs import run_record
@@ -51,17 +52,17 @@ def run_sweep(config: dict[str, Any]) -> SweepResult:
     calibration = _calibration(config, dense)
     key = _key(config, dense, encoded, calibration)
     out = config["out"]
-    finished = _finished(config, key)
-    if finished is not None and {p.name for p in points} <= set(finished.table()["point"].to_pylist()):
+    complete = finished(config, key, "another model, other tasks or options")
+    if complete is not None and {p.name for p in points} <= set(complete.table()["point"].to_pylist()):
         console.print(f"complete already: {out}", markup=False)
-        return SweepResult(finished.info, _tables_of(finished))
+        return SweepResult(complete.info, _tables_of(complete))
     folder = (
         results.staged(out, overwrite=config["overwrite"], resume=config["resume"], keep_parts=True)
         if out is not None
         else nullcontext()
     )
     with folder as staging:
-        kept = _Kept(staging, key, [] if finished is None else split(_tables_of(finished)))
+        kept = _Kept(staging, key, [] if complete is None else split(_tables_of(complete)))
         plan = _plan(config, dense, points, encoded, calibration)
         bench = Bench(dense, plan)
         info = {
@@ -298,19 +299,6 @@ def _key(config: Mapping[str, Any], dense: LoadedModel, prompts: Sequence[list[i
         **{name: config[name] for name in (*names, "max_new_tokens", "metric_temperature")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _finished(config: Mapping[str, Any], key: str) -> results.Run | None:
-    """The complete run that ``--resume`` finds, with all points that were asked for or not. Raises UserError if it was made otherwise."""
-    out = config["out"]
-    if not config["resume"] or out is None or not Path(out).expanduser().exists():
-        return None
-    run = results.open_run(out)
-    if run.info.get("key") != key:
-        raise UserError(
-            f"{out} is complete, but was made with another model, other tasks or options; choose another --out or give --overwrite"
-        )
-    return run
 
 
 def _tables_of(run: results.Run) -> Tables:
