@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import transformers
 
-from prunescope.evaluation.clock import measure_rates
 from prunescope.models import generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.decoding import decode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
 from prunescope.models.loading import LoadedModel
+from prunescope.speed.timing import measure_rates
 
 SHAPE = {
     "hidden_size": 3584,

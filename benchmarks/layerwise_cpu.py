@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunescope.compare import fused
+from prunescope.compare.kernels import sums as fused
 from prunescope.compare.metrics import Change, Head, compare, compare_hidden, compare_logits
 
 
@@ -38,7 +38,7 @@ def parts(z: Tensor, pairs: Tensor, steps: int) -> None:
     """Times of the fused sums per step, and what is done with them."""
     try:
         started = time.perf_counter()
-        from prunescope.compare import fused_numba
+        from prunescope.compare.kernels import numba_sums as fused_numba
 
         fused_numba.pair_sums(z[:2], torch.tensor([[0, 1]]), torch.zeros(1, len(fused.PILOTS)), 1.0)
         fused_numba.row_sums(z[:1], 1.0)

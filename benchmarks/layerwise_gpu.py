@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from prunescope.compare import fused
+from prunescope.compare.kernels import sums as fused
 from prunescope.compare.layerwise import Transcript, _streams, batch_rows, lens_head
 from prunescope.compare.metrics import ERROR_BOUND, Head, compare, compare_hidden, compare_logits
 from prunescope.models.anatomy import find_anatomy

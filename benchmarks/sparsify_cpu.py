@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunescope.prune.calibrate import InputStatistic
-from prunescope.prune.selection import Goal
+from prunescope.prune.masks import Goal
 from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.wanda import wanda
 

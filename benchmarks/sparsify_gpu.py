@@ -30,7 +30,7 @@ from sparsify_cpu import direct_hessian, direct_sparsegpt
 from torch import Tensor
 
 from prunescope.prune.calibrate import InputStatistic
-from prunescope.prune.selection import Goal
+from prunescope.prune.masks import Goal
 from prunescope.prune.sparsegpt import sparsegpt
 
 SHAPES = {  # a block's inputs, each with the outputs of the modules that read it
@@ -173,8 +173,8 @@ def blocks(options: argparse.Namespace) -> None:
     """Blocks of a Qwen2 model, through the steps of `prune_model` that are not files."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from prunescope.models.streaming import stream_model
-    from prunescope.prune import sparsify
+    from prunescope.models.blockwise import stream_model
+    from prunescope.prune import blocks as sparsify
     from prunescope.prune.calibrate import Text
 
     big = options.shape == "7b"

@@ -82,7 +82,7 @@ def rate() -> float:
 
 
 def bare_process() -> float:
-    code = "from transformers import Qwen2ForCausalLM; import prunescope.prune.job; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    code = "from transformers import Qwen2ForCausalLM; import prunescope.jobs.sparsify; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     return 1024 * float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

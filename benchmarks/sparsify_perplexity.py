@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import prunescope
-from prunescope.models.streaming import stream_model
+from prunescope.models.blockwise import stream_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("0.5", {"sparsity": 0.5}),

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw what --out holds, finished or not")
     args = parser.parse_args()
     if args.draw:
-        from prunescope.report.sweep import draw_sweep
+        from prunescope.report.figures.sweep import draw_sweep
 
         run = prunescope.open(args.out)
         folder = Path(args.out) / "figures"
@@ -43,7 +43,7 @@ def main() -> None:
         print(*draw_sweep(*tables, run.info, folder), sep="\n")
         return
     if importlib.util.find_spec("matplotlib") is None:
-        nothing = types.ModuleType("prunescope.report.sweep")
+        nothing = types.ModuleType("prunescope.report.figures.sweep")
         nothing.draw_sweep = lambda *_: []  # type: ignore[attr-defined]
         sys.modules[nothing.__name__] = nothing
     options = {key: value for key, value in vars(args).items() if key != "draw"}

@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from prunescope.errors import UserError
-from prunescope.recipes import read_recipe, run_recipe, write_page
+from prunescope.paper.recipes import read_recipe, run_recipe, write_page
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)

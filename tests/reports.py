@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prunescope import commands, results
+from prunescope import commands
 from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.summary import generation_summary, mcq_summary
+from prunescope.runs import folder as results
 
 VERSIONS = {"python": "3", "prunescope": "0", "torch": "0", "transformers": "0", "pyarrow": "0"}
 HOSTILE = [

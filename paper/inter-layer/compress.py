@@ -1,6 +1,6 @@
 """Drop sublayers or blocks, with the flags of LLM-Drop. See docs/paper.md."""
 
-from prunescope import paper
+from prunescope.paper import scripts
 
 if __name__ == "__main__":
-    paper.run(paper.drop_layers)
+    scripts.run(scripts.drop_layers)

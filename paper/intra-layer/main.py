@@ -1,6 +1,6 @@
 """Prune weights, with the flags of the Wanda code. See docs/paper.md."""
 
-from prunescope import paper
+from prunescope.paper import scripts
 
 if __name__ == "__main__":
-    paper.run(paper.prune_weights)
+    scripts.run(scripts.prune_weights)

@@ -1,6 +1,6 @@
 """Compare two models step by step while they write. See docs/paper.md."""
 
-from prunescope import paper
+from prunescope.paper import scripts
 
 if __name__ == "__main__":
-    paper.run(paper.compare_generation)
+    scripts.run(scripts.compare_generation)

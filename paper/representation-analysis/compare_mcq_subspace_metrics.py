@@ -1,6 +1,6 @@
 """Compare the whole vocabulary with the answer options of a question. See docs/paper.md."""
 
-from prunescope import paper
+from prunescope.paper import scripts
 
 if __name__ == "__main__":
-    paper.run(paper.compare_options)
+    scripts.run(scripts.compare_options)

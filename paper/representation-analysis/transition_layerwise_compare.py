@@ -1,6 +1,6 @@
 """Compare every dropped or pruned sublayer with the dense one in the same context. See docs/paper.md."""
 
-from prunescope import paper
+from prunescope.paper import scripts
 
 if __name__ == "__main__":
-    paper.run(paper.compare_layers)
+    scripts.run(scripts.compare_layers)

@@ -31,8 +31,8 @@ from prunescope.commands import (
     sweep,
 )
 from prunescope.errors import UserError
-from prunescope.results import Run
-from prunescope.results import open_run as open
+from prunescope.runs.folder import Run
+from prunescope.runs.folder import open_run as open
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 
 from prunescope import commands
 from prunescope.errors import UserError
-from prunescope.results import NO_SPACE
+from prunescope.runs.folder import NO_SPACE
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": commands.demo,

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunescope import results
 from prunescope.errors import UserError
+from prunescope.runs import folder as results
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from prunescope.evaluation.swept import Tables
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loading import LoadedModel
+    from prunescope.sweep.tables import Tables
 
 __all__ = [
     "DemoResult",
@@ -73,7 +73,7 @@ class LayerwiseResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        from prunescope.report.figures import draw_layerwise
+        from prunescope.report.figures.layerwise import draw_layerwise
 
         results.write_run(
             staging,
@@ -112,7 +112,7 @@ class GenerateResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        from prunescope.report.steps import draw_generation
+        from prunescope.report.figures.generation import draw_generation
 
         results.write_run(staging, self.info, self._table, self._samples, draw_generation)
 
@@ -145,7 +145,7 @@ class McqResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        from prunescope.report.options import draw_mcq
+        from prunescope.report.figures.mcq import draw_mcq
 
         results.write_run(staging, self.info, self._table, self._samples, draw_mcq)
 
@@ -180,8 +180,8 @@ class RetrieveResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        from prunescope.evaluation.retrieval import write_rankings
-        from prunescope.report.retrieval import draw_retrieval
+        from prunescope.compare.retrieval import write_rankings
+        from prunescope.report.figures.retrieval import draw_retrieval
 
         write_rankings(staging, self.rankings)
         results.write_run(staging, self.info, self._table, self._samples, draw_retrieval)
@@ -214,7 +214,7 @@ class EvaluateResult:
         from prunescope.report.scores import summary_page
 
         if self.harness:
-            from prunescope.evaluation.job import write_harness
+            from prunescope.jobs.evaluate import write_harness
 
             labels = list(self.summary)
             for name, found in self.harness.items():
@@ -288,8 +288,8 @@ class SweepResult:
         return results.open_run(folder)
 
     def _write(self, staging: Path) -> None:
-        from prunescope.evaluation.swept import write_tables
-        from prunescope.report.sweep import draw_sweep
+        from prunescope.report.figures.sweep import draw_sweep
+        from prunescope.sweep.tables import write_tables
 
         (staging / "figures").mkdir(exist_ok=True)
         tables = self._tables
@@ -473,8 +473,8 @@ def drop(
     from prunescope.cache import cache_folder
     from prunescope.data.calibration import calibration_tokens
     from prunescope.models.loading import load_model
-    from prunescope.prune.drop import check_choice, choose
-    from prunescope.report.tables import show_scores
+    from prunescope.prune.select import check_choice, choose
+    from prunescope.report.terminal import show_scores
 
     if out is not None:
         results.check_free(out, overwrite=overwrite)
@@ -592,7 +592,7 @@ def sparsify(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals()) | {"model": str(model)}
-    from prunescope.prune.job import run_sparsify
+    from prunescope.jobs.sparsify import run_sparsify
 
     return run_sparsify(config)
 
@@ -653,12 +653,12 @@ def layerwise(
     from contextlib import nullcontext
 
     from prunescope.compare.layerwise import check_comparable, encode, layerwise_rows, run_key
-    from prunescope.compare.runs import describe_target, run_record
     from prunescope.data.prompts import read_prompts
     from prunescope.models.dropping import DropSpec
     from prunescope.models.generating import Sampling
     from prunescope.models.loading import load_model
-    from prunescope.report.tables import show_layerwise
+    from prunescope.report.terminal import show_layerwise
+    from prunescope.runs.provenance import describe_target, run_record
 
     started = time.monotonic()
     _check_counts(batch_size=batch_size, memory_mb=memory_mb)
@@ -776,7 +776,7 @@ def generate(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals())
-    from prunescope.compare.job import run_generate
+    from prunescope.jobs.generate import run_generate
 
     result = run_generate(config)
     if out is not None:
@@ -831,7 +831,7 @@ def mcq(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals())
-    from prunescope.compare.job import run_mcq
+    from prunescope.jobs.generate import run_mcq
 
     result = run_mcq(config)
     if out is not None:
@@ -892,7 +892,7 @@ def retrieve(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals())
-    from prunescope.evaluation.retrieval_job import run_retrieve
+    from prunescope.jobs.retrieve import run_retrieve
 
     result = run_retrieve(config)
     if out is not None:
@@ -943,7 +943,7 @@ def evaluate(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals())
-    from prunescope.evaluation.job import run_evaluate
+    from prunescope.jobs.evaluate import run_evaluate
 
     result = run_evaluate(config)
     if out is not None:
@@ -989,7 +989,7 @@ def speed(
     """
     config = dict(locals())
     config["models"], config["batch_size"] = [str(model) for model in models], str(batch_size)
-    from prunescope.evaluation.speed import run_speed
+    from prunescope.speed.measure import run_speed
 
     result = run_speed(config)
     if out is not None:
@@ -1068,7 +1068,7 @@ def sweep(
         UserError: the user's mistake, in one line; nothing is written.
     """
     config = dict(locals()) | {"model": str(model)}
-    from prunescope.evaluation.sweep import run_sweep
+    from prunescope.jobs.sweep import run_sweep
 
     result = run_sweep(config)
     if out is not None:
@@ -1088,7 +1088,7 @@ def report(runs: list[str], *, out: str = "report.html", figures: str | None = N
     Raises:
         UserError: a folder that is no run, is damaged or of a newer schema; nothing is written.
     """
-    from prunescope.report.html import expand, open_folder, write_report
+    from prunescope.report.page.html import expand, open_folder, write_report
 
     page = Path(out)
     if page.is_dir() or (page.exists() and not overwrite):
@@ -1099,7 +1099,7 @@ def report(runs: list[str], *, out: str = "report.html", figures: str | None = N
     write_report(opened, page)
     _say(f"written: {out} ({page.stat().st_size / 1e6:.1f} MB)")
     if figures is not None:
-        from prunescope.report.publication import draw_publication
+        from prunescope.report.figures.publication import draw_publication
 
         found = [one for one in opened if isinstance(one, results.Run)]
         checkpoints = [(one.folder, one.record) for one in opened if not isinstance(one, results.Run)]

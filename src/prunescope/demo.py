@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prunescope import commands, results
+from prunescope import commands
 from prunescope.commands import DemoResult, LayerwiseResult
 from prunescope.models.loading import BUNDLED, LoadedModel, load_model
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
-from prunescope.report.html import open_folder, write_report
-from prunescope.report.tables import worst_layers
+from prunescope.report.page.html import open_folder, write_report
+from prunescope.report.terminal import worst_layers
+from prunescope.runs import folder as results
 
 __all__ = ["run_demo"]
 

@@ -36,14 +36,14 @@ from prunescope.compare.layerwise import (
     step_index,
 )
 from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare_final, least_memory
-from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.compare.texts import first_difference
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, batches, choose, continue_texts, decoding_way, uniform_draws
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streams import final_states
+from prunescope.models.residual import final_states
 from prunescope.progress import progress
+from prunescope.runs.parts import part, resume_state, save_state
 
 __all__ = [
     "FREE",

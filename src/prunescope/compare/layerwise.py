@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory, uses_tensor_cores
-from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.data.prompts import Prompt
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, batches, continue_texts
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streams import Passage, substituting, watching
+from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
+from prunescope.runs.parts import part, resume_state, save_state
 
 __all__ = [
     "FLOOR_COLUMNS",

@@ -29,14 +29,14 @@ from prunescope.compare.layerwise import (
     step_index,
 )
 from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, compare_logits, least_memory
-from prunescope.compare.parts import part, resume_state, save_state
 from prunescope.data.questions import Question, Template, cue_prompt, option_strings, question_text
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streams import final_states
+from prunescope.models.residual import final_states
 from prunescope.progress import progress
+from prunescope.runs.parts import part, resume_state, save_state
 
 __all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_rows"]
 

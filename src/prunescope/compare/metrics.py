@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunescope.compare import fused
+from prunescope.compare.kernels import sums as fused
 
 __all__ = [
     "COLUMNS",

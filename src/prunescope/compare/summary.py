@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prunescope import results
 from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
-from prunescope.proportions import mcnemar, wilson
+from prunescope.runs import folder as results
+from prunescope.stats import mcnemar, wilson
 
 __all__ = [
     "SPACES",

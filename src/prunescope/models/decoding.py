@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streams import final_states
+from prunescope.models.residual import final_states
 
 __all__ = ["LOOK", "Decoded", "decode", "foreign_cache", "forward_options"]
 

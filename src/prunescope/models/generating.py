@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prunescope.errors import UserError
 from prunescope.models.decoding import decode, foreign_cache
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streams import final_states
+from prunescope.models.residual import final_states
 
 __all__ = [
     "Sampling",

@@ -17,7 +17,7 @@ from prunescope.errors import UserError
 from prunescope.models import loading
 from prunescope.models.shards import INDEX, write_shard
 from prunescope.progress import progress
-from prunescope.results import write_json
+from prunescope.runs.folder import write_json
 
 __all__ = ["dequantise"]
 

@@ -21,7 +21,7 @@ from torch import nn
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy, find_anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
-from prunescope.results import NO_SPACE
+from prunescope.runs.folder import NO_SPACE
 
 __all__ = ["BUNDLED", "RECORD", "LoadedModel", "layer_list", "load_model", "read_record"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prunescope.errors import UserError
 from prunescope.models.anatomy import first_output, swap_first_tensor
+from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import Matrix, reading
-from prunescope.models.streaming import StreamedModel
 
 __all__ = ["InputStatistic", "Text", "gather", "overflow"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
-from prunescope.models.streaming import StreamedModel
-from prunescope.prune.sparsify import Plan, removed_neurons, smaller_config
+from prunescope.prune.blocks import Plan, removed_neurons, smaller_config
 
 __all__ = ["estimate"]
 

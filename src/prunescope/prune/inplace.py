@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.models.blockwise import StreamedModel
 from prunescope.models.loading import LoadedModel
-from prunescope.models.streaming import StreamedModel
 from prunescope.progress import progress
+from prunescope.prune.blocks import Method, has_fused_experts, make_plan, prune_block
 from prunescope.prune.calibrate import Text, overflow
-from prunescope.prune.selection import Goal
-from prunescope.prune.sparsify import Method, has_fused_experts, make_plan, prune_block
+from prunescope.prune.masks import Goal
 
 __all__ = ["DenseWeights", "check_prunable", "pruned_in_place"]
 

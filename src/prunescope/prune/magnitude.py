@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunescope.prune.selection import Goal, lowest, lowest_per_group
+from prunescope.prune.masks import Goal, lowest, lowest_per_group
 
 __all__ = ["magnitude"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunescope.prune.selection import Goal, lowest, lowest_along_first
+from prunescope.prune.masks import Goal, lowest, lowest_along_first
 
 __all__ = ["NotPositiveDefiniteError", "factorise", "inverse_factor", "sparsegpt"]
 

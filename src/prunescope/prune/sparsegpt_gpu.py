@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunescope.prune.selection import Goal
+from prunescope.prune.masks import Goal
 from prunescope.prune.sparsegpt import factorise
 
 __all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
@@ -141,7 +141,7 @@ def _solve_block(
     part: _Part, block: int, values: Tensor, weights: Tensor, dropped: Tensor, above: Tensor, scale: Tensor, weighting: Tensor
 ) -> None:  # fmt: skip
     """Choose and prune a block of columns ``(columns, rows)``: ``weights`` become the pruned ones, ``dropped`` what they lost."""
-    from prunescope.prune import kernels
+    from prunescope.prune import sparsegpt_kernels as kernels
 
     count, rows = values.shape
     width = len(above)

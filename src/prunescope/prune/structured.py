@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunescope.prune.selection import lowest
+from prunescope.prune.masks import lowest
 
 __all__ = ["neuron_scores", "structured"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunescope.prune.selection import Goal, lowest, lowest_per_group, lowest_per_row
+from prunescope.prune.masks import Goal, lowest, lowest_per_group, lowest_per_row
 
 __all__ = ["wanda", "wanda_scores"]
 

@@ -1,0 +1,99 @@
+"""The files of a run of `sparsify`: a shard a block, and what an interrupted run needs to go on.
+
+While a run works, its folder holds `part-NNNNN.safetensors` for every finished block and `part-reports/` with what was found for it. At the
+end shards get their final names, and the reports go as a whole when everything else is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunescope.models.blockwise import StreamedModel, is_weights
+from prunescope.models.shards import INDEX, Stored, read_header, write_shard
+from prunescope.runs.folder import write_json
+
+__all__ = ["finish", "finished_parts", "part", "report", "reports", "write_part"]
+
+
+def reports(folder: Path) -> Path:
+    """What an unfinished run needs to go on: the reports of its blocks, and its plan. Gone as a whole when the checkpoint is complete."""
+    return folder / "part-reports"
+
+
+def part(folder: Path, layer: int) -> Path:
+    """Where the weights of a finished block are."""
+    return folder / f"part-{layer:05d}.safetensors"
+
+
+def report(folder: Path, layer: int) -> Path:
+    """Where it says what was found for a block."""
+    return reports(folder) / f"{layer:05d}.json"
+
+
+def finished_parts(folder: Path, blocks: int) -> int:
+    """How many of the first blocks are written: the report goes before the weights, the weights are renamed when complete."""
+    for layer in range(blocks):  # cut off while shards got their final names
+        named = folder / _shard_name(layer + 1, blocks)
+        if named.is_file() and not part(folder, layer).exists():
+            named.rename(part(folder, layer))
+    done = 0
+    while done < blocks and part(folder, done).is_file() and report(folder, done).is_file():
+        done += 1
+    return done
+
+
+def _shard_name(number: int, blocks: int) -> str:
+    """Shard 0 holds what lies outside the blocks."""
+    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
+    """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
+    pruned = {row["name"] for row in found["rows"]}
+    touched = {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
+    tensors: dict[str, Tensor | Stored] = {}
+    for name, parameter in streamed.blocks[layer].named_parameters(prefix=streamed.names[layer]):
+        stored = streamed.on_disk(name, parameter.detach())
+        for key, value in stored.items():
+            source = streamed.stored[key]
+            changed = name in touched or tuple(value.shape) != source.shape
+            tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
+    write_json(report(folder, layer), found)
+    write_shard(part(folder, layer), dict(sorted(tensors.items())))
+
+
+def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Shards under their final names, what lies outside the blocks, the index, config and tokenizer."""
+    blocks = len(streamed.blocks)
+    parts = [part(folder, layer) for layer in range(blocks)]
+    total = 0
+    names = [_shard_name(i, blocks) for i in range(blocks + 1)]
+    inside: dict[str, str] = {}
+    for file, name in zip(parts, names[1:], strict=True):
+        header = read_header(file, str(file))
+        inside |= dict.fromkeys(header, name)
+        total += sum(tensor.nbytes for tensor in header.values())
+    outside = {name: tensor for name, tensor in streamed.stored.items() if name not in inside}
+    write_shard(folder / names[0], outside)
+    total += sum(tensor.nbytes for tensor in outside.values())
+    weight_map = dict.fromkeys(outside, names[0]) | inside
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    for path in sorted(streamed.folder.iterdir()):
+        ours = path.name in ("prunescope.json", "run.json", "config.yaml")
+        if path.is_file() and not is_weights(path.name) and not ours and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    if sizes:
+        path = folder / "config.json"
+        content = json.loads(path.read_text("utf-8"))
+        inner = content["text_config"] if isinstance(content.get("text_config"), dict) else content
+        inner |= sizes
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    for file, name in zip(parts, names[1:], strict=True):
+        file.rename(folder / name)

@@ -1,0 +1,102 @@
+"""Measure points of a sweep on one model in memory: change it in place, score tasks, hold it against the dense model, change it back."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from prunescope.compare.layerwise import Transcript
+from prunescope.models.dropping import DropSpec
+from prunescope.models.loading import LoadedModel
+from prunescope.progress import progress
+from prunescope.prune.inplace import DenseWeights, pruned_in_place
+from prunescope.prune.masks import Goal
+from prunescope.sweep.comparison import Yardstick
+from prunescope.sweep.points import Point
+from prunescope.sweep.tables import COUNTED, Measured
+from prunescope.tasks import quick
+from prunescope.tasks.evaluate import at_floor, evaluate_model, expand_tasks
+
+__all__ = ["Bench", "Plan"]
+
+
+@dataclass
+class Plan:
+    """Everything that decides what a point gives, beside the model; it goes to every worker as it is."""
+
+    tasks: list[str]
+    evaluation: dict[str, Any]  # options of `evaluate_model`
+    texts: list[Transcript]  # what the dense model wrote
+    comparing: dict[str, Any]  # options of `Yardstick`
+    specs: dict[str, DropSpec]  # of the points that drop sublayers, by their names
+    calibration: Tensor | None = field(default=None, repr=False)  # where weights are pruned
+
+
+class Bench:
+    """A dense model with what is needed to measure points on it. Between two points the model is dense, bit for bit."""
+
+    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+        self.loaded, self.plan = loaded, plan
+        self.yardstick = Yardstick(loaded, plan.texts, **plan.comparing)
+        self._dense = DenseWeights(loaded) if plan.calibration is not None else None
+        self._weights = self._nonzero()
+
+    def measure(self, point: Point, stage: str = "") -> Measured:
+        """Everything about ``point``. Raises UserError where it cannot be made or scored."""
+        started = time.monotonic()
+        with self.at(point):
+            scores, items = _evaluated(self.loaded, self.plan, stage or point.title)
+            metrics = self.yardstick.measure(self.loaded)
+            left = self._nonzero()
+        info: dict[str, Any] = point.columns() | {
+            "dropped": str(self.plan.specs.get(point.name, DropSpec())),
+            COUNTED: 1 - left / self._weights,
+            "scores": scores,
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        return Measured(info, items)
+
+    @contextmanager
+    def at(self, point: Point) -> Iterator[None]:
+        """The model at ``point`` for the length of a ``with`` block."""
+        if point.method is not None:
+            assert self._dense is not None and self.plan.calibration is not None
+            goal = Goal.parse(point.pattern) if point.pattern else Goal(float(point.sparsity or 0))
+            with pruned_in_place(self.loaded, self._dense, point.method, goal, self.plan.calibration):  # type: ignore[arg-type]
+                yield
+        else:
+            with self.loaded.dropping(self.plan.specs.get(point.name, DropSpec())):
+                yield
+
+    def _nonzero(self) -> int:
+        """Weights of the blocks' matrices that are there and not zero."""
+        matrices = [p for b in self.loaded.anatomy.blocks for p in b.module.parameters() if p.dim() >= 2]
+        return sum(int(matrix.count_nonzero()) for matrix in matrices)
+
+
+def _evaluated(loaded: LoadedModel, plan: Plan, stage: str) -> tuple[dict[str, Any], pa.Table]:
+    """Scores by task, each with why it says nothing of pruning if this is the dense model (None if it does); and the items."""
+    items = _quick_items(plan)
+    bar = progress(stage, items) if items and sys.stderr.isatty() else nullcontext(None if not items else _silent)
+    with bar as advance:
+        found = evaluate_model(loaded, plan.tasks, **plan.evaluation, advance=advance)
+    return {task: {**score, "at_floor": at_floor(score)} for task, score in found.scores.items()}, found.items
+
+
+def _quick_items(plan: Plan) -> int:
+    """Items of a point, where they are known beforehand; 0 where a task is the harness's, which then shows its own progress."""
+    names = expand_tasks(plan.tasks)
+    if any(name not in quick.QUICK for name in names):
+        return 0
+    return len({quick.pair_of(name) for name in names}) * (plan.evaluation["limit"] or quick.DEFAULT_ITEMS)
+
+
+def _silent(done: int) -> None: ...

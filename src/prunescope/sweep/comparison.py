@@ -1,0 +1,108 @@
+"""How far a pruned model is from the dense one in h, z and p, for every point of a sweep: on the dense model's own texts.
+
+The dense model writes once. Every point then reads the same tokens (teacher-forced), in one pass a batch without a cache, and is compared at every
+step at the heads, as `prunescope generate` does it. What is kept of the dense model are its texts and the states that its head read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from prunescope.compare.generation import final_head, read_states
+from prunescope.compare.layerwise import FLOOR_COLUMNS, Transcript, at_least_float32
+from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, least_memory
+from prunescope.compare.summary import SPACES
+from prunescope.errors import UserError
+from prunescope.models.generating import batches, continue_texts
+from prunescope.models.loading import LoadedModel
+from prunescope.runs import folder as results
+
+__all__ = ["Yardstick", "write_texts"]
+
+_FLOOR_TEXTS = 2
+
+
+def write_texts(
+    dense: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, *, batch_size: int
+) -> list[Transcript]:
+    """What the dense model writes behind each prompt, greedily, to its end or to ``max_new_tokens``."""
+    texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size)
+    return [Transcript(list(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+class Yardstick:
+    """The dense model's texts and states, to hold a pruned model against."""
+
+    def __init__(
+        self,
+        dense: LoadedModel,
+        texts: Sequence[Transcript],
+        *,
+        batch_size: int = 8,
+        temperature: float = 1.0,
+        memory: int = DEFAULT_MEMORY,
+        seed: int = 0,
+    ) -> None:
+        self.texts, self.batch_size, self.temperature, self.seed = list(texts), batch_size, temperature, seed
+        least = least_memory(final_head(dense), at_least_float32(dense.dtype))
+        self.memory = max(memory, least)
+        self.states = self._read(dense)
+        self._owner = torch.cat([torch.full((len(t.continuation),), i) for i, t in enumerate(self.texts)])
+        self._next = torch.tensor([token for text in self.texts for token in text.continuation])
+
+    def _read(self, loaded: LoadedModel) -> Tensor:
+        """``(steps of all texts, d)``."""
+        return torch.cat(
+            [
+                states
+                for chosen in batches(range(len(self.texts)), self.batch_size)
+                for states in read_states(loaded, [self.texts[i] for i in chosen])
+            ]
+        )
+
+    def measure(self, loaded: LoadedModel) -> dict[str, dict[str, Any]]:
+        """Per space and column the summary over all steps, as in every run folder, of ``loaded`` as it stands now against the dense model.
+
+        Raises:
+            UserError: its logits are not numbers.
+        """
+        head = final_head(loaded)
+        try:
+            columns = compare_final(
+                self.states,
+                self._read(loaded),
+                head,
+                head,
+                temperature=self.temperature,
+                next_token=self._next,
+                memory=self.memory,
+            )
+        except FloatingPointError as error:
+            raise UserError(
+                f"{loaded.ref}: {error}; the activations overflow in {loaded.dtype}, try --dtype float32"
+            ) from error
+        table = pa.table(
+            {"prompt": self._owner.numpy()} | {name: columns[name].numpy() for name in COLUMNS if name in columns}
+        )
+        return results.summarise(table, SPACES, seed=self.seed)
+
+    def floor(self, loaded: LoadedModel) -> dict[str, Any]:
+        """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""
+        few = self.texts[:_FLOOR_TEXTS]
+        alone = torch.cat([read_states(loaded, [text])[0] for text in few])
+        head = final_head(loaded)
+        columns = compare_final(
+            self.states[: len(alone)], alone, head, head, temperature=self.temperature, memory=self.memory
+        )
+        return {
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "prompts": len(few),
+            "steps": len(alone),
+            "way": "read alone, against in a batch",
+            "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
+        }

@@ -1,0 +1,123 @@
+"""SparseGPT's kernels: on a GPU where there is one, otherwise in Triton's interpreter, which runs the same source on this CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before anything imports triton", allow_module_level=True)
+pytest.importorskip("triton", reason="the kernels for GPUs need triton, which is not installed")
+
+from prunescope.prune.calibrate import InputStatistic  # noqa: E402
+from prunescope.prune.masks import Goal, _kth_on_gpu, lowest_per_row  # noqa: E402
+from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt  # noqa: E402
+from prunescope.prune.sparsegpt_gpu import sparsegpt_on_gpu, supported  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+def problem(n: int, rows: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * n, n, generator=generator) @ (torch.eye(n) + 0.3 * torch.randn(n, n, generator=generator))
+    x[:, 5] = 0  # a dead input
+    return [torch.randn(r, n, generator=generator) for r in rows], x.T @ x
+
+
+def goal(case: str) -> Goal:
+    return Goal.parse(case if ":" in case else float(case))
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "cases", "block"),
+    [
+        (48, (20, 9), ("0.5", "0.5"), 16),
+        (48, (37,), ("2:4",), 16),
+        (48, (11,), ("3:6",), 128),
+        (64, (11,), ("4:8",), 32),
+        (90, (11,), ("0.3",), 32),
+        (40, (18, 5, 7, 3), ("0.5", "2:4", "0.25", "0.0"), 20),
+    ],
+)
+def test_kernels_give_what_the_cpu_gives(n: int, rows: tuple[int, ...], cases: tuple[str, ...], block: int) -> None:
+    """Another formula (the factor of H, not of its inverse), so this would catch a wrong compensation, and every slip at the edges of tiles,
+    matrices and blocks: rows and columns that a tile does not fill, matrices with goals of their own, a block size that is no power of two."""
+    weights, hessian = problem(n, rows)
+    goals = [goal(case) for case in cases]
+    expected, _ = sparsegpt(weights, hessian, goals, block_size=block)  # on the CPU
+    on = [weight.to(DEVICE) for weight in weights]
+    assert supported(hessian.to(DEVICE), goals, block)
+    found, damping = sparsegpt_on_gpu(on, hessian.to(DEVICE), goals, block_size=block)
+    assert damping == 0.01
+    for before, weight, mine, theirs, aim in zip(on, weights, found, expected, goals, strict=True):
+        assert torch.equal(before.cpu(), weight), "the input is left as it is"
+        assert torch.equal(mine.cpu() == 0, theirs == 0)
+        assert int((mine == 0).sum()) == aim.count(weight.numel())
+        torch.testing.assert_close(mine.cpu(), theirs, atol=5e-6, rtol=1e-5)
+
+
+def test_equal_scores_go_in_order_of_their_index() -> None:
+    """A diagonal H leaves weights as they are, so the mask is plain selection; with three levels most scores tie, over several tiles."""
+    weight = torch.randint(1, 4, (70, 16), generator=torch.Generator().manual_seed(1)).float()
+    (found,), _ = sparsegpt_on_gpu([weight.to(DEVICE)], torch.eye(16, device=DEVICE), [Goal(0.45)])
+    count = Goal(0.45).count(weight.numel())
+    order = torch.sort(weight.flatten(), stable=True).indices[:count]
+    expected = weight.flatten().index_fill(0, order, 0.0).view_as(weight)
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_a_hessian_that_cannot_be_factorised_is_refused_in_the_same_way() -> None:
+    bad = torch.full((16, 16), 9.0, device=DEVICE).fill_diagonal_(1.0)
+    with pytest.raises(NotPositiveDefiniteError):
+        sparsegpt_on_gpu([torch.ones(3, 16, device=DEVICE)], bad, [Goal(0.5)])
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+def test_the_threshold_of_long_rows(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a sort; with negative numbers, both zeros and ties."""
+    monkeypatch.setattr("prunescope.prune.masks._LONG_ROW", 100)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3000, generator=generator).to(DEVICE)
+    scores = (scores * levels).round() / levels if levels else scores
+    for count in (1, 7, 1500, 3000):
+        assert torch.equal(_kth_on_gpu(scores, count), scores.sort(dim=1).values[:, count - 1 : count])
+
+
+@needs_gpu
+def test_gpu_at_full_block_width_is_reproducible_and_equal_to_the_cpu() -> None:
+    """Compiled kernels can differ from interpreted ones (the mask of tl.histogram did): the sizes fill some tiles and not others."""
+    for cases in (("0.5", "0.5"), ("2:4", "4:8")):
+        weights, hessian = problem(500, (300, 200))
+        goals = [goal(case) for case in cases]
+        expected, _ = sparsegpt(weights, hessian, goals)
+        on = [weight.cuda() for weight in weights]
+        first, second = (sparsegpt(on, hessian.cuda(), goals)[0] for _ in range(2))
+        for a, b, cpu, aim in zip(first, second, expected, goals, strict=True):
+            assert torch.equal(a, b)
+            assert int((a == 0).sum()) == aim.count(a.numel())
+            assert ((a.cpu() == 0) == (cpu == 0)).float().mean() > 0.999
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
+    """Would catch sums kept in 16 bits, a stripe left out, and an error measured from half of H with the diagonal counted twice."""
+    x = torch.randn(5000, 1300, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    whole, plain = (InputStatistic(1300, DEVICE, gram=gram) for gram in (True, False))
+    for part in x.split(2048):
+        whole.add(part)
+        plain.add(part, part)
+    exact = x.double().T @ x.double()
+    assert (whole.hessian().double() - exact).norm() / exact.norm() < 2e-5
+    assert torch.equal(whole.hessian(), whole.hessian().T)
+    torch.testing.assert_close(plain.norm().double(), x.double().square().mean(0).sqrt(), rtol=1e-5, atol=0)
+    old = torch.randn(7, 1300, device=DEVICE)
+    new = old * ~lowest_per_row(old.abs(), 650)
+    error = ((old - new).double() @ x.double().T).norm() / (old.double() @ x.double().T).norm()
+    assert whole.relative_error(old, new) == pytest.approx(error.item(), rel=1e-4)
+    assert plain.relative_error(old, new) == pytest.approx(error.item(), rel=1e-4)
