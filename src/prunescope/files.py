@@ -1,0 +1,26 @@
+"""Write a file so that whatever bears its name is whole: beside it first, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends well, and is removed if it does not.
+
+    Args:
+        shared: several processes may write the same file at once, so each gets a path of its own. What a killed process leaves then stays.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.writing" if shared else f"{path.name}.writing")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
