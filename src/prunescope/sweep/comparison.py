@@ -20,7 +20,7 @@ from prunescope.compare.summary import SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
 from prunescope.models.loading import LoadedModel
-from prunescope.runs import folder as results
+from prunescope.runs.summary import summarise
 
 __all__ = ["Yardstick", "write_texts"]
 
@@ -89,7 +89,7 @@ class Yardstick:
         table = pa.table(
             {"prompt": self._owner.numpy()} | {name: columns[name].numpy() for name in COLUMNS if name in columns}
         )
-        return results.summarise(table, SPACES, seed=self.seed)
+        return summarise(table, SPACES, seed=self.seed)
 
     def floor(self, loaded: LoadedModel) -> dict[str, Any]:
         """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""
