@@ -19,6 +19,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
 	$(BIN)/ruff check src tests benchmarks paper
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(DEV)
 	$(BIN)/ruff format src tests benchmarks paper

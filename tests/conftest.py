@@ -39,10 +39,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    folder = SHARED / "reference"
-    if not folder.is_dir():
-        pytest.skip("the shared folder with reference numbers is not beside the project")
-    return folder
+    """Inputs and numbers of the reference implementations; `tests/reference/README.md` says which."""
+    return Path(__file__).parent / "reference"
 
 
 @pytest.fixture(scope="session")
