@@ -13,9 +13,10 @@ from statistics import median
 
 import torch
 
-from prunescope.compare.generation import final_head, generation_rows
-from prunescope.compare.layerwise import encode
+from prunescope.compare.context import final_head
+from prunescope.compare.generation import generation_rows
 from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import continue_texts
 from prunescope.models.loading import LoadedModel, load_model

@@ -12,8 +12,9 @@ from prunescope.runs.folder import Run, check_free, require_space, staged, write
 from prunescope.runs.result import Draw, Result, RunResult, StrPath
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import pyarrow as pa
-    from typing_extensions import Self
 
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loading import LoadedModel

@@ -11,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
+from prunescope.compare.metrics import SPACES
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
 from prunescope.runs.summary import summarise
 from prunescope.stats import mcnemar, wilson
 
 __all__ = [
-    "SPACES",
     "by_confidence",
     "calibration",
     "divergence_parts",
@@ -26,7 +25,6 @@ __all__ = [
     "mcq_summary",
 ]
 
-SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
 _EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confidence
 
 

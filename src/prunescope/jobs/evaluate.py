@@ -21,7 +21,7 @@ from prunescope.models.loading import LoadedModel
 from prunescope.progress import console
 from prunescope.report.scores import show_scores_of_tasks
 from prunescope.results import EvaluateResult
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record
 from prunescope.stats_paired import compare_scores
 from prunescope.tasks import quick
@@ -84,8 +84,7 @@ def run(options: EvaluateOptions) -> EvaluateResult:
         return EvaluateResult.of_run(done)
     units = _units(names)
     with options.output.staged() as staging:
-        if resume_state(staging, key) is None:
-            save_state(staging, key, [])
+        begin(staging, key)
         tables, described, whole = [], {}, {}
         scores: dict[str, dict[str, Any]] = {}
         for number, (ref, label) in enumerate(zip(options.models, labels, strict=True)):
@@ -103,11 +102,10 @@ def run(options: EvaluateOptions) -> EvaluateResult:
                             whole[name] = own
                             if staging is not None:
                                 write_harness(staging / "harness", name, label, own)
-                        said = {"scores": found.scores, "model": _identity(loaded)}
-                        return found.items.replace_schema_metadata({"prunescope": json.dumps(said)})
+                        return with_notes(found.items, {"scores": found.scores, "model": _identity(loaded)})
 
                     table = part(staging, number * len(units) + at, measure)
-                    said = json.loads(table.schema.metadata[b"prunescope"])
+                    said = notes_of(table)
                     if said["model"] != _identity(loaded):
                         raise UserError(
                             f"{options.output.out}: {label} is not the model it was when this run was begun; start anew with --overwrite"

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from prunescope.compare.generation import GenerationRows, Regime, generation_key, generation_rows
-from prunescope.compare.layerwise import encode
 from prunescope.compare.summary import generation_summary
 from prunescope.data.prompts import Prompt, read_prompts
+from prunescope.data.tokens import encode
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
 from prunescope.models.generating import Sampling, end_tokens

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from prunescope.compare.layerwise import Lens, encode, layerwise_rows, run_key
+from prunescope.compare.context import run_key
+from prunescope.compare.layerwise import Lens, layerwise_rows
 from prunescope.compare.summary import layerwise_summary
 from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
 from prunescope.models.generating import Sampling

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prunescope.compare.layerwise import run_key
+from prunescope.compare.context import run_key
 from prunescope.compare.mcq import Asked, ask, mcq_rows
 from prunescope.compare.summary import mcq_summary
 from prunescope.data.questions import Template, read_questions

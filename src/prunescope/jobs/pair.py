@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prunescope.compare.generation import check_pair
-from prunescope.compare.layerwise import check_comparable
+from prunescope.compare.context import check_comparable, check_pair
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model
 from prunescope.models.dropping import DropSpec

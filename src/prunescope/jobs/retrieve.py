@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prunescope.compare.context import run_key
 from prunescope.compare.embedding import Pooling, Reading, tokens_of
-from prunescope.compare.layerwise import run_key
 from prunescope.compare.retrieval import SIDES, TOP, RetrievalRows, retrieval_rows, retrieval_summary
 from prunescope.data.beir import Collection, read_collection
 from prunescope.errors import UserError

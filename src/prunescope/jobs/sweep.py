@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 
 from prunescope.cache import cache_folder
-from prunescope.compare.layerwise import encode
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from prunescope.runs.folder import Run, open_run, remove_parts, staged, write_run
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import pyarrow as pa
-    from typing_extensions import Self
 
 __all__ = ["Draw", "Result", "RunResult", "StrPath"]
 

@@ -13,10 +13,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.generation import final_head, read_states
-from prunescope.compare.layerwise import FLOOR_COLUMNS, Transcript, at_least_float32
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, least_memory
-from prunescope.compare.summary import SPACES
+from prunescope.compare.columns import DEFAULT_MEMORY, compare_final, least_memory
+from prunescope.compare.context import Transcript, at_least_float32, final_head, read_states
+from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
 from prunescope.models.loading import LoadedModel
