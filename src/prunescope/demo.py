@@ -108,7 +108,7 @@ def run_demo(
 
 def _sentences(run: LayerwiseResult, drops: dict[str, DropResult]) -> list[str]:
     """What was found, in three sentences that say what the numbers say, whichever way they fall."""
-    from prunescope.report.terminal import worst_layers
+    from prunescope.report.terminal.comparing import worst_layers
 
     first = " and ".join(
         f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"

@@ -11,7 +11,7 @@ from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.anatomy import KINDS
 from prunescope.prune.select import Order, ScoreOn, Target, check_choice, choose
-from prunescope.report.terminal import show_scores
+from prunescope.report.terminal.pruning import show_scores
 from prunescope.results import DropResult
 
 __all__ = ["DropOptions", "run"]

@@ -19,7 +19,7 @@ from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, 
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
 from prunescope.progress import console
-from prunescope.report.scores import show_scores_of_tasks
+from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
 from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record

@@ -28,7 +28,7 @@ from prunescope.prune.calibrate import overflow
 from prunescope.prune.checkpoint import reports
 from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
-from prunescope.report.terminal import show_plan, show_sparsified
+from prunescope.report.terminal.pruning import show_plan, show_sparsified
 from prunescope.results import SparsifyResult
 from prunescope.runs.folder import require_space, staged, write_config, write_json
 from prunescope.runs.provenance import device_name, versions

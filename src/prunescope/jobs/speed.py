@@ -13,7 +13,7 @@ from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.dropping import DropSpec
 from prunescope.models.semistructured import check_kernels
 from prunescope.progress import progress
-from prunescope.report.terminal import show_speed
+from prunescope.report.terminal.scoring import show_speed
 from prunescope.results import SpeedResult
 from prunescope.runs.provenance import run_record
 from prunescope.speed.measure import Measured, check_length, forget, measure, notes, rows_of, short, time_again
