@@ -22,9 +22,9 @@ from prunescope.report.scores import show_scores_of_tasks
 from prunescope.runs import folder as results
 from prunescope.runs.parts import part, resume_state, save_state
 from prunescope.runs.provenance import run_record
-from prunescope.stats_paired import compare_scores
 from prunescope.tasks import quick
-from prunescope.tasks.evaluate import ITEMS_SCHEMA, at_floor, evaluate_model, expand_tasks
+from prunescope.tasks.evaluate import evaluate_model, expand_tasks
+from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["run_evaluate"]
 

@@ -25,15 +25,15 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel, load_model
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
-from prunescope.prune.masks import Goal
 from prunescope.prune.select import check_choice, drop_orders, spec_of
+from prunescope.report.sweep_terminal import show_sweep
 from prunescope.runs import folder as results
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record
-from prunescope.sweep.bench import Bench, Plan
+from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import write_texts
 from prunescope.sweep.points import Point, read_points
-from prunescope.sweep.tables import Measured, Tables, assemble, show, split, write_tables
+from prunescope.sweep.tables import Measured, Tables, assemble, split, write_tables
 from prunescope.tasks.evaluate import expand_tasks
 
 __all__ = ["run_sweep"]
@@ -71,7 +71,7 @@ def run_sweep(config: dict[str, Any]) -> SweepResult:
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
             "steps": sum(len(text.continuation) for text in plan.texts),
             "calibration": calibration.describe(),
-            "noise_floor": bench.yardstick.floor(dense),
+            "noise_floor": bench.reference.floor(dense),
             "points_asked": [point.name for point in points],
         }
 
@@ -87,7 +87,7 @@ def run_sweep(config: dict[str, Any]) -> SweepResult:
         result = SweepResult(info | {"summary": tables.summary}, tables)
         if staging is not None:
             result._write(staging)
-    show(info, tables)
+    show_sweep(info, tables.sweep, tables.summary)
     return result
 
 
@@ -127,8 +127,7 @@ def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
         if point.dropped:
             check_choice(dense, point.series, point.n or 0, "discrete", False, "stream")  # type: ignore[arg-type]
         elif point.method is not None:
-            goal = Goal.parse(point.pattern) if point.pattern else Goal(point.sparsity or 0.0)
-            check_prunable(dense, point.method, goal)  # type: ignore[arg-type]
+            check_prunable(dense, point.method, point.goal)  # type: ignore[arg-type]
 
 
 # --- stages ------------------------------------------------------------------------------------------------------------
@@ -151,13 +150,13 @@ def _plan(
     points: Sequence[Point],
     prompts: Sequence[list[int]],
     calibration: Calibration,
-) -> Plan:
+) -> SweepPlan:
     """What the points need, found once: the order in which sublayers go, the texts to compare on."""
     targets: list[Any] = list(dict.fromkeys(point.series for point in points if point.dropped))
     cache = cache_folder() if config["cache"] else None
     orders = drop_orders(dense, calibration, targets, cache=cache) if targets else {}
     specs = {p.name: spec_of(orders[p.series][: p.n]) if p.dropped else DropSpec() for p in points}
-    return Plan(
+    return SweepPlan(
         tasks=_tasks(config),
         evaluation={name: config[name] for name in ("limit", "shots", "batch_size", "seed", "allow_code_execution")}
         | {"data": None if config["data"] is None else Path(config["data"])},
@@ -171,7 +170,7 @@ def _plan(
 def _measure(
     config: Mapping[str, Any],
     bench: Bench,
-    plan: Plan,
+    plan: SweepPlan,
     todo: Sequence[Point],
     done: Callable[[Point, Measured], None],
     total: int,
@@ -192,10 +191,10 @@ def _measure(
         )
 
     if config["workers"] > 1 or config["ray_address"] is not None:
-        from prunescope.sweep.workers import measure_spread
+        from prunescope.sweep.workers import measure_on_workers
 
         model = {"ref": config["model"]} | {name: config[name] for name in _MODEL}
-        measure_spread(todo, model, plan, workers=config["workers"], address=config["ray_address"], done=say)
+        measure_on_workers(todo, model, plan, workers=config["workers"], address=config["ray_address"], done=say)
         return
     for number, point in enumerate(todo):
         elapsed = time.monotonic() - started
