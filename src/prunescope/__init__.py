@@ -5,7 +5,9 @@ Everything public is named here. Importing this package loads neither torch nor 
 
 from __future__ import annotations
 
-import prunescope.report  # noqa: F401 (the package first, so that the function of its name is what stays)
+import prunescope.report
+import prunescope.speed
+import prunescope.sweep  # noqa: F401 (packages first, so that the functions of these names are what stays)
 from prunescope.commands import (
     DemoResult,
     DropResult,
