@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from prunescope.commands import SpeedResult
@@ -170,13 +169,12 @@ def measure(loaded: LoadedModel, name: str, workload: Workload) -> Measured:
     """Sizes and times of ``loaded`` as it is now; ``name`` is the model as the user wrote it."""
     facts = parameters(loaded, name)
     ids = _prompts(loaded, max(workload.batch_sizes), workload)
+    operations, head = linear_operations(loaded, ids[:1])
     kernels: Any = using_kernels(loaded) if workload.sparse_kernels else nullcontext([])
     with torch.no_grad(), kernels as sparse:
         held = bytes_of(tensors(loaded.model))
         taken_out = bytes_of(t for module in loaded.taken_out() for t in tensors(module))
-        with FlopCounterMode(display=False) as counter:
-            cache = _read(loaded, ids[:1])
-        operations, head = linear_operations(loaded, counter, 1 if forward_options(loaded.model) else ids.shape[1])
+        cache = _read(loaded, ids[:1])
         kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         facts |= {
             "sparse_layers": len(sparse),

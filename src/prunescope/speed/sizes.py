@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn, ops
+import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunescope.models.decoding import forward_options
 from prunescope.models.loading import LoadedModel
 from prunescope.models.semistructured import inner_tensors, two_four_layers
 
@@ -86,17 +88,19 @@ def cache_bytes(layers: list[Any]) -> int:
     return sum(value.untyped_storage().nbytes() for layer in layers for value in (layer.keys, layer.values))
 
 
-def linear_operations(loaded: LoadedModel, counter: FlopCounterMode, head_positions: int) -> tuple[int | None, int]:
-    """Operations of the linear layers in the pass that ``counter`` saw: without the head, and of the head at one position.
+@torch.no_grad()
+def linear_operations(loaded: LoadedModel, ids: Tensor) -> tuple[int | None, int]:
+    """Operations of the linear layers in one pass over ``ids`` ``(1, tokens)``: without the head, and of the head at one position.
 
     What is counted are products of two matrices. Attention multiplies batches of them: it has no weights, and the floor of a prefill leaves it
     out. None for a mixture of experts, whose operations depend on the routing.
-
-    Args:
-        head_positions: of how many tokens the pass made logits.
     """
     if any(p.dim() == 3 for block in loaded.anatomy.blocks for p in block.module.parameters()):
         return None, 0
-    head = 2 * loaded.anatomy.vocab_size * loaded.anatomy.hidden_size
+    options = forward_options(loaded.model)
+    with FlopCounterMode(display=False) as counter:
+        loaded.model(input_ids=ids, use_cache=False, **options)
     counted = counter.get_flop_counts()["Global"]
-    return sum(counted.get(op, 0) for op in (ops.aten.mm, ops.aten.addmm)) - head_positions * head, head
+    head = 2 * loaded.anatomy.vocab_size * loaded.anatomy.hidden_size
+    products = sum(counted.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return products - head * (1 if options else ids.shape[1]), head
