@@ -29,6 +29,7 @@ _ID = ("point", "series", "n", "method", "sparsity", "pattern")
 _ID_TYPES = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.float64(), pa.string())
 _DENSE = ("kind", "score", "ci_low", "ci_high", "chance", "items", "informative")  # of a dense score, in run.json
 _HALF = 0.5
+_ByItem = dict[str, dict[tuple[Any, Any], float]]  # task -> (item, key) -> number
 
 
 @dataclass
@@ -61,7 +62,8 @@ def assemble(measured: Sequence[Measured]) -> Tables:
     """Tables of the points in their order. The first one must be the dense model: what is lost is lost against it."""
     dense = measured[0]
     at_floor = tasks_at_floor({task: score["at_floor"] for task, score in dense.info["scores"].items()})
-    rows = [row for point in measured for row in _score_rows(point, dense, at_floor)]
+    lost = [_lost(_by_item(dense), _by_item(point)) for point in measured]
+    rows = [row for point, own in zip(measured, lost, strict=True) for row in _score_rows(point, dense, own, at_floor)]
     sweep = pa.Table.from_pylist(rows, _SWEEP)
     metrics = pa.Table.from_pylist([row for point in measured for row in _metric_rows(point)], _METRICS)
     items = pa.concat_tables([_with_point(point) for point in measured], promote_options="permissive")
@@ -70,7 +72,7 @@ def assemble(measured: Sequence[Measured]) -> Tables:
         "dense": {row["task"]: {key: row[key] for key in _DENSE} for row in rows if row["point"] == "dense"},
         "half_lost": _half_lost(rows),
         "foretells": best_predictors(ranked),
-        "discrepancy": _discrepancy(measured, at_floor),
+        "discrepancy": _discrepancy(measured, lost, at_floor),
     }
     return Tables(sweep, items, metrics, pa.Table.from_pylist(ranked, CORRELATIONS_SCHEMA), summary)
 
@@ -140,13 +142,13 @@ def _id(info: Mapping[str, Any]) -> dict[str, Any]:
     return {name: info[name] for name in _ID}
 
 
-def _score_rows(point: Measured, dense: Measured, at_floor: Collection[str]) -> list[dict[str, Any]]:
+def _score_rows(point: Measured, dense: Measured, lost: _ByItem, at_floor: Collection[str]) -> list[dict[str, Any]]:
     rows = []
     for task, score in point.info["scores"].items():
         before = dense.info["scores"][task]
         low, high = score.get("ci95") or (None, None)
         chance = score.get("chance")
-        loss, interval = _loss(point.items, dense.items, task)
+        loss, interval = _loss(list(lost.get(task, {}).values()))
         least, most = interval or (None, None)
         room = before["value"] - (chance or 0.0)
         usable = task not in at_floor and room > 0
@@ -180,19 +182,27 @@ def _score_rows(point: Measured, dense: Measured, at_floor: Collection[str]) -> 
     return rows
 
 
-def _by_item(items: pa.Table, task: str) -> dict[Any, float]:
-    found = zip(*(items[name].to_pylist() for name in ("task", "item", "key", "score")), strict=True)
-    return {(item, key): float(score) for name, item, key, score in found if name == task}
+def _by_item(point: Measured) -> _ByItem:
+    found: _ByItem = {}
+    columns = (point.items[name].to_pylist() for name in ("task", "item", "key", "score"))
+    for task, item, key, score in zip(*columns, strict=True):
+        found.setdefault(task, {})[item, key] = float(score)
+    return found
 
 
-def _loss(point: pa.Table, dense: pa.Table, task: str) -> tuple[float, list[float] | None]:
-    """Mean of dense minus point over the same items, and its 95 % interval (normal, paired); None with fewer than two items."""
-    ours, theirs = _by_item(dense, task), _by_item(point, task)
-    if ours.keys() != theirs.keys():
-        raise RuntimeError(f"{task}: the points were not asked the same items")
-    lost = np.array([ours[item] - theirs[item] for item in ours])
-    mean = float(lost.mean())
-    return mean, normal_interval(mean, float(lost.std(ddof=1)) / math.sqrt(len(lost))) if len(lost) > 1 else None
+def _lost(dense: _ByItem, point: _ByItem) -> _ByItem:
+    """Dense minus point, item by item."""
+    for task in dense.keys() | point.keys():
+        if dense.get(task, {}).keys() != point.get(task, {}).keys():
+            raise RuntimeError(f"{task}: the points were not asked the same items")
+    return {task: {item: ours - point[task][item] for item, ours in scores.items()} for task, scores in dense.items()}
+
+
+def _loss(lost: Sequence[float]) -> tuple[float, list[float] | None]:
+    """Mean over items, and its 95 % interval (normal, paired); None with fewer than two items."""
+    mean = float(np.mean(lost))
+    stderr = float(np.std(lost, ddof=1)) / math.sqrt(len(lost)) if len(lost) > 1 else None
+    return mean, None if stderr is None else normal_interval(mean, stderr)
 
 
 def _metric_rows(point: Measured) -> list[dict[str, Any]]:
@@ -218,25 +228,25 @@ def _with_point(point: Measured) -> pa.Table:
     return table
 
 
-def _discrepancy(measured: Sequence[Measured], at_floor: Collection[str]) -> list[dict[str, Any]]:
+def _discrepancy(
+    measured: Sequence[Measured], lost: Sequence[_ByItem], at_floor: Collection[str]
+) -> list[dict[str, Any]]:
     """By how much more choosing keeps than writing at each point, the paper's claim: share kept of what is above chance, over matched pairs.
 
     The two ways of a pair answer the same items, so the difference is taken item by item; its interval is normal, with the dense
     scores taken for exact and pairs for independent. Empty where no pair says something.
     """
-    dense = measured[0]
-    scores = dense.info["scores"]
+    scores = measured[0].info["scores"]
     ways = {pair: {f"{pair}-gen", f"{pair}-mc"} for task in scores if (pair := quick.pair_of(task)) in quick.PAIRS}
     pairs = [pair for pair, both in ways.items() if both <= scores.keys() and not both & set(at_floor)]
     found = []
-    for point in measured[1:] if pairs else []:
+    for point, own in zip(measured[1:], lost[1:], strict=True) if pairs else []:
         means, errors = [], []
         for pair in pairs:
             shares = []
             for task in (f"{pair}-gen", f"{pair}-mc"):
-                ours, theirs = _by_item(dense.items, task), _by_item(point.items, task)
                 room = scores[task]["value"] - (scores[task]["chance"] or 0.0)
-                shares.append({item[0]: (ours[item] - theirs[item]) / room for item in ours})
+                shares.append({item: value / room for (item, _), value in own[task].items()})
             more = np.array([shares[0][item] - shares[1][item] for item in shares[0]])
             means.append(float(more.mean()))
             errors.append(float(more.std(ddof=1)) / math.sqrt(len(more)) if len(more) > 1 else math.nan)
