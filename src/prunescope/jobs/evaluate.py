@@ -23,10 +23,10 @@ from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
 from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record
-from prunescope.stats_paired import compare_scores
 from prunescope.tasks import quick
-from prunescope.tasks.evaluate import ITEMS_SCHEMA, at_floor, evaluate_model, expand_tasks
+from prunescope.tasks.evaluate import evaluate_model, expand_tasks
 from prunescope.tasks.harness import check_tasks, file_name, write_harness
+from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["EvaluateOptions", "run"]
 

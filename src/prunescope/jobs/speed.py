@@ -16,7 +16,8 @@ from prunescope.progress import progress
 from prunescope.report.terminal.scoring import show_speed
 from prunescope.results import SpeedResult
 from prunescope.runs.provenance import run_record
-from prunescope.speed.measure import Measured, check_length, forget, measure, notes, rows_of, short, time_again
+from prunescope.speed.measure import Measured, Workload, check_length, forget, measure, time_again
+from prunescope.speed.rows import notes, rows_of, short
 from prunescope.speed.timing import measure_rates
 
 __all__ = ["SpeedOptions", "run"]
@@ -65,11 +66,16 @@ class SpeedOptions(Options):
         except ValueError:
             return []
 
+    @property
+    def workload(self) -> Workload:
+        sizes = tuple(self.batch_sizes)
+        return Workload(sizes, self.length, self.max_new_tokens, self.repeats, self.seed, self.sparse_kernels)
+
 
 def run(options: SpeedOptions) -> SpeedResult:
     started = time.monotonic()
     options.check()
-    names, config = options.names, options.config()
+    names, workload = options.names, options.workload
     found: dict[int, Measured] = {}
     descriptions: dict[int, dict[str, Any]] = {}
     first = options.loading.load(options.models[0])
@@ -84,12 +90,12 @@ def run(options: SpeedOptions) -> SpeedResult:
         for i in [0, *specs, *(i for i in range(1, len(names)) if i not in specs)]:
             advance.note(names[i])
             loaded = first if i == 0 or i in specs else options.loading.load_other(options.models[i])
-            check_length(loaded, config)
+            check_length(loaded, workload)
             with loaded.dropping(specs.get(i, DropSpec())):
                 descriptions[i] = loaded.describe()
-                found[i] = measure(loaded, names[i], config, options.batch_sizes)
+                found[i] = measure(loaded, names[i], workload)
             if i and i == max(specs, default=0):
-                time_again(loaded, found[0], config)
+                time_again(loaded, found[0], workload)
             del loaded
             if i == max(specs, default=0):  # nothing more is dropped from the first
                 del first
@@ -100,9 +106,9 @@ def run(options: SpeedOptions) -> SpeedResult:
             raise UserError(
                 f"--sparse-kernels: none of {', '.join(names)} has 2:4 weights; make some with sparsify --pattern 2:4, or leave it out"
             )
-        rows = [row for one in measured for row in rows_of(one, measured[0], rates, config)]
+        rows = [row for one in measured for row in rows_of(one, measured[0], rates, workload)]
         info = {
-            **run_record("speed", config, device, [descriptions[i] for i in range(len(names))], started),
+            **run_record("speed", options.config(), device, [descriptions[i] for i in range(len(names))], started),
             "dtype": str(dtype).removeprefix("torch."),
             "rates": {"bytes_per_s": rates.bytes_per_s, "operations_per_s": rates.operations_per_s},
             "notes": {one.name: notes(one.facts) for one in measured},

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
 from prunescope.models.loading import LoadedModel
+from prunescope.stats import normal_interval
 from prunescope.tasks.local_data import read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
+from prunescope.tasks.scores import score
 
 __all__ = ["check_tasks", "evaluate_harness", "file_name", "write_harness"]
 
@@ -90,7 +92,7 @@ def evaluate_harness(
                 **seeds,
             )
         except (AssertionError, ValueError) as error:
-            raise UserError(f"task {task} on {loaded.ref}: {_first_line(error)}") from error
+            raise UserError(f"task {task} on {loaded.ref}: {first_line(error)}") from error
     rows: list[dict[str, Any]] = []
     scores: dict[str, dict[str, Any]] = {}
     for name, samples in found["samples"].items():
@@ -173,7 +175,7 @@ def _load(
         raise
     except Exception as error:  # the hub, a script, a missing package: each fails in a way of its own
         raise UserError(
-            f"task {task}: its data cannot be had: {_first_line(error)}; give --data DIR, or check the network"
+            f"task {task}: its data cannot be had: {first_line(error)}; give --data DIR, or check the network"
         ) from error
     return list(built["groups"].values())[:1] if built.get("groups") else list(built["tasks"].values())
 
@@ -272,8 +274,6 @@ def _read_samples(
     task: str, samples: list[dict[str, Any]], found: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and score of a task: of its first filter, and of acc_norm where it has that, else of its first metric."""
-    from prunescope.tasks.evaluate import score
-
     config = found["configs"][task]
     kind = "generative" if config["output_type"] == "generate_until" else "choice"
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -335,16 +335,12 @@ def _group(name: str, found: dict[str, Any], inside: list[dict[str, Any]]) -> di
         "kind": inside[0]["kind"],
         "value": value,
         "stderr": stderr,
-        "ci95": [value - 1.96 * stderr, value + 1.96 * stderr],
+        "ci95": normal_interval(value, stderr),
         "n": total,
         "chance": chance,
         "shots": inside[0]["shots"],
         "note": None,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def write_harness(folder: Path, name: str, label: str, found: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from prunescope.report.figures.style import FLOOR, save, style
 from prunescope.report.names import short
+from prunescope.stats import Z95
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +27,6 @@ __all__ = ["KINDS", "Rows", "draw_sweep", "mean_over_tasks", "of_kind"]
 KINDS = {"generative": ("#D55E00", "written", "o"), "choice": ("#0072B2", "chosen", "s")}
 _SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _NAMES = {"attn": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks", "all": "sublayers of both kinds"}
-_Z95 = 1.959963984540054
 _SCATTERED = (
     ("h_cos_dev", "1 - cos(h)", "log"),
     ("z_cos_dev", "1 - cos(z)", "log"),
@@ -103,7 +103,7 @@ def mean_over_tasks(rows: Rows, column: str) -> tuple[float, float, float] | Non
     if len(known) == 1 and column == "score" and known[0]["ci_low"] is not None:
         return mean, known[0]["ci_low"], known[0]["ci_high"]  # its own, which is not symmetric
     if column == "score":
-        halves = [(_Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
+        halves = [(Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
     else:
         halves = [
             (row[f"{column}_ci_high"] - row[f"{column}_ci_low"]) / 2 if row[f"{column}_ci_low"] is not None else np.nan
