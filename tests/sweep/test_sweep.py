@@ -33,7 +33,7 @@ from prunescope.models.loading import load_model
 from prunescope.paper.recipes import NOT_AT_HAND, _scores, read_recipe
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
 from prunescope.prune.masks import Goal
-from prunescope.prune.select import choose, drop_orders, spec_of
+from prunescope.prune.select import choose_sublayers, drop_orders, spec_of
 from prunescope.runs import folder as results
 from prunescope.stats import kendall, spearman
 from prunescope.sweep.bench import Bench, SweepPlan
@@ -187,7 +187,7 @@ def test_what_goes_first_is_what_drop_chooses(chars: Path) -> None:
     orders = drop_orders(loaded, data, ["attn", "mlp", "block", "all"])
     for target, order in orders.items():
         for n in (1, 3, 4):
-            assert spec_of(order[:n]) == choose(loaded, data, target, n).spec  # type: ignore[arg-type]
+            assert spec_of(order[:n]) == choose_sublayers(loaded, data, target, n).spec  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])

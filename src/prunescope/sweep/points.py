@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 from prunescope.errors import UserError
 from prunescope.prune.masks import Goal
-from prunescope.prune.select import Target
+from prunescope.prune.select import DropTarget
 
 __all__ = ["DENSE", "DROP_SERIES", "METHODS", "Point", "read_points", "read_range"]
 
-DROP_SERIES: tuple[str, ...] = get_args(Target)
+DROP_SERIES: tuple[str, ...] = get_args(DropTarget)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _STEP = Decimal("0.1")
 _MOST = 1000  # points; more is a slip of the pen
