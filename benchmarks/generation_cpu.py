@@ -18,7 +18,8 @@ from prunescope.compare.layerwise import encode
 from prunescope.data.prompts import read_prompts
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import continue_texts
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 
 SPEC = DropSpec(attn=(1, 4, 9, 12, 15, 18, 22, 26))
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from prunescope import commands
 from prunescope.commands import DemoResult, LayerwiseResult
-from prunescope.models.loading import BUNDLED, LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+from prunescope.models.references import BUNDLED
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
 from prunescope.report.page.html import open_folder, write_report

@@ -34,7 +34,8 @@ from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.residual import final_states
 from prunescope.stats import wilson
 

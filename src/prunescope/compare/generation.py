@@ -40,7 +40,7 @@ from prunescope.compare.texts import first_difference
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, batches, choose, continue_texts, decoding_way, uniform_draws
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import progress
 from prunescope.runs.parts import part, resume_state, save_state

@@ -26,7 +26,7 @@ from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, batches, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import part, resume_state, save_state

@@ -33,7 +33,7 @@ from prunescope.data.questions import Question, Template, cue_prompt, option_str
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import progress
 from prunescope.runs.parts import part, resume_state, save_state

@@ -15,7 +15,7 @@ from torch import Tensor
 from prunescope.cache import remembered
 from prunescope.errors import UserError
 from prunescope.models.generating import Sampling, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console, progress
 
 __all__ = ["SELF", "Calibration", "calibration_tokens", "perplexity_tokens"]

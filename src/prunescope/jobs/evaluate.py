@@ -16,7 +16,8 @@ import pyarrow as pa
 from prunescope.commands import EvaluateResult
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.progress import console
 from prunescope.report.scores import show_scores_of_tasks
 from prunescope.runs import folder as results

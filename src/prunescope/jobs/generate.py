@@ -21,7 +21,8 @@ from prunescope.data.questions import read_questions
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, end_tokens
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.report.terminal import show_generation, show_mcq
 from prunescope.runs import folder as results
 from prunescope.runs.provenance import describe_target, run_record

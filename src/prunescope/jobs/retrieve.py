@@ -23,7 +23,7 @@ from prunescope.compare.retrieval import (
 from prunescope.data.beir import Collection, read_collection
 from prunescope.errors import UserError
 from prunescope.jobs.generate import blaming, check_options, finished, open_pair
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.report.figures.retrieval import show_retrieval
 from prunescope.runs import folder as results
 from prunescope.runs.provenance import describe_target, run_record

@@ -23,7 +23,9 @@ from prunescope.commands import SparsifyResult
 from prunescope.data.calibration import SELF, Calibration, calibration_tokens, perplexity_tokens
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel, stream_model
-from prunescope.models.loading import RECORD, LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+from prunescope.models.record import RECORD
 from prunescope.progress import console
 from prunescope.prune.blocks import (
     Plan,

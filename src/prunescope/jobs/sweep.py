@@ -22,7 +22,8 @@ from prunescope.data.prompts import read_prompts
 from prunescope.errors import UserError
 from prunescope.jobs.generate import finished
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
 from prunescope.prune.masks import Goal

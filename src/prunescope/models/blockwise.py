@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models import loading
 from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
 from prunescope.models.gguf import dequantise
-from prunescope.models.loading import RECORD, LoadedModel, read_record
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights, not_on_hub
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.record import config_drop_lists, layers_of, read_record
+from prunescope.models.references import expand_user, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
@@ -136,15 +138,15 @@ def stream_model(
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
-    torch_device = loading._device(device)
-    torch_dtype: Any = loading._dtype(dtype, torch_device)
-    ref = str(Path(ref).expanduser()) if ref.startswith("~") else ref
+    torch_device = choose_device(device)
+    torch_dtype: Any = choose_dtype(dtype, torch_device)
+    ref = expand_user(ref)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         raise UserError(
             f"{ref}: a recipe has no weights of its own; write it with drop --format zeroed or compact, and give that"
         )
-    source, options, identity = loading._resolve(ref, revision)
+    source, options, identity = resolve(ref, revision)
     if "gguf_file" in options:
         folder = dequantise(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
@@ -155,7 +157,7 @@ def stream_model(
     stored = stored_tensors(folder, ref)
     opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
     model, tokenizer, weights, stored_dtype = opened
-    if loading._config_drop_lists(ref, model.config):
+    if config_drop_lists(ref, model.config):
         raise UserError(
             f"{ref}: its config.json drops sublayers; write it with drop --format zeroed or compact, and give that"
         )
@@ -169,12 +171,7 @@ def stream_model(
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
     with streamed.running():
         loaded.anatomy = find_anatomy(model)
-    loaded.layer_map = tuple(record["kept_layers"] if record else range(len(blocks)))
-    loaded.dense_layers = record["dense_layers"] if record else len(blocks)
-    if len(loaded.layer_map) != len(blocks):
-        raise UserError(
-            f"{ref}: {RECORD} names {len(loaded.layer_map)} kept layers but the weights have {len(blocks)} blocks; write the checkpoint again"
-        )
+    loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     return streamed
 
 
@@ -242,11 +239,9 @@ def _open(
         raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
     placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
     options = {"trust_remote_code": trust_remote_code}
-    model, tokenizer, missing, stored_dtype = loading._from_pretrained(ref, str(folder), options, dtype, placement)
+    model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement)
     if missing:
-        raise UserError(
-            f"{ref}: weights are missing, first {min(missing)} ({len(missing)} in all); the folder is incomplete or of another architecture"
-        )
+        raise missing_weights(ref, missing)
     weights = _offloaded(model)
     remove_hook_from_submodules(model)
     return model.eval(), tokenizer, weights, stored_dtype
@@ -272,9 +267,7 @@ def _snapshot(ref: str, source: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"{ref}: not found on the Hugging Face hub, or no access to it: {loading._first_line(error)}; check the id and the network"
-        ) from error
+        raise not_on_hub(ref, error) from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"

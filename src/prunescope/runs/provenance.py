@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.runs import folder as results
 
 __all__ = ["describe_target", "machine_record", "run_record"]

@@ -27,7 +27,9 @@ from prunescope.models.anatomy import hooks
 from prunescope.models.decoding import decode, forward_options
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import decoding_way, static_problem
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+from prunescope.models.references import BUNDLED, bundled_file, is_drop, read_target
 from prunescope.models.semistructured import check_kernels, inner_tensors, two_four_layers, using_kernels
 from prunescope.progress import progress
 from prunescope.report.terminal import show_speed
@@ -63,7 +65,7 @@ def run_speed(config: dict[str, Any]) -> SpeedResult:
     device, dtype = first.device, first.dtype
     if config["sparse_kernels"]:
         check_kernels(device, dtype)
-    specs = {i: DropSpec.parse(ref.removeprefix("drop:")) for i, ref in enumerate(refs) if ref.startswith("drop:")}
+    specs = {i: spec for i, ref in enumerate(refs) if isinstance(spec := read_target(ref), DropSpec)}
     for spec in specs.values():
         spec.check(len(first.anatomy))
     out = config["out"]
@@ -110,7 +112,7 @@ def _check(config: dict[str, Any]) -> list[int]:
     refs = config["models"]
     if not refs:
         raise UserError("speed needs at least one model, for example smollm2-135m drop:attn=3,5")
-    if refs[0].startswith("drop:"):
+    if is_drop(refs[0]):
         raise UserError(f"{refs[0]}: sublayers are dropped from the first model; name that model first")
     twice = next((ref for i, ref in enumerate(refs) if ref in refs[:i]), None)
     if twice is not None:
@@ -271,7 +273,7 @@ def _unread_bytes(loaded: LoadedModel) -> int:
 
 def _disk_bytes(loaded: LoadedModel, name: str) -> int | None:
     """Bytes of the files that hold this model's weights; of a recipe, which has none, of the folder. None where there are no files."""
-    if name.startswith("drop:"):
+    if is_drop(name):
         return None
     path = Path(name)
     if path.is_dir():
@@ -286,10 +288,8 @@ def _stored_elsewhere(loaded: LoadedModel, name: str) -> int | None:
     """Bytes of the bundled model, or of a hub model in the local cache."""
     from huggingface_hub import snapshot_download
 
-    from prunescope.models.loading import BUNDLED, _bundled_file
-
     if name == BUNDLED:
-        return _bundled_file().stat().st_size
+        return bundled_file().stat().st_size
     try:
         folder = snapshot_download(name, revision=loaded.identity.get("revision"), local_files_only=True)
     except Exception:  # whatever the hub's client says: the number is left out

@@ -19,7 +19,7 @@ from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, l
 from prunescope.compare.summary import SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.runs import folder as results
 
 __all__ = ["Yardstick", "write_texts"]

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from prunescope.errors import UserError
 from prunescope.models.generating import end_tokens
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.stats import wilson
 from prunescope.tasks import quick

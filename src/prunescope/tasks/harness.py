@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.tasks.local_data import read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
 
