@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prunescope.cache import remembered
 from prunescope.data.jsonl import holds_rows, read_rows, read_text
 from prunescope.errors import UserError, first_line
 from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console, progress
 
@@ -204,8 +206,10 @@ def _hub_texts(name: str) -> Iterator[str]:
 
     dataset_id, options = _HUB.get(name, (name, {}))
     try:
-        rows: Any = datasets.load_dataset(dataset_id, split="train", streaming=True, **options)
-        for row in rows:
+        with one_try():
+            rows: Any = iter(datasets.load_dataset(dataset_id, split="train", streaming=True, **options))
+            first = list(islice(rows, 1))
+        for row in chain(first, rows):
             if "text" not in row:
                 raise UserError(
                     f"calibration data set {name} has no column 'text' but {', '.join(row)}; save its texts as JSONL and give that file"

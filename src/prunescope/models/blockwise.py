@@ -7,6 +7,7 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
 from prunescope.models.gguf import dequantise
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights, not_on_hub
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.record import config_drop_lists, layers_of, read_record
-from prunescope.models.references import expand_user, resolve
+from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
@@ -127,14 +129,16 @@ def stream_model(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
     Args:
         ref: as `load_model` takes it, but a recipe. A `.gguf` file is dequantised into ``scratch``, a tensor at a time.
-        scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models).
-        dtype, device, revision, trust_remote_code: as in `load_model`; the dtype is that of the computation.
+        scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models), and for the
+            whole model with an adapter merged, which is in memory for a moment.
+        dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -146,8 +150,12 @@ def stream_model(
         raise UserError(
             f"{ref}: a recipe has no weights of its own; write it with drop --format zeroed or compact, and give that"
         )
-    source, options, identity = resolve(ref, revision)
-    if "gguf_file" in options:
+    base, found = with_adapter(ref, adapter)
+    source, options, identity = resolve(base, revision)
+    if found is not None:
+        folder = _merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
+        identity |= found.identity
+    elif "gguf_file" in options:
         folder = dequantise(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
         folder = Path(source)
@@ -235,11 +243,10 @@ def _open(
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
-    if config.get("quantization_config"):
-        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
+    _check_plain(ref, config)
     placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
     options = {"trust_remote_code": trust_remote_code}
-    model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement)
+    model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement=placement)
     if missing:
         raise missing_weights(ref, missing)
     weights = _offloaded(model)
@@ -273,6 +280,26 @@ def _snapshot(ref: str, source: str, revision: str | None) -> Path:
             f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"
         )
     return folder
+
+
+def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, folder: Path) -> Path:
+    """A plain folder of the model with an adapter merged into it; one that is there already is left as it is."""
+    if not folder.is_dir():
+        model, tokenizer, missing, _ = from_pretrained(ref, source, options, "auto")
+        if missing:
+            raise missing_weights(ref, missing)
+        _check_plain(ref, model.config.to_dict())
+        beside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
+        merge_adapter(ref, model, adapter).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(folder)
+    return folder
+
+
+def _check_plain(ref: str, config: dict[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
 
 
 @contextmanager

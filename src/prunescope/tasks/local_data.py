@@ -17,7 +17,7 @@ from prunescope.data import jsonl
 from prunescope.data.questions import read_questions
 from prunescope.errors import UserError, first_line
 
-__all__ = ["read_dataset", "read_rows"]
+__all__ = ["dataset_of", "read_dataset", "read_rows"]
 
 _SPLITS = ("train", "validation", "valid", "dev", "test")
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -26,13 +26,11 @@ _MMLU = ("cais/mmlu", "hails/mmlu_no_train")
 
 def read_dataset(folder: Path, path: str, name: str | None, task: str) -> dict[str, Any]:
     """Splits of the data set ``path`` (configuration ``name``) as `datasets.Dataset`. Raises UserError if it is not in the folder."""
-    from datasets import Dataset
-
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder")
     found: dict[str, list[dict[str, Any]]] = {}
     if path in _MMLU and name:
-        return {split: Dataset.from_list(rows) for split, rows in _mmlu(folder / "mmlu", name, task).items()}
+        return {split: dataset_of(folder, rows) for split, rows in _mmlu(folder / "mmlu", name, task).items()}
     short = path.rpartition("/")[2]
     stem = "humaneval" if short == "openai_humaneval" else short
     for split in _SPLITS:
@@ -49,7 +47,20 @@ def read_dataset(folder: Path, path: str, name: str | None, task: str) -> dict[s
         raise UserError(
             f"task {task}: its data set {path} is not in --data {folder}; put {where}SPLIT.jsonl there, or leave --data out to fetch it"
         )
-    return {split: Dataset.from_list(rows) for split, rows in found.items()}
+    return {split: dataset_of(f"task {task}, {split} split", rows) for split, rows in found.items()}
+
+
+def dataset_of(place: str | Path, rows: list[dict[str, Any]]) -> Any:
+    """Rows as a `datasets.Dataset`. Raises UserError if a field has one type here and another there."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{place}: its rows do not make a table ({first_line(error)}); give a field one type in all of them"
+        ) from error
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
