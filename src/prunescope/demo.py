@@ -13,7 +13,7 @@ from prunescope.runs.folder import check_free, staged, write_config, write_json
 from prunescope.runs.result import RunResult
 
 if TYPE_CHECKING:
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
 
 __all__ = ["demo", "run_demo"]
 
@@ -56,7 +56,7 @@ def run_demo(
         calibration: samples, and tokens of each.
         questions: False makes no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
-    from prunescope.models.loading import BUNDLED
+    from prunescope.models.references import BUNDLED
     from prunescope.report.page.html import open_folder, write_report
 
     check_free(out, overwrite=overwrite)

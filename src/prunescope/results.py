@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from prunescope.models.dropping import DropSpec
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
     from prunescope.sweep.tables import Tables
 
 __all__ = [

@@ -14,7 +14,7 @@ from prunescope.models import decoding, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, continue_texts, decoding_way, static_problem, try_static
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 STEPS = 24
 DROPS = {

@@ -16,7 +16,8 @@ from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, continue_texts
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.prune.select import choose_sublayers, score_sublayers
 
 TOKENS = torch.randint(3, 64, (6, 17), generator=torch.Generator().manual_seed(8))

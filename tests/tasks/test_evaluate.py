@@ -21,7 +21,8 @@ from families import tiny_folder
 from prunescope.cli import main
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.stats import newcombe, paired
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer

@@ -22,7 +22,8 @@ from prunescope.data.calibration import SELF, Calibration, calibration_tokens, p
 from prunescope.errors import UserError, first_line
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.blockwise import StreamedModel, stream_model
-from prunescope.models.loading import RECORD, LoadedModel
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.record import RECORD
 from prunescope.prune.blocks import Pruned, prune_model
 from prunescope.prune.calibrate import overflow
 from prunescope.prune.checkpoint import reports

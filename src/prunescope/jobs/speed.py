@@ -11,6 +11,7 @@ import pyarrow as pa
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.dropping import DropSpec
+from prunescope.models.references import is_drop, read_target
 from prunescope.models.semistructured import check_kernels
 from prunescope.progress import progress
 from prunescope.report.terminal.scoring import show_speed
@@ -41,7 +42,7 @@ class SpeedOptions(Options):
         if not self.models:
             raise UserError("speed needs at least one model, for example smollm2-135m drop:attn=3,5")
         names = self.names
-        if names[0].startswith("drop:"):
+        if is_drop(names[0]):
             raise UserError(f"{names[0]}: sublayers are dropped from the first model; name that model first")
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
@@ -82,7 +83,7 @@ def run(options: SpeedOptions) -> SpeedResult:
     device, dtype = first.device, first.dtype
     if options.sparse_kernels:
         check_kernels(device, dtype)
-    specs = {i: DropSpec.parse(ref.removeprefix("drop:")) for i, ref in enumerate(names) if ref.startswith("drop:")}
+    specs = {i: spec for i, ref in enumerate(options.models) if isinstance(spec := read_target(ref), DropSpec)}
     for spec in specs.values():
         spec.check(len(first.anatomy))
     with options.output.staged() as staging, progress(f"{len(names)} models", len(names)) as advance:

@@ -21,7 +21,7 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
 from prunescope.prune.select import check_choice, drop_orders, spec_of

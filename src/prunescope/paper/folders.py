@@ -73,7 +73,7 @@ def read_drop_lists(args: Namespace) -> dict[str, list[int]]:
     Raises:
         UserError: there is no such folder, or its lists are not what was asked for.
     """
-    from prunescope.models.loading import layer_list, read_record
+    from prunescope.models.record import layer_list, read_record
 
     name = args.model_name.rstrip("/")
     tags = [args.model_tag] if args.model_tag else [args.model_postfix or name, name, name.rpartition("/")[2]]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow

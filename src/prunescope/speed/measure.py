@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from prunescope.errors import UserError
 from prunescope.models.decoding import decode, forward_options
 from prunescope.models.generating import decoding_way, static_problem
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.semistructured import using_kernels
 from prunescope.speed.sizes import bytes_of, cache_bytes, linear_operations, parameters, tensors, unread_bytes
 from prunescope.speed.timing import Timing, timed

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunescope.models.decoding import forward_options
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.references import BUNDLED, bundled_file, is_drop
 from prunescope.models.semistructured import inner_tensors, two_four_layers
 
 __all__ = ["bytes_of", "cache_bytes", "linear_operations", "parameters", "tensors", "unread_bytes"]
@@ -57,7 +58,7 @@ def unread_bytes(loaded: LoadedModel) -> int:
 
 def _disk_bytes(loaded: LoadedModel, name: str) -> int | None:
     """Bytes of the files that hold this model's weights; of a recipe, which has none, of the folder. None where there are no files."""
-    if name.startswith("drop:"):
+    if is_drop(name):
         return None
     path = Path(name)
     if path.is_dir():
@@ -72,10 +73,8 @@ def _stored_elsewhere(loaded: LoadedModel, name: str) -> int | None:
     """Bytes of the bundled model, or of a hub model in the local cache."""
     from huggingface_hub import snapshot_download
 
-    from prunescope.models.loading import BUNDLED, _bundled_file
-
     if name == BUNDLED:
-        return _bundled_file().stat().st_size
+        return bundled_file().stat().st_size
     try:
         folder = snapshot_download(name, revision=loaded.identity.get("revision"), local_files_only=True)
     except Exception:  # whatever the hub's client says: the number is left out

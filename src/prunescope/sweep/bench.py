@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunescope.compare.context import Transcript
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
 from prunescope.sweep.comparison import DenseReference

@@ -18,7 +18,7 @@ from prunescope.compare.context import Transcript, at_least_float32, final_head,
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.runs.summary import summarise
 
 __all__ = ["DenseReference", "write_texts"]

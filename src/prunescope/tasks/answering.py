@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from prunescope.models.generating import batches
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 __all__ = ["Answer", "Asking", "answer"]
 

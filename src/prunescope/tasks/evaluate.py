@@ -18,7 +18,7 @@ import pyarrow as pa
 from prunescope.data.tokens import check_tokens, tokens_with_options
 from prunescope.errors import UserError
 from prunescope.models.generating import end_tokens
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer

@@ -13,7 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunescope.data.jsonl import holds_rows
 from prunescope.errors import UserError, first_line
-from prunescope.models.loading import LoadedModel
+from prunescope.models.hub import one_try
+from prunescope.models.loaded import LoadedModel
 from prunescope.stats import normal_interval
-from prunescope.tasks.local_data import read_dataset, read_rows
+from prunescope.tasks.local_data import dataset_of, read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
 from prunescope.tasks.scores import score
 
@@ -38,8 +40,8 @@ _GUESSED = ("acc_norm", "acc")  # what is quoted of a task that has both
 def check_tasks(tasks: Sequence[str], data: Path | None, allow_code_execution: bool) -> None:
     """Say before a model is loaded what is wrong with the names. Raises UserError."""
     for task in tasks:
-        if task.endswith(".jsonl"):
-            _own_file(task, data)
+        if holds_rows(Path(task)):
+            _own_rows(_own_file(task, data))
             continue
         entry = _manager().task_index.get(task)
         if entry is None:
@@ -152,7 +154,7 @@ def _load(
 
         return type("LocalTask", (ConfigurableTask,), {"download": download})(config=config)
 
-    if task.endswith(".jsonl"):
+    if holds_rows(Path(task)):
         return [_own_task(task, data, with_dataset)]
 
     class Factory(TaskFactory):
@@ -170,7 +172,8 @@ def _load(
     manager = copy.copy(_manager())
     manager._factory = Factory(meta={})
     try:
-        built = manager.load([task])
+        with one_try() if data is None else nullcontext():
+            built = manager.load([task])
     except UserError:
         raise
     except Exception as error:  # the hub, a script, a missing package: each fails in a way of its own
@@ -203,23 +206,35 @@ def _own_file(task: str, data: Path | None) -> Path:
 
 
 def _own_task(task: str, data: Path | None, with_dataset: Callable[..., Any]) -> Any:
-    """A JSONL file of the user's: ``choices`` make it multiple choice, else the answer is written."""
+    """A file of the user's: ``choices`` make it multiple choice, else the answer is written."""
     import yaml
-    from datasets import Dataset
 
     file = _own_file(task, data)
-    rows = read_rows(file)
+    rows = _own_rows(file)
     kind = "choices" if "choices" in rows[0] else "answers"
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in ("question", "answer", *(["choices"] if kind == "choices" else [])) if key not in row]
-        if missing:
-            raise UserError(f"{file}, item {number}: no {missing[0]!r}; write question and answer, and choices if any")
-        if kind == "answers":
-            row["answer"] = str(row["answer"]).strip()
-        elif not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(row["choices"]):
-            raise UserError(f"{file}, item {number}: the answer must be the index of a choice")
     config = yaml.safe_load((files("prunescope.tasks") / "yaml" / f"{kind}.yaml").read_text("utf-8"))
-    return with_dataset(config | {"task": Path(task).stem}, {"test": Dataset.from_list(rows)})
+    return with_dataset(config | {"task": Path(task.removesuffix(".gz")).stem}, {"test": dataset_of(file, rows)})
+
+
+def _own_rows(file: Path) -> list[dict[str, Any]]:
+    """Checked rows of such a file."""
+    rows = read_rows(file)
+    keys = ("question", "answer", *(["choices"] if "choices" in rows[0] else []))
+    for number, row in enumerate(rows, 1):
+        place = f"{file}, item {number}"
+        missing = [key for key in keys if row.get(key) is None]
+        if missing:
+            raise UserError(f"{place}: no {missing[0]!r}; write question and answer, and choices if any")
+        answer, choices = row["answer"], row.get("choices")
+        if not isinstance(row["question"], str):
+            raise UserError(f"{place}: the question is no text")
+        if len(keys) == 2:
+            row["answer"] = str(answer).strip()
+        elif not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"{place}: choices must be a list of texts")
+        elif isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise UserError(f"{place}: the answer must be the index of a choice")
+    return rows
 
 
 def _check_code(task: str, config: dict[str, Any], allowed: bool) -> None:
