@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test lint format docs-figures paper clean
+.PHONY: demo test test-gpu lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -15,10 +15,14 @@ demo: $(RUN)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
+test-gpu: $(DEV)
+	$(BIN)/python -m pytest -m gpu
+
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
 	$(BIN)/ruff check src tests benchmarks paper
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(DEV)
 	$(BIN)/ruff format src tests benchmarks paper

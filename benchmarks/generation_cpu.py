@@ -2,7 +2,7 @@
 
 What is measured: both models writing the same prompts with transformers alone, then the whole comparison (both regimes, all columns,
 noise floor). The floor of what is added is operations: the teacher-forced pass over the dense texts, and the projections of every state in
-float64, over the rates measured beside them. Run: python benchmarks/generation_cpu.py [--steps 64] [--prompts 8]
+float64, over the rates measured beside them. Run: python benchmarks/generation_cpu.py [--steps 64] [--prompts 8] [--model smollm2-135m]
 """
 
 from __future__ import annotations
@@ -13,27 +13,31 @@ from statistics import median
 
 import torch
 
-from prunescope.compare.generation import final_head, generation_rows
-from prunescope.compare.layerwise import encode
+from prunescope.compare.context import final_head
+from prunescope.compare.generation import generation_rows
 from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import continue_texts
 from prunescope.models.loading import LoadedModel, load_model
 
-SPEC = DropSpec(attn=(1, 4, 9, 12, 15, 18, 22, 26))
+
+def spec_of(model: LoadedModel) -> DropSpec:
+    """About a quarter of the attention sublayers."""
+    return DropSpec(attn=tuple(range(1, len(model.anatomy), 4)))
 
 
 def seconds_of_plain(model: LoadedModel, prompts: list[list[int]], steps: int, batch_size: int) -> float:
     started = time.perf_counter()
     continue_texts(model, prompts, steps, batch_size=batch_size, stop=False)
-    with model.dropping(SPEC):
+    with model.dropping(spec_of(model)):
         continue_texts(model, prompts, steps, batch_size=batch_size, stop=False)
     return time.perf_counter() - started
 
 
 def seconds_of_ours(model: LoadedModel, prompts: list[list[int]], steps: int, batch_size: int) -> tuple[float, int]:
     started = time.perf_counter()
-    found = generation_rows(model, SPEC, prompts, max_new_tokens=steps, stop=False, batch_size=batch_size)
+    found = generation_rows(model, spec_of(model), prompts, max_new_tokens=steps, stop=False, batch_size=batch_size)
     return time.perf_counter() - started, len(found.table)
 
 
@@ -56,8 +60,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="smollm2-135m")
     args = parser.parse_args()
-    model = load_model("smollm2-135m", device="cpu")
+    model = load_model(args.model, device="cpu")
     encoded = encode(model, read_prompts()[: args.prompts], args.steps)
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps, median of {args.rounds} rounds"

@@ -20,8 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prunescope.compare.columns import compare
+from prunescope.compare.head import Head
 from prunescope.compare.kernels import sums as fused
-from prunescope.compare.metrics import Change, Head, compare, compare_hidden, compare_logits
+from prunescope.compare.metrics import Change, compare_hidden, compare_logits
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -63,8 +65,9 @@ def parts(z: Tensor, pairs: Tensor, steps: int) -> None:
 def real() -> None:
     """The whole job on the bundled model."""
     import prunescope
-    from prunescope.compare.layerwise import encode, layerwise_rows
+    from prunescope.compare.layerwise import layerwise_rows
     from prunescope.data.prompts import read_prompts
+    from prunescope.data.tokens import encode
 
     dense = prunescope.load("smollm2-135m")
     prompts = encode(dense, read_prompts()[:12], 64)

@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
+from prunescope.compare.columns import compare
+from prunescope.compare.context import Transcript
+from prunescope.compare.head import Head
 from prunescope.compare.kernels import sums as fused
-from prunescope.compare.layerwise import Transcript, _streams, batch_rows, lens_head
-from prunescope.compare.metrics import ERROR_BOUND, Head, compare, compare_hidden, compare_logits
+from prunescope.compare.layerwise import _streams, batch_rows, lens_head
+from prunescope.compare.metrics import ERROR_BOUND, compare_hidden, compare_logits
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.loading import LoadedModel
 

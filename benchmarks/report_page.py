@@ -1,7 +1,7 @@
 """How soon the page answers: size, first paint and the longest tasks of the main thread, in Chromium without a debugger attached.
 
 A debugger collects source positions and makes tasks twice as long, so the page reports on itself: it is served from this machine with a few
-lines that post what the browser's own observer saw. Run: python benchmarks/report_page.py REPORT.html
+lines that post what the browser's own observer saw. Run: python benchmarks/report_page.py REPORT.html [--runs 3]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from argparse import ArgumentParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -58,10 +59,11 @@ def measure(page: str, chromium: str) -> dict:
         process.kill()
         process.wait()
     server.shutdown()
+    server.server_close()
     return found
 
 
-def main(path: str) -> None:
+def main(path: str, runs: int) -> None:
     page = Path(path).read_text("utf-8")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -69,14 +71,18 @@ def main(path: str) -> None:
     print(
         f"{path}: {len(page.encode()) / 1e6:.2f} MB, of which plotting library {len(re.search(r'<script>(/[*][*].*?)</script>', page, re.DOTALL)[1]) / 1e6:.2f} MB"
     )
-    for run in range(3):
+    for run in range(runs):
         found = measure(page, chromium)
         tasks = [duration for _, duration in found["tasks"]]
         print(
-            f"run {run}: first contentful paint {found['paint']:.0f} ms; {len(tasks)} tasks over 50 ms, longest {max(tasks):.0f} ms; "
+            f"run {run}: first contentful paint {found['paint']:.0f} ms; {len(tasks)} tasks over 50 ms, longest {max(tasks, default=0):.0f} ms; "
             f"all charts drawn: {found.get('ready') == 'true'}"
         )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("page")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    main(args.page, args.runs)

@@ -5,7 +5,7 @@ Cholesky; one column after the other over the whole block of 128; for Wanda a fu
 correlated, 16 samples of 512 tokens) and are timed in turn, the median of several runs. The floor is the operations that cannot be
 avoided (half of each Gram matrix, a factorisation and an inverse, the updates) over the rate of a matrix product in the same run.
 
-    python benchmarks/sparsify_cpu.py [--repeats 3] [--samples 16] [--length 512]
+    python benchmarks/sparsify_cpu.py [--repeats 3] [--samples 16] [--length 512] [--shapes SmolLM2-135M]
 """
 
 # ruff: noqa: B023  (what is timed runs before the loop goes on)
@@ -29,6 +29,12 @@ from prunescope.prune.wanda import wanda
 SHAPES = {  # a block's inputs, each with the outputs of the modules that read it
     "SmolLM2-135M": [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))],
     "Qwen2.5-0.5B": [(896, (896, 128, 128)), (896, (896,)), (896, (4864, 4864)), (4864, (896,))],
+    "tiny": [
+        (64, (64, 32, 32)),
+        (64, (64,)),
+        (64, (128, 128)),
+        (128, (64,)),
+    ],  # for the test suite: shows nothing but that it runs
 }
 
 
@@ -108,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("repeats", 3), ("samples", 16), ("length", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["SmolLM2-135M", "Qwen2.5-0.5B"])
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(3000, 3000, generator=generator)
@@ -116,7 +123,8 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s float32"
     )
-    for shape, block in SHAPES.items():
+    for shape in options.shapes:
+        block = SHAPES[shape]
         totals: dict[str, list[float]] = {}
         objectives: dict[str, list[float]] = {}
 

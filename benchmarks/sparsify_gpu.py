@@ -217,7 +217,7 @@ def blocks(options: argparse.Namespace) -> None:
                             plan = sparsify.make_plan(
                                 streamed, method, Goal.parse(case if ":" in case else float(case))
                             )  # type: ignore[arg-type]
-                            work = lambda: sparsify._prune_block(streamed, plan, layer, text, quiet)  # type: ignore[assignment]  # noqa: E731
+                            work = lambda: sparsify.prune_block(streamed, plan, layer, text, quiet)  # type: ignore[assignment]  # noqa: E731
                         gathering = seconds(work, 1, warm=False)
                         found[f"{method} {case}"] = gathering + seconds(
                             lambda: text.run(layer, keep=True, advance=quiet), 1, warm=False

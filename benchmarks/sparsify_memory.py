@@ -23,9 +23,16 @@ import transformers
 
 from prunescope.models.shards import INDEX, write_shard
 
-SHAPE = {
-    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
-    "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+COMMON = {
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SHAPES = {
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 5120},
 }  # fmt: skip
 RUN = """
 import json, sys
@@ -37,9 +44,9 @@ sys.exit(code)
 """  # VmHWM, in KiB: getrusage's figure would start from the resident memory of the process that starts this one
 
 
-def make_model(folder: Path, blocks: int) -> int:
+def make_model(folder: Path, shape: dict[str, int], blocks: int) -> int:
     """Write a model of random float32 weights, a block at a time; gives its bytes."""
-    config = transformers.Qwen2Config(**SHAPE, num_hidden_layers=blocks)
+    config = transformers.Qwen2Config(**shape, **COMMON, num_hidden_layers=blocks)
     config.architectures, config.dtype = ["Qwen2ForCausalLM"], torch.float32
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -89,17 +96,20 @@ def bare_process() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, default=28)
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.5b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--memory-mb", type=int, default=16, help="hidden states past this go to disk")
     parser.add_argument("--folder", default=None, help="where to put the model (default: a temporary folder)")
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         (folder / "model").mkdir()
-        total = make_model(folder / "model", options.blocks)
-        d, hidden, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
-        block = 4 * (2 * d * d + 2 * 256 * d + 3 * d * hidden)
+        total = make_model(folder / "model", shape, options.blocks)
+        d, hidden, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+        keys = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
+        block = 4 * (2 * d * d + 2 * keys * d + 3 * d * hidden)
         bare = bare_process()
         floor = bare + max(4 * vocabulary * d, block + 8 * hidden**2)
         print(
@@ -125,7 +135,7 @@ def main() -> None:
             middle = sorted(seconds)[len(seconds) // 2]
             operations = 4 * block / 4 * tokens
             if options.method == "sparsegpt":  # half of each Gram matrix; a factorisation and an inverse; updates
-                widths = {d: 2 * d + 2 * 256 + 2 * hidden, hidden: d}  # inputs -> outputs that read them
+                widths = {d: 2 * d + 2 * keys + 2 * hidden, hidden: d}  # inputs -> outputs that read them
                 operations += tokens * (3 * d**2 + hidden**2) + 2 / 3 * (3 * d**3 + hidden**3)
                 operations += sum(outputs * inputs**2 for inputs, outputs in widths.items())
             print(

@@ -26,6 +26,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the real model run in one worker, which loads it once; those that prune it come first, since they take longest."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
     items.sort(key=lambda item: "test_sparsify_real" not in item.nodeid)
@@ -39,10 +41,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    folder = SHARED / "reference"
-    if not folder.is_dir():
-        pytest.skip("the shared folder with reference numbers is not beside the project")
-    return folder
+    """Inputs and numbers of the reference implementations; `tests/reference/README.md` says which."""
+    return Path(__file__).parent / "reference"
 
 
 @pytest.fixture(scope="session")

@@ -108,3 +108,28 @@ def tiny_folder(family: str, folder: Path, seed: int = 0) -> Path:
     tiny_model(family, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def characters_folder(folder: Path) -> Path:
+    """A tiny random Llama that reads single characters, so that it can be asked the built-in tasks."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    signs = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
+    inner = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(signs), hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.25)
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

@@ -5,8 +5,13 @@ Everything public is named here. Importing this package loads neither torch nor 
 
 from __future__ import annotations
 
-import prunescope.report  # noqa: F401 (the package first, so that the function of its name is what stays)
-from prunescope.commands import (
+import prunescope.report
+import prunescope.speed
+import prunescope.sweep  # noqa: F401 (packages first, so that the functions of these names are what stays)
+from prunescope.commands import drop, evaluate, generate, layerwise, load, mcq, report, retrieve, sparsify, speed, sweep
+from prunescope.demo import demo
+from prunescope.errors import UserError
+from prunescope.results import (
     DemoResult,
     DropResult,
     EvaluateResult,
@@ -17,20 +22,7 @@ from prunescope.commands import (
     SparsifyResult,
     SpeedResult,
     SweepResult,
-    demo,
-    drop,
-    evaluate,
-    generate,
-    layerwise,
-    load,
-    mcq,
-    report,
-    retrieve,
-    sparsify,
-    speed,
-    sweep,
 )
-from prunescope.errors import UserError
 from prunescope.runs.folder import Run
 from prunescope.runs.folder import open_run as open
 

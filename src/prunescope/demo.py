@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from prunescope import commands
-from prunescope.commands import DemoResult, LayerwiseResult
-from prunescope.models.loading import BUNDLED, LoadedModel, load_model
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
-from prunescope.report.page.html import open_folder, write_report
-from prunescope.report.terminal import worst_layers
-from prunescope.runs import folder as results
+from prunescope.results import DemoResult, DropResult, LayerwiseResult
+from prunescope.runs.folder import check_free, staged, write_config, write_json
+from prunescope.runs.result import RunResult
 
-__all__ = ["run_demo"]
+if TYPE_CHECKING:
+    from prunescope.models.loading import LoadedModel
 
+__all__ = ["demo", "run_demo"]
+
+_KINDS: tuple[Literal["attn"], Literal["mlp"]] = ("attn", "mlp")
 _DROPPED = 8
 _PAIRS = ("arithmetic", "brackets", "substitution")  # the quick tasks that cost least
 _ITEMS = 20  # of each
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
+def demo(*, out: str = "prunescope-demo", overwrite: bool = False) -> DemoResult:
+    """Drop attention and MLP sublayers of the bundled model and see what breaks; no network, no GPU, a few minutes.
+
+    Args:
+        out: folder for checkpoints, run, figures and summary
+        overwrite: replace an existing folder
+
+    Raises:
+        UserError: the bundled model is missing, or the folder exists.
+    """
+    return run_demo(out, overwrite=overwrite)
+
+
 def run_demo(
     out: str = "prunescope-demo",
     *,
     overwrite: bool = False,
-    model: str = BUNDLED,
+    model: str | None = None,
     calibration: tuple[int, int] = (32, 128),
     max_new_tokens: int = 32,
     questions: bool = True,
@@ -35,82 +50,69 @@ def run_demo(
 
     Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` and ``out/layerwise-final-norm``, ``out/generate-...`` and ``out/mcq-...`` of both (runs with
     figures), ``out/evaluate`` (quick tasks), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
-    Without ``questions`` there are no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
+
+    Args:
+        model: left out, the bundled one.
+        calibration: samples, and tokens of each.
+        questions: False makes no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
-    results.check_free(out, overwrite=overwrite)
-    dense = load_model(model)
+    from prunescope.models.loading import BUNDLED
+    from prunescope.report.page.html import open_folder, write_report
+
+    check_free(out, overwrite=overwrite)
+    dense = commands.load(model or BUNDLED)
     samples, seq_len = calibration
-    options: Any = {"calibration": "self", "samples": samples, "seq_len": seq_len}
-    drops = {}
-    with results.staged(out, overwrite=overwrite) as staging:
-        for kind in ("attn", "mlp"):
-            drops[kind] = commands.drop(dense, target=kind, n=_DROPPED, **options)  # type: ignore[arg-type]
+    chat = bool(dense.tokenizer.chat_template)
+    drops: dict[str, DropResult] = {}
+    with staged(out, overwrite=overwrite) as staging:
+        written = []
+
+        def keep(name: str, result: RunResult) -> None:
+            (staging / name).mkdir()
+            result.write(staging / name)
+            written.append(staging / name)
+
+        for kind in _KINDS:
+            drops[kind] = commands.drop(dense, target=kind, n=_DROPPED, samples=samples, seq_len=seq_len)
             drops[kind].save(staging / f"drop-{kind}")
-        run = commands.layerwise(dense, chat=bool(dense.tokenizer.chat_template), max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
-        (staging / "layerwise").mkdir()
-        run._write(staging / "layerwise")
-        chat, few = bool(dense.tokenizer.chat_template), min(8, max_new_tokens)
-        normed = commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few)  # type: ignore[arg-type]
-        (staging / "layerwise-final-norm").mkdir()
-        normed._write(staging / "layerwise-final-norm")
-        compared = _compare(dense, drops, staging, max_new_tokens, questions)
+        run = commands.layerwise(dense, chat=chat, max_new_tokens=max_new_tokens)
+        keep("layerwise", run)
+        few = min(8, max_new_tokens)
+        keep("layerwise-final-norm", commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few))
+        for name, drop in drops.items():
+            target = f"drop:{drop.spec}"
+            keep(f"generate-{name}", commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens))
+            if questions:
+                keep(f"mcq-{name}", commands.mcq(dense, target))
+        on_page = [*written, *(staging / f"drop-{kind}" for kind in drops)]
         if questions:
-            _evaluate(dense, drops, staging)
+            tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
+            models: list[str | LoadedModel] = [dense, *(f"drop:{drop.spec}" for drop in drops.values())]
+            keep("evaluate", commands.evaluate(models, tasks=tasks, limit=_ITEMS, batch_size=_ITEMS))
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
-        results.write_config(staging, {"out": str(out), "overwrite": overwrite})
-        results.write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
-        folders = [
-            staging / name
-            for name in ("layerwise", "layerwise-final-norm", *compared, *(f"drop-{kind}" for kind in drops))
-        ]
-        write_report([open_folder(folder) for folder in folders], staging / "report.html")
+        write_config(staging, {"out": str(out), "overwrite": overwrite})
+        write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
+        write_report([open_folder(folder) for folder in on_page], staging / "report.html")
+    folder = Path(out).expanduser()
     console.print()
     for sentence in sentences:
         console.print(sentence, markup=False)
     console.print(
-        f"\nLook at {Path(out) / 'report.html'} (opens in any browser, no network needed) and {Path(out) / 'summary.md'}",
+        f"\nLook at {folder / 'report.html'} (opens in any browser, no network needed) and {folder / 'summary.md'}",
         markup=False,
     )
-    return DemoResult(Path(out), sentences, run, drops)
+    return DemoResult({"sentences": sentences}, folder, sentences, run, drops)
 
 
-def _compare(
-    dense: LoadedModel, drops: dict[str, commands.DropResult], staging: Path, max_new_tokens: int, questions: bool
-) -> list[str]:
-    """Let both dropped models write and answer questions; returns the names of the run folders."""
-    written = []
-    for kind, drop in drops.items():
-        target = f"drop:{kind}={','.join(map(str, drop.spec.layers(kind)))}"  # type: ignore[arg-type]
-        chat = bool(dense.tokenizer.chat_template)
-        found: list[tuple[str, Any]] = [
-            ("generate", commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens))  # type: ignore[arg-type]
-        ]
-        if questions:
-            found.append(("mcq", commands.mcq(dense, target)))  # type: ignore[arg-type]
-        for command, result in found:
-            name = f"{command}-{kind}"
-            (staging / name).mkdir()
-            result._write(staging / name)
-            written.append(name)
-    return written
-
-
-def _evaluate(dense: LoadedModel, drops: dict[str, commands.DropResult], staging: Path) -> None:
-    """Three pairs of quick tasks, dense and with both drops."""
-    targets = [f"drop:{drop.spec}" for drop in drops.values()]
-    tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
-    found = commands.evaluate([dense, *targets], tasks=tasks, limit=_ITEMS, batch_size=_ITEMS)  # type: ignore[list-item]
-    (staging / "evaluate").mkdir()
-    found._write(staging / "evaluate")
-
-
-def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> list[str]:
+def _sentences(run: LayerwiseResult, drops: dict[str, DropResult]) -> list[str]:
     """What was found, in three sentences that say what the numbers say, whichever way they fall."""
+    from prunescope.report.terminal import worst_layers
+
     first = " and ".join(
-        f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"  # type: ignore[arg-type]
-        for kind, name in KIND_NAMES.items()
+        f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"
+        for kind, name in ((kind, KIND_NAMES[kind]) for kind in _KINDS)
     )
     stats = {kind: run.info["summary_by_sublayer"][kind] for kind in ("attn", "mlp")}
     means = {kind: {space: stats[kind][space][f"{space}_cos"]["mean"] for space in "hzp"} for kind in stats}
@@ -134,18 +136,18 @@ def _sentences(run: LayerwiseResult, drops: dict[str, commands.DropResult]) -> l
     ]
 
 
-def _saved(drop: commands.DropResult) -> float:
+def _saved(drop: DropResult) -> float:
     counts = drop.record["parameters"]
     return 100 * float(1 - counts["dropped"] / counts["dense"])
 
 
 def _texts(
-    dense: LoadedModel, run: LayerwiseResult, drops: dict[str, commands.DropResult], max_new_tokens: int
+    dense: LoadedModel, run: LayerwiseResult, drops: dict[str, DropResult], max_new_tokens: int
 ) -> list[dict[str, str]]:
     """What the dense and both dropped models write after a few of the prompts, greedily."""
     from prunescope.models.generating import continue_texts
 
-    chosen = [row for row in run._samples if row["id"] in _SHOWN_PROMPTS]
+    chosen = [row for row in run.samples() if row["id"] in _SHOWN_PROMPTS]
     texts = [
         {"prompt": row["text"], "dense": dense.tokenizer.decode(row["dense_tokens"], skip_special_tokens=True)}
         for row in chosen

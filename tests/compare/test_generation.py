@@ -17,9 +17,9 @@ import prunescope
 from families import FAMILIES, VOCAB, tiny_folder, tiny_model, tiny_tokenizer
 from prunescope.cli import main
 from prunescope.compare import generation
-from prunescope.compare.generation import GenerationRows, final_head, generation_rows
-from prunescope.compare.layerwise import FLOOR_COLUMNS, encode
-from prunescope.compare.metrics import COLUMNS, compare_hidden, compare_logits, space_of
+from prunescope.compare.context import final_head
+from prunescope.compare.generation import GenerationRows, generation_rows
+from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, compare_hidden, compare_logits, space_of
 from prunescope.compare.summary import by_confidence, divergence_parts
 from prunescope.compare.texts import (
     degeneration,
@@ -31,6 +31,7 @@ from prunescope.compare.texts import (
     text_columns,
 )
 from prunescope.data.prompts import Prompt, read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws

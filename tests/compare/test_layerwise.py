@@ -12,9 +12,11 @@ from test_dropping import zeroed_by_hand
 from torch import Tensor, nn
 
 from families import FAMILIES, tiny_folder, tiny_model
-from prunescope.compare.layerwise import FLOOR_COLUMNS, encode, layerwise_rows, product_error
-from prunescope.compare.metrics import COLUMNS, Head, compare_hidden, compare_logits, space_of
+from prunescope.compare.head import Head
+from prunescope.compare.layerwise import layerwise_rows, product_error
+from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, compare_hidden, compare_logits, space_of
 from prunescope.data.prompts import Prompt, read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec

@@ -21,8 +21,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 import prunescope
 from families import VOCAB, tiny_model
 from prunescope.cli import main
-from prunescope.compare.layerwise import FLOOR_COLUMNS
 from prunescope.compare.mcq import ask, mcq_rows
+from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.compare.summary import calibration, mcq_summary
 from prunescope.data.questions import Question, cue_prompt, option_strings, question_text, read_questions
 from prunescope.errors import UserError

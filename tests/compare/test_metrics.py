@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunescope.compare.columns import compare
+from prunescope.compare.head import Head
 from prunescope.compare.metrics import (
     COLUMNS,
     ERROR_BOUND,
     H_COLUMNS,
     P_COLUMNS,
     Z_COLUMNS,
-    Head,
-    compare,
     compare_hidden,
     compare_logits,
     space_of,

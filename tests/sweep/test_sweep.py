@@ -24,10 +24,10 @@ import prunescope
 from families import tiny_folder
 from prunescope.cli import main
 from prunescope.compare.generation import generation_rows
-from prunescope.compare.layerwise import encode
 from prunescope.compare.metrics import COLUMNS
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import Prompt
+from prunescope.data.tokens import encode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.paper.recipes import NOT_AT_HAND, _scores, read_recipe

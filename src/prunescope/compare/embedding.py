@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunescope.compare.layerwise import at_least_float32
+from prunescope.compare.context import at_least_float32
+from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
 from prunescope.models.loading import LoadedModel
 from prunescope.models.residual import final_states
@@ -63,12 +64,9 @@ def tokens_of(model: LoadedModel, texts: dict[str, str], reading: Reading, what:
             found[i] = tokenizer(text, truncation=True, max_length=reading.max_length - ends)["input_ids"]
         if ends and eos is not None:
             found[i] = [*found[i], eos]
-        if not found[i]:
-            raise UserError(f"{what} {name!r}: the tokenizer gives no tokens for its text; take it out")
-        if max(found[i]) >= model.anatomy.vocab_size:
-            raise UserError(
-                f"{what} {name!r}: its tokenizer gives tokens that the model does not know; they do not belong together"
-            )
+        check_tokens(
+            model, f"{what} {name!r}", found[i], empty=": the tokenizer gives no tokens for its text; remove it"
+        )
     return found, cut
 
 

@@ -12,7 +12,6 @@ the rest of the free-running one is what its own history adds (the paper, Eq. 67
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,45 +22,33 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.layerwise import (
-    FLOOR_COLUMNS,
-    Target,
+from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
+from prunescope.compare.context import (
+    TargetModel,
     Transcript,
-    at_least_float32,
-    check_comparable,
-    check_vocabulary,
+    check_memory,
+    check_pair,
+    final_head,
+    largest,
     mark_under_floor,
-    padded,
+    read_states,
     run_key,
-    step_index,
 )
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare_final, least_memory
+from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.texts import first_difference
-from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import Sampling, batches, choose, continue_texts, decoding_way, uniform_draws
+from prunescope.models.generating import Sampling, choose, continue_texts, decoding_way, uniform_draws
 from prunescope.models.loading import LoadedModel
-from prunescope.models.residual import final_states
 from prunescope.progress import progress
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.runs.parts import begin, computed, notes_of, with_notes
 
-__all__ = [
-    "FREE",
-    "TEACHER",
-    "GenerationRows",
-    "Regime",
-    "check_pair",
-    "final_head",
-    "generation_key",
-    "generation_rows",
-    "read_states",
-]
+__all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_rows"]
 
 FREE, TEACHER = "free-running", "teacher-forced"
 Regime = Literal["both", "free-running", "teacher-forced"]
 _CONFIDENCE = ("confidence_dense", "confidence_target")
 _FORCED = "nll_target_of_dense"
-TOP = 5  # likeliest tokens kept of each model and step
+TOP = 5  # most likely tokens kept of each model and step
 _TOPS = ("top_dense", "top_dense_p", "top_target", "top_target_p")
 _COLUMNS = ["prompt", "regime", "step", "position", "dense_token", "target_token", *COLUMNS, *_CONFIDENCE, *_TOPS]
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
@@ -76,21 +63,6 @@ class GenerationRows:
     target: list[Transcript] | None  # None if only teacher-forced
     floor: dict[str, Any] = field(repr=False)
     decoding: dict[str, str] = field(default_factory=dict, repr=False)  # how each side was written, see `decoding_way`
-
-
-def final_head(loaded: LoadedModel) -> Head:
-    """From what the head reads to the model's own logits, logit scale and soft-capping included."""
-    anatomy = loaded.anatomy
-    bias = getattr(anatomy.head, "bias", None)
-    return Head(anatomy.head.weight.detach(), bias, anatomy.logit_scale, anatomy.logit_softcap)  # type: ignore[operator]
-
-
-def check_pair(dense: LoadedModel, target: LoadedModel | DropSpec) -> None:
-    """Raise UserError if two models cannot be compared at their heads: a dense side that is not whole, another vocabulary."""
-    if isinstance(target, DropSpec):
-        return check_comparable(dense, target)
-    check_comparable(dense, None)
-    check_vocabulary(dense, target)
 
 
 # --- the states that the heads read ------------------------------------------------------------------------------------
@@ -119,16 +91,6 @@ def _write(
         loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop, first=first, see=states.append
     )  # fmt: skip
     return _Written(texts, states[0])
-
-
-@torch.no_grad()
-def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
-    """The final states at every step of given texts, from one pass without a cache; of each sequence ``(steps, d)``."""
-    caught: list[Tensor] = []
-    with final_states(loaded, caught.append):
-        loaded.model(input_ids=padded(sequences, loaded.device), use_cache=False, logits_to_keep=1)
-    found = caught[0][step_index(sequences, loaded.device)]
-    return list(found.split([len(s.continuation) for s in sequences]))
 
 
 @dataclass(frozen=True)
@@ -240,7 +202,7 @@ class _Batch:
             token = theirs[part].clone()
             at = prompts[part][asked], steps[part][asked]
             token[asked] = choose(z_target[asked.to(z.device)], settings.sampling, draws[at]).cpu()
-            return {"target_token": token, **_likeliest(z, z_target, settings.temperature)}
+            return {"target_token": token, **_most_likely(z, z_target, settings.temperature)}
 
         columns = compare_final(
             torch.cat(self.our_states),
@@ -268,8 +230,8 @@ class _Batch:
         return pa.table(arrays | {name: pa.array(columns[name].numpy()) for name in (*COLUMNS, *_CONFIDENCE, _FORCED)})
 
 
-def _likeliest(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
-    """The likeliest tokens of both models, ``(rows, TOP)``, and their probabilities at T, the likeliest first."""
+def _most_likely(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
+    """The most likely tokens of both models, ``(rows, TOP)``, and their probabilities at T, the most likely first."""
     found: dict[str, Tensor] = {}
     for side, mine in (("dense", z), ("target", z_target)):
         top = mine.topk(min(TOP, mine.shape[-1]), -1)
@@ -294,7 +256,7 @@ def _same_context(rows: pa.Table, shared: list[int], first: int) -> pa.Table:
     return found.set_column(found.column_names.index("nll_target"), "nll_target", found[_FORCED])
 
 
-def generation_key(dense: LoadedModel, target: Target, prompts: Sequence[list[int]], *settings: Any) -> str:
+def generation_key(dense: LoadedModel, target: TargetModel, prompts: Sequence[list[int]], *settings: Any) -> str:
     """A hash of everything that decides the rows of a run."""
     return run_key(dense, target, prompts, "generate", *settings)
 
@@ -332,30 +294,25 @@ def generation_rows(
         FloatingPointError: a NaN or infinite logit.
     """
     check_pair(dense, target)
-    heads = [final_head(dense)] + ([final_head(target)] if isinstance(target, LoadedModel) else [])
-    least = max(least_memory(head, at_least_float32(dense.dtype)) for head in heads)
-    if memory < least:
-        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
+    check_memory(
+        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
+    )
     settings = _Settings(max_new_tokens, sampling, stop, regime, temperature, memory)
-    if resume_state(parts, key) is None:
-        save_state(parts, key, [])
-    tables = []
+    begin(parts, key)
+
+    def rows(numbers: Sequence[int]) -> pa.Table:
+        batch = _Batch(dense, target, [prompts[i] for i in numbers], numbers[0], settings)
+        notes: dict[str, Any] = {
+            "dense": [s.continuation for s in batch.ours],
+            "target": None if batch.theirs is None else [s.continuation for s in batch.theirs],
+        }
+        if not numbers[0]:
+            notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
+        return with_notes(batch.table(), notes)
+
     with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
-        for number, chosen in enumerate(batches(range(len(prompts)), batch_size)):
-
-            def compute(chosen: Sequence[int] = chosen) -> pa.Table:
-                batch = _Batch(dense, target, [prompts[i] for i in chosen], chosen[0], settings)
-                notes: dict[str, Any] = {
-                    "dense": [s.continuation for s in batch.ours],
-                    "target": None if batch.theirs is None else [s.continuation for s in batch.theirs],
-                }
-                if not chosen[0]:
-                    notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
-                return batch.table().replace_schema_metadata({"prunescope": json.dumps(notes)})
-
-            tables.append(part(parts, number, compute))
-            advance(len(chosen))
-    notes = [json.loads(table.schema.metadata[b"prunescope"]) for table in tables]
+        tables = computed(parts, len(prompts), batch_size, rows, lambda numbers: advance(len(numbers)))
+    notes = [notes_of(table) for table in tables]
     ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     return GenerationRows(
@@ -385,5 +342,5 @@ def _noise_floor(batch: _Batch) -> dict[str, Any]:
         "prompts": len(looked_at),
         "steps": len(alone),
         "way": "written in a batch with a cache, against one pass over the text alone",
-        "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
+        "floor": largest(columns),
     }

@@ -10,7 +10,6 @@ key and value projections.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,62 +19,34 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, Head, compare, least_memory, uses_tensor_cores
-from prunescope.data.prompts import Prompt
+from prunescope.compare.columns import DEFAULT_MEMORY, compare
+from prunescope.compare.context import (
+    TargetModel,
+    Transcript,
+    at_least_float32,
+    check_comparable,
+    check_memory,
+    largest,
+    mark_under_floor,
+    padded,
+    run_key,
+    step_index,
+)
+from prunescope.compare.head import Head, on_tensor_cores
+from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
-from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import Sampling, batches, continue_texts
+from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loading import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.runs.parts import computed, resume_state, save_state
 
-__all__ = [
-    "FLOOR_COLUMNS",
-    "Lens",
-    "Transcript",
-    "at_least_float32",
-    "batch_rows",
-    "check_comparable",
-    "check_vocabulary",
-    "encode",
-    "layerwise_rows",
-    "lens_head",
-    "mark_under_floor",
-    "noise_floor",
-    "padded",
-    "product_error",
-    "run_key",
-    "step_index",
-]
+__all__ = ["Lens", "batch_rows", "layerwise_rows", "lens_head", "noise_floor", "product_error"]
 
 Lens = Literal["raw", "final-norm"]
-Target = LoadedModel | DropSpec | None
-FLOOR_COLUMNS = tuple(  # columns that are zero where nothing differs
-    name
-    for name in COLUMNS
-    if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
-)
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
 _PRODUCT_STEPS = 2  # of which the product is taken in float64 as well
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """A prompt and the dense model's own continuation, as token ids. Step t reads position ``len(prompt) - 1 + t``."""
-
-    prompt: list[int]
-    continuation: list[int]
-
-    @property
-    def read(self) -> list[int]:
-        """What the models read: everything but the last token, which nothing follows."""
-        return self.prompt + self.continuation[:-1]
-
-    @property
-    def positions(self) -> range:
-        return range(len(self.prompt) - 1, len(self.prompt) - 1 + len(self.continuation))
 
 
 def lens_head(dense: LoadedModel, lens: Lens) -> Head:
@@ -90,41 +61,6 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         anatomy.logit_softcap,
         copy.deepcopy(anatomy.final_norm).to(at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
     )
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def encode(
-    dense: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *, chat: bool = False
-) -> list[list[int]]:
-    """Token ids of the prompts. Raises UserError where one is empty, or with its continuation past the model's context."""
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: at least one step is needed")
-    encoded = []
-    for prompt in prompts:
-        if chat:
-            if not dense.tokenizer.chat_template:
-                raise UserError(f"{dense.ref} has no chat template; leave --chat out")
-            text = dense.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
-            )
-            ids = dense.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = dense.tokenizer(prompt.text)["input_ids"]
-        if not ids:
-            raise UserError(f"prompt {prompt.id!r} has no tokens; write some text")
-        if max(ids) >= dense.anatomy.vocab_size:
-            raise UserError(
-                f"prompt {prompt.id!r}: its tokenizer gives token {max(ids)}, but the model knows {dense.anatomy.vocab_size}; tokenizer and model do not belong together"
-            )
-        if dense.context and len(ids) + max_new_tokens > dense.context:
-            raise UserError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is past the model's context of {dense.context}; shorten it or lower --max-new-tokens"
-            )
-        encoded.append(ids)
-    return encoded
 
 
 # --- one batch ---------------------------------------------------------------------------------------------------------
@@ -147,17 +83,6 @@ class _Streams:
         return self.rows.reshape(steps * slots, width), (self.pairs + slots * torch.arange(steps)[:, None, None]).view(
             -1, 2
         )
-
-
-def padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
-    """Right padding: in a causal model no real token sees it, so that no mask is needed and positions are natural."""
-    width = max(len(s.read) for s in sequences)
-    return torch.tensor([s.read + [s.read[-1]] * (width - len(s.read)) for s in sequences], device=device)
-
-
-def step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
-    where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
-    return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
 
 
 def _slot(layer: int, kind: Kind) -> int:
@@ -198,7 +123,7 @@ class _Kept(NamedTuple):
 
 
 @torch.no_grad()
-def _streams(dense: LoadedModel, target: Target, sequences: Sequence[Transcript]) -> _Streams:
+def _streams(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transcript]) -> _Streams:
     layers = len(dense.anatomy)
     places = [(layer, kind) for layer in range(layers) for kind in KINDS]
     if not isinstance(target, LoadedModel):
@@ -262,7 +187,7 @@ def _table(columns: dict[str, Tensor], sequences: Sequence[Transcript], first_pr
 
 def batch_rows(
     dense: LoadedModel,
-    target: Target,
+    target: TargetModel,
     batch: Sequence[Transcript],
     head: Head,
     temperature: float = 1.0,
@@ -289,7 +214,7 @@ class LayerwiseRows:
 
 def layerwise_rows(
     dense: LoadedModel,
-    target: Target,
+    target: TargetModel,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 64,
@@ -318,9 +243,7 @@ def layerwise_rows(
     """
     check_comparable(dense, target)
     head = lens_head(dense, lens)
-    least = least_memory(head, at_least_float32(dense.dtype))
-    if memory < least:
-        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
+    check_memory(memory, dense.dtype, head)
     settings = (max_new_tokens, sampling, stop, batch_size, lens, temperature)
     key = run_key(dense, target, prompts, *settings)
     state = resume_state(parts, key)
@@ -335,69 +258,15 @@ def layerwise_rows(
     else:
         texts = state
     sequences = [Transcript(list(p), t) for p, t in zip(prompts, texts, strict=True)]
-    tables = []
-    steps = sum(len(s.continuation) for s in sequences)
-    with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {steps} steps", steps) as advance:
-        for number, chosen in enumerate(batches(range(len(sequences)), batch_size)):
-            batch = [sequences[i] for i in chosen]
 
-            def compute(batch: list[Transcript] = batch, first: int = chosen[0]) -> pa.Table:
-                return batch_rows(dense, target, batch, head, temperature, memory, first)
+    def rows(batch: Sequence[int]) -> pa.Table:
+        return batch_rows(dense, target, [sequences[i] for i in batch], head, temperature, memory, batch[0])
 
-            tables.append(part(parts, number, compute))
-            advance(sum(len(s.continuation) for s in batch))
+    steps = [len(s.continuation) for s in sequences]
+    with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {sum(steps)} steps", sum(steps)) as advance:
+        tables = computed(parts, len(sequences), batch_size, rows, lambda batch: advance(sum(steps[i] for i in batch)))
     floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
-
-
-def run_key(dense: LoadedModel, target: Target, prompts: Sequence[list[int]], *settings: Any) -> str:
-    """A hash of everything that decides the rows of a run, so that a resumed one is known to be the same."""
-    described = target.describe() if isinstance(target, LoadedModel) else str(target)
-    return hashlib.sha256(repr((dense.describe(), described, prompts, settings)).encode()).hexdigest()
-
-
-def check_comparable(dense: LoadedModel, target: Target) -> None:
-    """Raise UserError if the same context does not exist for the two: a dense side that is not whole, another width, depth or vocabulary."""
-    if dense.dropped:
-        raise UserError(
-            f"{dense.ref} has sublayers dropped ({dense.dropped}); the dense side of a comparison must be whole"
-        )
-    if isinstance(target, DropSpec):
-        target.check(len(dense.anatomy))
-    if not isinstance(target, LoadedModel):
-        return
-    check_vocabulary(dense, target)
-    ours, theirs = dense.anatomy, target.anatomy
-    if ours.hidden_size != theirs.hidden_size:
-        raise UserError(
-            f"{target.ref} has hidden size {theirs.hidden_size}, {dense.ref} {ours.hidden_size}; the same context exists only for the same width"
-        )
-    if len(ours) != target.dense_layers:
-        raise UserError(
-            f"{target.ref} was made from a model of {target.dense_layers} blocks, {dense.ref} has {len(ours)}; compare it with its own dense model"
-        )
-
-
-def check_vocabulary(dense: LoadedModel, target: LoadedModel) -> None:
-    """Raise UserError if the two models do not read and write the same tokens."""
-    ours, theirs = dense.anatomy, target.anatomy
-    if ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"{target.ref} has a vocabulary of {theirs.vocab_size} tokens, {dense.ref} of {ours.vocab_size}; compare models with the same vocabulary"
-        )
-    if dense.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {dense.ref} and {target.ref} differ; compare models with the same vocabulary"
-        )
-
-
-def mark_under_floor(table: pa.Table, floor: dict[str, float]) -> pa.Table:
-    """Add one boolean column a space: this row's deviation is not larger than what the dense model gives against itself."""
-    import pyarrow.compute as pc
-
-    for space, column in (("h", "h_cos_dev"), ("z", "z_cos_dev"), ("p", "kl_dense_target")):
-        table = table.append_column(f"{space}_under_floor", pc.less_equal(table[column], floor[column]))
-    return table
 
 
 # --- noise floor -------------------------------------------------------------------------------------------------------
@@ -438,8 +307,8 @@ def noise_floor(
     for name, other in (("batched_against_single", together), ("cache_against_no_cache", cached)):
         pairs = torch.tensor([(slot, 2 * layers + 1 + slot) for slot in range(1, 2 * layers + 1)])
         columns = _columns(_Streams(torch.cat([alone, other], 1), pairs), looked_at, head, temperature, memory)
-        result[name] = {column: columns[column].abs().max().item() for column in FLOOR_COLUMNS}
-    if uses_tensor_cores(alone, head):
+        result[name] = largest(columns)
+    if on_tensor_cores(alone, head.weight):
         pairs = torch.tensor([(slot, slot - 1) for slot in range(1, 2 * layers + 1)])
         result["product_error"] = product_error(alone[:_PRODUCT_STEPS], pairs, head, temperature, memory)
     result["floor"] = {

@@ -8,7 +8,6 @@ sequence log-likelihood stands for its logit (``scoring`` says which it was).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,28 +18,29 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.generation import check_pair, final_head
-from prunescope.compare.layerwise import (
-    FLOOR_COLUMNS,
+from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
+from prunescope.compare.context import (
     Transcript,
     at_least_float32,
+    check_memory,
+    check_pair,
+    final_head,
+    largest,
     mark_under_floor,
-    padded,
-    step_index,
+    read_states,
 )
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, compare_logits, least_memory
+from prunescope.compare.metrics import COLUMNS, compare_logits
 from prunescope.data.questions import Question, Template, cue_prompt, option_strings, question_text
+from prunescope.data.tokens import chat_text, check_tokens, tokens_with_options
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import batches
 from prunescope.models.loading import LoadedModel
-from prunescope.models.residual import final_states
 from prunescope.progress import progress
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.runs.parts import begin, computed, notes_of, with_notes
 
 __all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_rows"]
 
-TOP = 30  # likeliest tokens kept of each model
+TOP = 30  # most likely tokens kept of each model
 _CONFIDENCE = ("confidence_dense", "confidence_target")
 _LISTS = ("loglik_dense", "loglik_target")
 _FLOOR_QUESTIONS = 4
@@ -72,28 +72,17 @@ def ask(
         UserError: no chat template, a prompt past the model's context, options that are the same tokens, a tokenizer that gives tokens
             the model does not know.
     """
-    if template == "chat" and not model.tokenizer.chat_template:
-        raise UserError(f"{model.ref} has no chat template; choose --template cue")
     if template != "cue" and shots:
         raise UserError(f"--shots go with --template cue, not with {template}")
     asked = []
     for question in questions:
-        special = template != "chat"
         if template == "cue":
             text = cue_prompt(question, shots.get(question.subject, ()))
-        elif template == "paper":
-            text = question_text(question, template)
         else:
-            text = model.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question_text(question, template)}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            text = question_text(question, template)
+            text = chat_text(model, text, "choose --template cue") if template == "chat" else text
         options = option_strings(template, len(question.choices))
-        tokens: list[int] = model.tokenizer(text, add_special_tokens=special)["input_ids"]
-        option_tokens = [
-            model.tokenizer(text + option, add_special_tokens=special)["input_ids"][len(tokens) :] for option in options
-        ]
+        tokens, option_tokens = tokens_with_options(model, text, options, special=template != "chat")
         _check_asked(model, question, tokens, options, option_tokens)
         asked.append(Asked(question, text, tokens, options, option_tokens))
     return asked
@@ -102,36 +91,24 @@ def ask(
 def _check_asked(
     model: LoadedModel, question: Question, tokens: list[int], options: list[str], option_tokens: list[list[int]]
 ) -> None:
+    where = f"question {question.id!r}"
+    empty = ": the tokenizer gives no tokens for its prompt or for an option"
+    check_tokens(model, where, tokens, *option_tokens, empty=empty)
     longest = len(tokens) + max(map(len, option_tokens)) - 1
-    if not tokens or not all(option_tokens):
-        raise UserError(f"question {question.id!r}: the tokenizer gives no tokens for its prompt or for an option")
     if model.context and longest > model.context:
         raise UserError(
-            f"question {question.id!r} has {longest} tokens, past the context of {model.ref}, {model.context}; shorten it or lower --shots"
-        )
-    if max(max(tokens), *map(max, option_tokens)) >= model.anatomy.vocab_size:
-        raise UserError(
-            f"question {question.id!r}: its tokenizer gives tokens that the model does not know; they do not belong together"
+            f"{where} has {longest} tokens, past the context of {model.ref}, {model.context}; shorten it or lower --shots"
         )
     seen: dict[tuple[int, ...], str] = {}
     for option, ids in zip(options, option_tokens, strict=True):
         other = seen.setdefault(tuple(ids), option)
         if other != option:
             raise UserError(
-                f"question {question.id!r}: the options {other!r} and {option!r} are the same tokens {ids} to this tokenizer; choose another --template"
+                f"{where}: the options {other!r} and {option!r} are the same tokens {ids} to this tokenizer; choose another --template"
             )
 
 
 # --- what the models say -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _states(model: LoadedModel, sequences: Sequence[Transcript]) -> Tensor:
-    """The final states at all steps of all sequences, one after the other, ``(steps, d)``; right-padded, no cache."""
-    caught: list[Tensor] = []
-    with final_states(model, caught.append):
-        model.model(input_ids=padded(sequences, model.device), use_cache=False, logits_to_keep=1)
-    return caught[0][step_index(sequences, model.device)]
 
 
 def _likelihoods(model: LoadedModel, asked: Sequence[Asked]) -> list[Tensor]:
@@ -140,7 +117,11 @@ def _likelihoods(model: LoadedModel, asked: Sequence[Asked]) -> list[Tensor]:
     head = final_head(model)
     for question in asked:
         sequences = [Transcript(question.tokens, tokens) for tokens in question.option_tokens]
-        log_p = head.logits(_states(model, sequences), at_least_float32(model.dtype)).double().log_softmax(-1)
+        log_p = (
+            head.logits(torch.cat(read_states(model, sequences)), at_least_float32(model.dtype))
+            .double()
+            .log_softmax(-1)
+        )
         chosen = torch.tensor([token for sequence in sequences for token in sequence.continuation], device=log_p.device)
         each = log_p.gather(-1, chosen[:, None])[:, 0].cpu()
         result.append(torch.stack([steps.sum() for steps in each.split([len(s.continuation) for s in sequences])]))
@@ -156,13 +137,13 @@ class _Settings:
 def _batch(
     dense: LoadedModel, target: LoadedModel | DropSpec, asked: Sequence[Asked], first: int, settings: _Settings
 ) -> pa.Table:
-    """Two rows a question; the likeliest tokens of both models are in the table's metadata."""
+    """Two rows a question; the most likely tokens of both models are in the table's metadata."""
     other = target if isinstance(target, LoadedModel) else dense
     prompts = [Transcript(question.tokens, [0]) for question in asked]
     by_sequence = [question for question in asked if not question.by_token]
-    h, sequence_scores = _states(dense, prompts), _likelihoods(dense, by_sequence)
+    h, sequence_scores = torch.cat(read_states(dense, prompts)), _likelihoods(dense, by_sequence)
     with nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target):
-        h_target, sequence_scores_target = _states(other, prompts), _likelihoods(other, by_sequence)
+        h_target, sequence_scores_target = torch.cat(read_states(other, prompts)), _likelihoods(other, by_sequence)
     gold = torch.tensor([q.option_tokens[q.question.answer][0] if q.by_token else -1 for q in asked])
     most = max(len(question.options) for question in asked)
     ids = torch.tensor(
@@ -202,9 +183,7 @@ def _batch(
                 for side in ("dense", "target")
             }
         )
-    return pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata(
-        {"prunescope": json.dumps({"tops": tops})}
-    )
+    return with_notes(pa.Table.from_pylist(rows, schema=_SCHEMA), {"tops": tops})
 
 
 def _rows(
@@ -263,7 +242,7 @@ _SCHEMA = pa.schema(
 
 @dataclass
 class McqRows:
-    """What `mcq_rows` found; ``tops`` has of each question and model the ids of its likeliest tokens, their probabilities under it
+    """What `mcq_rows` found; ``tops`` has of each question and model the ids of its most likely tokens, their probabilities under it
     and under the other model."""
 
     table: pa.Table
@@ -285,7 +264,7 @@ def mcq_rows(
     """Compare two models at the place where each question is answered: a row a question and space (``global``, ``options``).
 
     Log-likelihoods, option mass, margins, choices and ``option_confidence`` are those of T = 1, as tasks are scored; the metric columns
-    and the likeliest tokens use the metric temperature.
+    and the most likely tokens use the metric temperature.
 
     Args:
         asked: from `ask`.
@@ -298,23 +277,18 @@ def mcq_rows(
         FloatingPointError: a NaN or infinite logit.
     """
     check_pair(dense, target)
-    heads = [final_head(dense)] + ([final_head(target)] if isinstance(target, LoadedModel) else [])
-    least = max(least_memory(head, at_least_float32(dense.dtype)) for head in heads)
-    if memory < least:
-        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
+    check_memory(
+        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
+    )
     settings = _Settings(temperature, memory)
-    if resume_state(parts, key) is None:
-        save_state(parts, key, [])
-    tables = []
+    begin(parts, key)
+
+    def rows(numbers: Sequence[int]) -> pa.Table:
+        return _batch(dense, target, [asked[i] for i in numbers], numbers[0], settings)
+
     with progress(f"{len(asked)} questions", len(asked)) as advance:
-        for number, chosen in enumerate(batches(range(len(asked)), batch_size)):
-
-            def compute(chosen: Sequence[int] = chosen) -> pa.Table:
-                return _batch(dense, target, [asked[i] for i in chosen], chosen[0], settings)
-
-            tables.append(part(parts, number, compute))
-            advance(len(chosen))
-    tops = [top for table in tables for top in json.loads(table.schema.metadata[b"prunescope"])["tops"]]
+        tables = computed(parts, len(asked), batch_size, rows, lambda numbers: advance(len(numbers)))
+    tops = [top for table in tables for top in notes_of(table)["tops"]]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     floor = _noise_floor(dense, asked, settings)
     return McqRows(mark_under_floor(table, floor["floor"]), tops, floor)
@@ -324,14 +298,19 @@ def _noise_floor(dense: LoadedModel, asked: Sequence[Asked], settings: _Settings
     """The dense model against itself: prompts in a padded batch against each alone; per column the largest absolute value."""
     prompts = [Transcript(question.tokens, [0]) for question in asked[:_FLOOR_QUESTIONS]]
     prompts = prompts * 2 if len(prompts) == 1 else prompts
-    alone = torch.cat([_states(dense, [prompt]) for prompt in prompts])
+    alone = torch.cat([read_states(dense, [prompt])[0] for prompt in prompts])
     head = final_head(dense)
     columns = compare_final(
-        alone, _states(dense, prompts), head, head, temperature=settings.temperature, memory=settings.memory
+        alone,
+        torch.cat(read_states(dense, prompts)),
+        head,
+        head,
+        temperature=settings.temperature,
+        memory=settings.memory,
     )
     return {
         "dtype": str(dense.dtype).removeprefix("torch."),
         "questions": len(prompts),
         "way": "in a padded batch against alone",
-        "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
+        "floor": largest(columns),
     }

@@ -4,18 +4,15 @@ A model computes ``h`` (hidden state) -> ``z = W h`` (logits) -> ``p = softmax(z
 and in a target model, this file says how far apart they are in each of the three spaces. Symbols and theorem numbers are
 those of "Demystifying When Pruning Works via Representation Hierarchies" (arXiv 2603.24652).
 
-Three ideas carry the file:
+Two ideas carry the file:
 
 * The dense side is the base, and the change is what we compute with: ``delta = target - dense``. A cosine close to 1 is
   never found by subtracting two nearly equal numbers; `relative_change` splits delta into a part along the dense
   vector (alpha) and a part across it (orth), and every cosine follows from these two.
 * Probabilities stay in log space, and only *differences* of log-probabilities enter. A KL divergence is a sum of terms
   ``p (e^x - 1 - x) >= 0``, so nothing cancels, however small the divergence is (`excess`).
-* No tensor of tokens x vocabulary is ever held. `compare` projects a few rows at a time, and rows that take part in
-  several comparisons (the stream after sublayer i is the stream before sublayer i + 1) are projected once.
-
-The forms written here are the reference: plain tensor operations, about fifty sweeps over the logits of a pair. Where a kernel is at hand
-(`fused.backend`), `compare` and `compare_final` take the same columns from sums that one sweep gathers, within the same bounds.
+The forms written here are the reference: plain tensor operations, about fifty sweeps over the logits of a pair. `columns.py` applies them to many
+places in bounded memory, and where a kernel is at hand takes the same columns from sums that one sweep gathers, within the same bounds.
 
 Precision. Rows are handled in float32, or in float64 if the inputs are float64; hidden states always in float64. The
 relative error against float64 brute force on the same logits, for deviations of 1e-6 up to total disagreement, is below
@@ -25,31 +22,31 @@ first, so the bounds are those of float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import factorial, log
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from prunescope.compare.kernels import sums as fused
 
 __all__ = [
     "COLUMNS",
     "ERROR_BOUND",
+    "FLOOR_COLUMNS",
     "H_COLUMNS",
     "P_COLUMNS",
+    "SPACES",
     "Z_COLUMNS",
-    "Head",
-    "compare",
-    "compare_final",
+    "Change",
+    "RowFacts",
+    "check_temperature",
     "compare_hidden",
     "compare_logits",
-    "least_memory",
+    "describe_rows",
+    "hidden_columns",
+    "pair_columns",
+    "relative_change",
     "space_of",
-    "uses_tensor_cores",
+    "working_dtype",
 ]
 
 H_COLUMNS = ("h_cos", "h_cos_dev", "h_cos_dev_est", "h_alpha", "h_para_rel", "h_orth_rel")
@@ -64,6 +61,12 @@ P_COLUMNS = (
     *("top1_agree", "top5_overlap", "rank_in_target", "dp_top1", "nll_dense", "nll_target"),
 )
 COLUMNS = (*H_COLUMNS, *Z_COLUMNS, *P_COLUMNS)
+SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
+FLOOR_COLUMNS = tuple(  # columns that are zero where nothing differs
+    name
+    for name in COLUMNS
+    if not name.endswith("_cos") and not name.startswith(("nll_", "entropy_", "top", "rank_", "z_cos_centred"))
+)
 
 ERROR_BOUND: dict[str, tuple[float, float]] = {
     # column: (relative, absolute) error in float32 against float64 brute force on the same logits
@@ -79,18 +82,12 @@ ERROR_BOUND: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("top1_agree", "top5_overlap", "rank_in_target"), (0.0, 0.0)),  # exact
 }
 
-DEFAULT_MEMORY = 512 * 2**20
-_TOP = 10  # likeliest tokens kept of every row
-_GROUP = 2**18  # logits that the elementwise pass handles at once: small enough to stay in the cache
-_PRODUCT_ROWS = 128  # rows that one tile of a GPU's matrix product covers
-_GATHERED = 1500  # bytes that the kernels' sums and the columns of one pair take
-_DEVICE_GROUP = 2**23  # the same where kernels do the rest
-_TEMPORARIES = 20  # tensors of one group alive at the same time in `_pair_columns`, rounded up
+_TOP = 10  # most likely tokens kept of every row
 
 
 def space_of(column: str) -> str:
     """The representation space, ``h``, ``z`` or ``p``, that a column belongs to. Raises KeyError for other names."""
-    for space, names in (("h", H_COLUMNS), ("z", Z_COLUMNS), ("p", P_COLUMNS)):
+    for space, names in SPACES.items():
         if column in names:
             return space
     raise KeyError(column)
@@ -216,7 +213,7 @@ def js_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, loss: Tensor) -> Tens
 # --- one place in both models ------------------------------------------------------------------------------------------
 
 
-class _Rows(NamedTuple):
+class RowFacts(NamedTuple):
     """What one distribution says of itself; found once for a row, however many comparisons it takes part in."""
 
     peak_logit: Tensor  # (rows, 1) largest logit
@@ -224,11 +221,11 @@ class _Rows(NamedTuple):
     top: Tensor  # (rows, <= 10) ids of the likeliest tokens, likeliest first
     entropy: Tensor  # (rows,) float64, nats
 
-    def take(self, index: Tensor) -> _Rows:
-        return _Rows(*(field[index] for field in self))
+    def take(self, index: Tensor) -> RowFacts:
+        return RowFacts(*(field[index] for field in self))
 
 
-def _likeliest(z: Tensor) -> Tensor:
+def most_likely(z: Tensor) -> Tensor:
     """Ids of the 10 largest logits of each row, largest first, ties by lower id (`topk` promises nothing about ties)."""
     value, top = z.topk(min(_TOP + 1, z.shape[-1]), dim=-1)
     top = top[:, :_TOP].contiguous()
@@ -238,8 +235,8 @@ def _likeliest(z: Tensor) -> Tensor:
     return top
 
 
-def _describe(z: Tensor, temperature: float) -> _Rows:
-    top = _likeliest(z)
+def describe_rows(z: Tensor, temperature: float) -> RowFacts:
+    top = most_likely(z)
     peak = z.gather(-1, top[:, :1])
     lowered = (z - peak).div_(temperature)
     # the mass of all but the likeliest token, whose own is 1: nothing is lost beside it
@@ -249,7 +246,7 @@ def _describe(z: Tensor, temperature: float) -> _Rows:
     entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / (1 + rest[:, 0])
     if not torch.isfinite(entropy).all() or not torch.isfinite(peak).all():
         raise FloatingPointError("a logit is NaN or infinite")
-    return _Rows(peak, log_mass, top, entropy)
+    return RowFacts(peak, log_mass, top, entropy)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -260,15 +257,15 @@ def _exp(x: Tensor) -> Tensor:
 _LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
 
 
-def _log_softmax(z: Tensor, rows: _Rows, temperature: float) -> Tensor:
+def _log_softmax(z: Tensor, rows: RowFacts, temperature: float) -> Tensor:
     return (z - rows.peak_logit).div_(temperature).sub_(rows.log_mass.to(z.dtype))
 
 
-def _pair_columns(
+def pair_columns(
     z: Tensor,
     z_target: Tensor,
-    a: _Rows,
-    b: _Rows,
+    a: RowFacts,
+    b: RowFacts,
     temperature: float,
     next_token: Tensor | None,
     next_token_target: Tensor | None = None,
@@ -357,10 +354,10 @@ def _pair_columns(
 def compare_hidden(h: Tensor, h_target: Tensor) -> dict[str, Tensor]:
     """The h columns of ``h`` and ``h_target``, both ``(rows, d)``; each column ``(rows,)`` float64. Theorem 1, section 5, section 6.1."""
     h, h_target = h.double(), h_target.double()
-    return _hidden_columns(relative_change(h, h_target, h_target - h))
+    return hidden_columns(relative_change(h, h_target, h_target - h))
 
 
-def _hidden_columns(change: Change) -> dict[str, Tensor]:
+def hidden_columns(change: Change) -> dict[str, Tensor]:
     return {
         "h_cos": change.cos,
         "h_cos_dev": change.cos_dev,
@@ -390,365 +387,19 @@ def compare_logits(
     """
     if z.shape != z_target.shape or z.dim() != 2:
         raise ValueError(f"logits must be two matrices of one shape, not {tuple(z.shape)} and {tuple(z_target.shape)}")
-    _check_temperature(temperature)
-    dtype = _working_dtype(z, z_target)
+    check_temperature(temperature)
+    dtype = working_dtype(z, z_target)
     z, z_target = z.to(dtype), z_target.to(dtype)
-    return _pair_columns(
-        z, z_target, _describe(z, temperature), _describe(z_target, temperature), temperature, next_token
+    return pair_columns(
+        z, z_target, describe_rows(z, temperature), describe_rows(z_target, temperature), temperature, next_token
     )
 
 
-# --- many places, in bounded memory ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Head:
-    """The map from a residual stream to logits: ``z = cap(scale * (W norm(h) + bias))``.
-
-    ``norm`` is the final norm, in float32 or better, for the `final-norm` lens and None for the `raw` lens; scale and soft-capping belong to
-    the architecture and apply in both.
-    """
-
-    weight: Tensor  # (V, d)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
-    def logits(self, h: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """Logits ``(rows, V)`` in ``dtype`` of ``h`` (rows, d), a tile of the vocabulary at a time.
-
-        Residual streams hold a few huge entries, and logits are small sums of large terms: a float32 product of SmolLM2's streams is
-        off by 1e-3, and a KL of 0.1 by 1e-3 of itself. So the product is taken in float64 wherever that costs at most twice as
-        much (`_product_dtype`), and rounded once. A head in half precision on a GPU is multiplied on its tensor cores: the
-        products are exact there, and summed in float32.
-
-        Args:
-            out: where to write, ``(rows, V)`` of ``dtype``.
-        """
-        h = self.norm(h.to(dtype)) if self.norm else h
-        z = h.new_empty(h.shape[0], self.vocab_size, dtype=dtype) if out is None else out
-        if dtype == torch.float32 and _on_tensor_cores(h, self.weight):
-            _half_product(h, self.weight, z)
-            self._finish(z, self.bias)
-            return z
-        product = torch.float64 if dtype == torch.float64 else _product_dtype(h.device)
-        h = h.to(product)
-        tile = _vocab_tile(self)
-        for start in range(0, self.vocab_size, tile):
-            part = h @ self.weight[start : start + tile].to(product).T
-            self._finish(part, None if self.bias is None else self.bias[start : start + tile])
-            z[:, start : start + tile] = part
-        return z
-
-    def _finish(self, z: Tensor, bias: Tensor | None) -> None:
-        """Bias, scale and soft-capping, in place."""
-        if bias is not None:
-            z += bias
-        if self.scale != 1.0:
-            z *= self.scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
-def uses_tensor_cores(h: Tensor, head: Head) -> bool:
-    """Whether `Head.logits` sums the product of ``h`` in float32, on the tensor cores of a GPU."""
-    return _on_tensor_cores(h, head.weight)
-
-
-def _on_tensor_cores(h: Tensor, weight: Tensor) -> bool:
-    """Whether W h can be had from exact products of half-precision numbers: h has W's dtype, or can be split into three bfloat16 parts."""
-    return weight.is_cuda and (
-        weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and h.dtype == torch.float16)
-    )
-
-
-def _half_product(h: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``out = h W^T`` in float32 from half-precision operands; a wider h as the sum of three parts of 8 bits, the smallest first."""
-    parts = [h]
-    if h.dtype != weight.dtype:
-        rest = h.float()
-        parts = []
-        for _ in range(3):
-            parts.insert(0, rest.to(weight.dtype))
-            rest = rest - parts[0].float()
-    torch.mm(parts[0], weight.T, out_dtype=torch.float32, out=out)
-    for part in parts[1:]:
-        torch.addmm(out, part, weight.T, out_dtype=torch.float32, out=out)
-
-
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """float64 on a CPU and on GPUs with full-rate float64 (A100, H100 and their kin), float32 elsewhere."""
-    full_rate = device.type == "cpu" or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
-    )
-    return torch.float64 if full_rate else torch.float32
-
-
-@torch.no_grad()
-def compare(
-    streams: Tensor,
-    pairs: Tensor,
-    head: Head,
-    *,
-    temperature: float = 1.0,
-    next_token: Tensor | None = None,
-    memory: int = DEFAULT_MEMORY,
-) -> dict[str, Tensor]:
-    """All columns for many pairs of hidden states, in bounded memory.
-
-    Args:
-        streams: ``(n, d)`` hidden states of the dense and of the target model, any float dtype.
-        pairs: ``(m, 2)`` int64, rows of ``streams``: the dense one and the target one. A row may stand in any number of
-            pairs; within a chunk it is projected once, so keep pairs that share rows together.
-        head: from hidden state to logits, for dense and target rows alike.
-        temperature: metric temperature T.
-        next_token: ``(m,)`` int64, the token that follows each pair, -1 where none does.
-        memory: bytes that this function may hold beyond its inputs and its result.
-    Returns:
-        Column name -> ``(m,)`` float64 on the CPU.
-    Raises:
-        ValueError: T <= 0, or a ``memory`` too small for a single pair (it says what is needed).
-        FloatingPointError: a NaN or infinite logit.
-    """
-    _check_temperature(temperature)
-    dtype = _working_dtype(streams, head.weight)
-    backend = fused.backend(streams.device, dtype)
-    if backend is not None:
-        return _compare_fused(backend, streams, pairs, head, temperature, next_token, memory)
-    parts: dict[str, list[Tensor]] = {}
-    for chunk in _chunks(pairs, head, dtype, memory):
-        columns = _compare_chunk(
-            streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype
-        )
-        for name, value in columns.items():
-            parts.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(value) for name, value in parts.items()}
-
-
-@torch.no_grad()
-def compare_final(
-    h: Tensor,
-    h_target: Tensor,
-    head: Head,
-    target_head: Head,
-    index: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    next_token: Tensor | None = None,
-    next_token_target: Tensor | None = None,
-    also: Callable[[slice, Tensor, Tensor], dict[str, Tensor]] = lambda rows, z, z_target: {},
-    memory: int = DEFAULT_MEMORY,
-) -> dict[str, Tensor]:
-    """All columns of the final states of two models, each through its own head, in bounded memory.
-
-    Args:
-        h: ``(n, d)``, what enters the head of the dense model, any float dtype.
-        h_target: ``(rows, d)``, the same of the target. If the widths differ, the h columns are NaN.
-        index: ``(rows,)`` int64, the row of ``h`` that each target row is compared with; left out, its own. A dense row that stands in
-            neighbouring rows is projected once.
-        head, target_head: of one vocabulary.
-        temperature: metric temperature T.
-        next_token: ``(rows,)`` int64, the token that follows, -1 where none does. ``next_token_target`` where the target reads a
-            text of its own; there is a column ``nll_target_of_dense`` then, what the target gives the dense text's token.
-        also: more columns from the logits of some rows, each ``(rows of the slice, ...)``, while these are there.
-        memory: bytes that this function may hold beyond its inputs and its result.
-    Returns:
-        Column name -> ``(rows,)`` float64 on the CPU: the spec's columns, and ``confidence_dense`` and ``confidence_target``, the
-        probability of the likeliest token.
-    Raises:
-        ValueError: T <= 0, a vocabulary that differs, or a ``memory`` too small for one pair.
-        FloatingPointError: a NaN or infinite logit.
-    """
-    _check_temperature(temperature)
-    index = torch.arange(len(h_target)) if index is None else index
-    if len(index) != len(h_target) or head.vocab_size != target_head.vocab_size:
-        raise ValueError("every target row needs a dense row, and both models the same vocabulary")
-    dtype = _working_dtype(h, h_target, head.weight, target_head.weight)
-    fixed, row = (max(pair) for pair in zip(_bytes(head, dtype), _bytes(target_head, dtype), strict=True))
-    if memory < fixed + 2 * row:
-        raise ValueError(f"memory={memory} bytes is too little: give at least {fixed + 2 * row}")
-    index = index.to(h.device)
-    kernels = fused.backend(h.device, dtype)
-
-    def of_chunk(chunk: slice) -> dict[str, Tensor]:
-        used, place = torch.unique(index[chunk], return_inverse=True)
-        theirs = h_target[chunk].to(h.device)
-        if h.shape[1] == theirs.shape[1]:
-            columns = compare_hidden(h[index[chunk]], theirs)
-        else:
-            columns = {name: torch.full((len(theirs),), torch.nan, dtype=torch.float64) for name in H_COLUMNS}
-        z = h.new_empty(len(used) + len(theirs), fused.padded(head.vocab_size), dtype=dtype)[:, : head.vocab_size]
-        z_used, z_target = z[: len(used)], z[len(used) :]
-        head.logits(h[used], dtype, out=z_used)
-        target_head.logits(theirs, dtype, out=z_target)
-
-        def following(part: slice) -> list[Tensor | None]:
-            rows = slice(chunk.start + part.start, chunk.start + part.stop)
-            return [None if token is None else token[rows].to(z.device) for token in (next_token, next_token_target)]
-
-        def more(part: slice) -> dict[str, Tensor]:
-            rows = slice(chunk.start + part.start, chunk.start + part.stop)
-            return also(rows, z_used[place[part]], z_target[part])
-
-        def of_group(part: slice) -> dict[str, Tensor]:
-            a, b = (_describe(side, temperature) for side in (z_used[place[part]], z_target[part]))
-            found = _pair_columns(z_used[place[part]], z_target[part], a, b, temperature, *following(part))
-            found |= {f"confidence_{side}": torch.exp(-x.log_mass[:, 0]) for side, x in (("dense", a), ("target", b))}
-            return found | more(part)
-
-        if kernels is None:
-            columns |= _by_groups(len(theirs), max(1, _GROUP // head.vocab_size), of_group)
-        else:
-            pairs = torch.stack([place, torch.arange(len(theirs), device=z.device) + len(used)], 1)
-            tokens = following(slice(0, len(theirs)))
-            found = fused.finish(fused.gather(kernels, z, pairs, temperature, *tokens), z.shape[1], temperature, Change)
-            absent = [token is None for token in (tokens[0], tokens[0], tokens[1])]
-            names = ("nll_dense", "nll_target", "nll_target_of_dense")
-            left_out = {name for name, gone in zip(names, absent, strict=True) if gone}
-            columns |= _to_host({name: value for name, value in found.items() if name not in left_out})
-            columns |= _by_groups(len(theirs), max(1, _DEVICE_GROUP // head.vocab_size), more)
-        return {name: value.cpu() for name, value in columns.items()}
-
-    return _by_groups(len(h_target), (memory - fixed) // (2 * row), of_chunk)
-
-
-def _compare_fused(
-    backend: fused.Backend,
-    streams: Tensor,
-    pairs: Tensor,
-    head: Head,
-    temperature: float,
-    next_token: Tensor | None,
-    memory: int,
-) -> dict[str, Tensor]:
-    """`compare` with the kernels of a backend. The host runs ahead of the device: nothing is read back before the end of a flush."""
-    device, pairs = streams.device, pairs.cpu()
-    chunks = list(_chunks(pairs, head, torch.float32, memory))
-    uniques = [torch.unique(pairs[chunk], return_inverse=True) for chunk in chunks]
-    used = torch.cat([rows for rows, _ in uniques]).to(device).split([len(rows) for rows, _ in uniques])
-    index = torch.cat([places for _, places in uniques]).to(device)
-    following = None if next_token is None else next_token.to(device)
-    buffer = torch.empty(max(map(len, used)), fused.padded(head.vocab_size), device=device)[:, : head.vocab_size]
-    gathered: list[fused.Gathered] = []
-    hidden: list[Tensor] = []
-    result: list[dict[str, Tensor]] = []
-
-    def flush() -> None:
-        found = fused.finish(fused.merged(gathered), head.vocab_size, temperature, Change)
-        found |= _hidden_columns(Change(*torch.cat(hidden).unbind(1)))
-        result.append(_to_host({name: found[name] for name in COLUMNS}))
-        gathered.clear()
-        hidden.clear()
-
-    for chunk, rows in zip(chunks, used, strict=True):
-        own = index[chunk]
-        h = streams[rows]
-        z = head.logits(h, out=buffer[: len(rows)])
-        gathered.append(fused.gather(backend, z, own, temperature, None if following is None else following[chunk]))
-        hidden.append(backend.hidden_change(h, own))
-        if sum(len(part.pairs) for part in gathered) * _GATHERED > memory // 8:
-            flush()
-    if gathered:
-        flush()
-    found = {name: torch.cat([part[name] for part in result]) for name in COLUMNS}
-    return found if next_token is not None else {name: v for name, v in found.items() if not name.startswith("nll_")}
-
-
-def _to_host(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All columns in one copy."""
-    stacked = torch.stack(list(columns.values()))
-    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
-    return dict(zip(columns, host.copy_(stacked).unbind(), strict=True))
-
-
-def _compare_chunk(
-    streams: Tensor, pairs: Tensor, head: Head, temperature: float, next_token: Tensor | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    pairs = pairs.to(streams.device)
-    columns = compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
-    used, index = torch.unique(pairs, return_inverse=True)
-    z = head.logits(streams[used], dtype)
-    group = max(1, _GROUP // head.vocab_size)
-    rows = _Rows(*_by_groups(len(z), group, lambda part: dict(enumerate(_describe(z[part], temperature)))).values())
-
-    def pair_columns(part: slice) -> dict[str, Tensor]:
-        dense, target = index[part].unbind(-1)
-        following = None if next_token is None else next_token[part].to(z.device)
-        return _pair_columns(z[dense], z[target], rows.take(dense), rows.take(target), temperature, following)
-
-    return columns | _by_groups(len(index), group, pair_columns)
-
-
-_Key = TypeVar("_Key")
-
-
-def _by_groups(count: int, group: int, work: Callable[[slice], dict[_Key, Tensor]]) -> dict[_Key, Tensor]:
-    """Run ``work`` on ``group`` rows at a time, each result copied into its place at once.
-
-    Small results kept alive between large temporaries would keep the allocator from giving memory back.
-    """
-    result: dict[_Key, Tensor] = {}
-    for start in range(0, count, group):
-        part = slice(start, min(start + group, count))
-        for name, value in work(part).items():
-            if start == 0:
-                result[name] = value.new_empty((count, *value.shape[1:]))
-            result[name][part] = value
-    return result
-
-
-def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Iterator[slice]:
-    """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
-    fixed, row = _bytes(head, dtype)
-    rows = (memory - fixed) // row
-    if head.weight.is_cuda and rows > _PRODUCT_ROWS:
-        rows -= rows % _PRODUCT_ROWS  # whole tiles of the matrix product
-    if rows < 2:
-        need = fixed + 2 * row
-        raise ValueError(
-            f"memory={memory} bytes is too little for a vocabulary of {head.vocab_size}: give at least {need}"
-        )
-    start, pairs = 0, pairs.cpu()
-    while start < len(pairs):
-        # the pair that would bring one row too many begins the next chunk
-        window = pairs[start : start + rows].flatten().numpy()
-        first_seen = np.sort(np.unique(window, return_index=True)[1])
-        stop = start + (min(rows, len(pairs) - start) if len(first_seen) <= rows else int(first_seen[rows]) // 2)
-        yield slice(start, stop)
-        start = stop
-
-
-def least_memory(head: Head, dtype: torch.dtype = torch.float32) -> int:
-    """The smallest ``memory`` in bytes that `compare` can work with."""
-    fixed, row = _bytes(head, dtype)
-    return fixed + 2 * row
-
-
-def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
-    """What `compare` holds however few rows there are, and what each distinct row adds."""
-    width, vocab = head.weight.shape[1], head.vocab_size
-    if fused.backend(head.weight.device, dtype) is not None and _on_tensor_cores(head.weight, head.weight):
-        return 2**22, fused.padded(vocab) * 4 + 20 * width + vocab // 16 + _GATHERED  # logits, parts of h, maxima, sums
-    tile = _vocab_tile(head)
-    group = max(1, _GROUP // vocab)
-    fixed = _TEMPORARIES * group * vocab * dtype.itemsize + 8 * tile * width
-    return fixed, vocab * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, a float64 tile
-
-
-def _vocab_tile(head: Head) -> int:
-    """Tokens of the vocabulary projected at a time: as many as fit into 16 MB of float64 weights."""
-    return min(head.vocab_size, max(256, 2**21 // head.weight.shape[1]))
-
-
-def _working_dtype(*tensors: Tensor) -> torch.dtype:
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that columns are computed in: float64 if any of the tensors is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"the metric temperature must be positive, not {temperature}")

@@ -27,8 +27,8 @@ from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
 from prunescope.progress import progress
-from prunescope.runs.folder import summarise
 from prunescope.runs.parts import resume_state, save_state
+from prunescope.runs.summary import summarise
 from prunescope.stats import mcnemar
 
 __all__ = [

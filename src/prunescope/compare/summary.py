@@ -11,21 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prunescope.compare.metrics import H_COLUMNS, P_COLUMNS, Z_COLUMNS
+from prunescope.compare.metrics import SPACES
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
-from prunescope.runs import folder as results
+from prunescope.runs.summary import summarise
 from prunescope.stats import mcnemar, wilson
 
 __all__ = [
-    "SPACES",
     "by_confidence",
     "calibration",
     "divergence_parts",
     "generation_summary",
+    "layerwise_summary",
     "mcq_summary",
 ]
 
-SPACES = {"h": H_COLUMNS, "z": Z_COLUMNS, "p": P_COLUMNS}
 _EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confidence
 
 
@@ -86,9 +85,7 @@ def generation_summary(
         seed: of the bootstrap.
     """
     regimes = [name for name in ("free-running", "teacher-forced") if pc.any(pc.equal(table["regime"], name)).as_py()]
-    per_regime = {
-        name: results.summarise(table.filter(pc.equal(table["regime"], name)), SPACES, seed=seed) for name in regimes
-    }
+    per_regime = {name: summarise(table.filter(pc.equal(table["regime"], name)), SPACES, seed=seed) for name in regimes}
     found: dict[str, Any] = {
         "regimes": regimes,
         "summary_rows": f"{regimes[0]} steps",
@@ -132,6 +129,36 @@ def generation_summary(
     return found
 
 
+# --- layerwise ---------------------------------------------------------------------------------------------------------
+
+
+def layerwise_summary(table: pa.Table, seed: int) -> dict[str, Any]:
+    """The parts of run.json that say what was found: the layers that the target changes, and the columns over those, by kind of sublayer.
+
+    Args:
+        table: rows of `layerwise_rows`.
+        seed: of the bootstrap.
+    """
+    changed, per_kind = {}, {}
+    for kind in ("attn", "mlp"):
+        rows = table.filter(pc.equal(table["sublayer"], kind))
+        moved = rows.filter(pc.or_(pc.not_equal(rows["h_orth_rel"], 0.0), pc.not_equal(rows["h_para_rel"], 0.0)))
+        changed[kind] = sorted(pc.unique(moved["layer"]).to_pylist())
+        per_kind[kind] = summarise(rows.filter(pc.is_in(rows["layer"], moved["layer"])), SPACES, seed=seed)
+    masks = [
+        pc.and_(pc.equal(table["sublayer"], kind), pc.is_in(table["layer"], pa.array(layers, pa.int32())))
+        for kind, layers in changed.items()
+    ]
+    any_changed = any(changed.values())
+    rows = table.filter(pc.or_(*masks)) if any_changed else table
+    return {
+        "changed_layers": changed,
+        "summary_rows": "sublayers that the target changes" if any_changed else "all, the target changes none",
+        "summary": summarise(rows, SPACES, seed=seed),
+        "summary_by_sublayer": per_kind,
+    }
+
+
 # --- multiple choice ---------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +194,7 @@ def mcq_summary(table: pa.Table, seed: int) -> dict[str, Any]:
     """
     named = table.rename_columns(["prompt" if name == "question" else name for name in table.column_names])
     spaces = {
-        space: results.summarise(named.filter(pc.equal(named["space"], space)), SPACES, seed=seed)
+        space: summarise(named.filter(pc.equal(named["space"], space)), SPACES, seed=seed)
         for space in ("global", "options")
     }
     rows = table.filter(pc.equal(table["space"], "global"))

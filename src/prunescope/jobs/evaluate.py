@@ -1,4 +1,4 @@
-"""`prunescope evaluate` from its options to a finished run."""
+"""`prunescope evaluate`: scores of models on tasks, each compared with the first."""
 
 from __future__ import annotations
 
@@ -6,63 +6,89 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from prunescope.commands import EvaluateResult
 from prunescope.errors import UserError
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loading import LoadedModel
 from prunescope.progress import console
 from prunescope.report.scores import show_scores_of_tasks
-from prunescope.runs import folder as results
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.results import EvaluateResult
+from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record
 from prunescope.stats_paired import compare_scores
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import ITEMS_SCHEMA, at_floor, evaluate_model, expand_tasks
+from prunescope.tasks.harness import check_tasks, file_name, write_harness
 
-__all__ = ["run_evaluate"]
+__all__ = ["EvaluateOptions", "run"]
 
-_EVALUATED = ("limit", "shots", "batch_size", "seed", "allow_code_execution", "max_new_tokens")
 _SCHEMA = pa.schema([("model", pa.string()), *ITEMS_SCHEMA])
 
 
-def run_evaluate(config: dict[str, Any]) -> EvaluateResult:
-    """See `prunescope.evaluate`, whose options ``config`` holds."""
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    """See `prunescope.evaluate`."""
+
+    LEAST: ClassVar[Mapping[str, int]] = {**Options.LEAST, "max_new_tokens": 1}
+
+    models: list[Model]
+    tasks: str
+    limit: int | None
+    shots: int | None
+    max_new_tokens: int | None
+    data: str | None
+    allow_code_execution: bool
+    seed: int
+    batch_size: int
+    loading: LoadOptions
+    output: OutputOptions
+
+    def check(self) -> None:
+        if not self.models:
+            raise UserError("evaluate needs a model: prunescope evaluate MODEL... --tasks quick")
+        if _spec(self.models[0]) is not None:
+            raise UserError(f"{self.models[0]}: the first model is the dense one; a drop: goes behind it")
+        for ref in self.models[1:]:
+            _spec(ref)
+        super().check()
+        if self.data is not None and not Path(self.data).expanduser().is_dir():
+            raise UserError(f"--data {self.data}: no such folder")
+
+    def scoring(self) -> dict[str, Any]:
+        """The options of `evaluate_model`, but for the folder of data."""
+        names = ("limit", "shots", "batch_size", "seed", "allow_code_execution", "max_new_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(options: EvaluateOptions) -> EvaluateResult:
     started = time.monotonic()
-    refs: list[Any] = list(config["models"])
-    names = expand_tasks([name.strip() for name in config["tasks"].split(",")])
-    _check(config, refs, names)
-    data = None if config["data"] is None else Path(config["data"]).expanduser()
+    options.check()
+    names = expand_tasks(listed(options.tasks))
+    data = None if options.data is None else Path(options.data).expanduser()
     harness = [name for name in names if name not in quick.QUICK]
     if harness:
-        from prunescope.tasks.harness import check_tasks
-
-        check_tasks(harness, data, config["allow_code_execution"])
-    out, labels = config["out"], _labels(refs)
-    options = {name: config[name] for name in ("dtype", "device", "trust_remote_code")}
-    dense = load_model(refs[0], revision=config["revision"], **options)
-    key = _key(dense, labels, names, config)
-    if config["resume"] and out is not None and Path(out).expanduser().exists():
-        return _finished(out, key)
-    folder = (
-        results.staged(out, overwrite=config["overwrite"], resume=config["resume"])
-        if out is not None
-        else nullcontext()
-    )
+        check_tasks(harness, data, options.allow_code_execution)
+    labels = _labels(options.models)
+    dense = options.loading.load(options.models[0])
+    key = _key(dense, labels, names, options)
+    if done := options.output.complete(key, "other models, tasks or options"):
+        options.output.say_complete()
+        return EvaluateResult.of_run(done)
     units = _units(names)
-    with folder as staging:
-        if resume_state(staging, key) is None:
-            save_state(staging, key, [])
+    with options.output.staged() as staging:
+        begin(staging, key)
         tables, described, whole = [], {}, {}
         scores: dict[str, dict[str, Any]] = {}
-        for number, (ref, label) in enumerate(zip(refs, labels, strict=True)):
-            with _model(dense, ref, number, options) as loaded:
+        for number, (ref, label) in enumerate(zip(options.models, labels, strict=True)):
+            with _model(dense, ref, number, options.loading) as loaded:
                 described[label] = loaded.describe()
                 for at, unit in enumerate(units):
                     console.print(f"{label}: {', '.join(unit)}", markup=False)
@@ -70,76 +96,49 @@ def run_evaluate(config: dict[str, Any]) -> EvaluateResult:
                     def measure(
                         unit: Sequence[str] = unit, loaded: LoadedModel = loaded, label: str = label, at: int = at, number: int = number
                     ) -> pa.Table:  # fmt: skip
-                        found = evaluate_model(loaded, unit, data=data, **{name: config[name] for name in _EVALUATED})
+                        found = evaluate_model(loaded, unit, data=data, **options.scoring())
                         for task, own in found.harness.items():
-                            whole[f"{number}-{at}-{_safe(task)}"] = own
+                            name = f"{number}-{at}-{file_name(task)}"
+                            whole[name] = own
                             if staging is not None:
-                                write_harness(staging / "harness", f"{number}-{at}-{_safe(task)}", label, own)
-                        said = {"scores": found.scores, "model": _identity(loaded)}
-                        return found.items.replace_schema_metadata({"prunescope": json.dumps(said)})
+                                write_harness(staging / "harness", name, label, own)
+                        return with_notes(found.items, {"scores": found.scores, "model": _identity(loaded)})
 
                     table = part(staging, number * len(units) + at, measure)
-                    said = json.loads(table.schema.metadata[b"prunescope"])
+                    said = notes_of(table)
                     if said["model"] != _identity(loaded):
                         raise UserError(
-                            f"{out}: {label} is not the model it was when this run was begun; start anew with --overwrite"
+                            f"{options.output.out}: {label} is not the model it was when this run was begun; start anew with --overwrite"
                         )
                     scores.setdefault(label, {}).update(said["scores"])
-                    tables.append(
-                        table.replace_schema_metadata(None).add_column(0, "model", pa.array([label] * len(table), pa.string()))
-                    )  # fmt: skip
+                    column = pa.array([label] * len(table), pa.string())
+                    tables.append(table.replace_schema_metadata(None).add_column(0, "model", column))
         table = pa.concat_tables(tables).cast(_SCHEMA)
         info = {
-            **_record(config, dense, described, started),
+            **run_record("evaluate", options.config(), dense.device, described, started, "lm_eval"),
             "key": key,
             "tasks": list(scores[labels[0]]),
             "pairs": [pair for pair in quick.PAIRS if {f"{pair}-gen", f"{pair}-mc"} <= set(names)],
             "summary": scores,
-            "paired": _paired(table, labels, config["seed"]),
+            "paired": _paired(table, labels, options.seed),
             "says_nothing": {t: why for t, entry in scores[labels[0]].items() if (why := at_floor(entry))},
         }
-        result = EvaluateResult(info, table, whole)
+        result = EvaluateResult(info, table, harness=whole)
         if staging is not None:
-            result._write(staging)
+            result.write(staging)
     show_scores_of_tasks(info)
+    options.output.say_written()
     return result
 
 
-def write_harness(folder: Path, name: str, label: str, found: dict[str, Any]) -> None:
-    """The harness's own results as JSON, and its samples as JSONL, a file a task; ``label`` says which model it was."""
-    from lm_eval.utils import handle_non_serializable
-
-    folder.mkdir(exist_ok=True)
-    samples = found.get("samples", {})
-    rest = {key: value for key, value in found.items() if key != "samples"} | {"prunescope_model": label}
-    text = json.dumps(rest, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    (folder / f"results_{name}.json").write_text(text + "\n", "utf-8", "backslashreplace")
-    for task, rows in samples.items():
-        lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"samples_{name}_{_safe(task)}.jsonl").write_text("".join(lines), "utf-8", "backslashreplace")
+def _spec(ref: Model) -> DropSpec | None:
+    """What a ``drop:`` names, None for a model. Raises UserError for one that cannot be read."""
+    if isinstance(ref, str) and ref.startswith("drop:"):
+        return DropSpec.parse(ref.removeprefix("drop:"))
+    return None
 
 
-def _check(config: dict[str, Any], refs: list[Any], names: list[str]) -> None:
-    """What can be said before anything is loaded. Raises UserError."""
-    if not refs:
-        raise UserError("evaluate needs a model: prunescope evaluate MODEL... --tasks quick")
-    if isinstance(refs[0], str) and refs[0].startswith("drop:"):
-        raise UserError(f"{refs[0]}: the first model is the dense one; a drop: goes behind it")
-    for ref in refs[1:]:
-        if isinstance(ref, str) and ref.startswith("drop:"):
-            DropSpec.parse(ref.removeprefix("drop:"))
-    for name, least in (("limit", 1), ("shots", 0), ("batch_size", 1), ("max_new_tokens", 1)):
-        if config[name] is not None and config[name] < least:
-            raise UserError(f"--{name.replace('_', '-')} {config[name]}: it must be at least {least}")
-    if not 0 <= config["seed"] < 2**31:
-        raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
-    if config["data"] is not None and not Path(config["data"]).expanduser().is_dir():
-        raise UserError(f"--data {config['data']}: no such folder")
-    if config["out"] is not None:
-        results.check_free(config["out"], overwrite=config["overwrite"], resume=config["resume"])
-
-
-def _labels(refs: Sequence[Any]) -> list[str]:
+def _labels(refs: Sequence[Model]) -> list[str]:
     """What each model is called in the tables: as the user wrote it, numbered where that is twice the same."""
     labels: list[str] = []
     for ref in map(str, refs):
@@ -157,15 +156,15 @@ def _units(names: Sequence[str]) -> list[list[str]]:
 
 
 @contextmanager
-def _model(dense: LoadedModel, ref: Any, number: int, options: dict[str, Any]) -> Iterator[LoadedModel]:
+def _model(dense: LoadedModel, ref: Model, number: int, loading: LoadOptions) -> Iterator[LoadedModel]:
     """The dense model, the dense one with sublayers dropped, or another, which is freed when the block ends."""
     if number == 0:
         yield dense
-    elif isinstance(ref, str) and ref.startswith("drop:"):
-        with dense.dropping(DropSpec.parse(ref.removeprefix("drop:"))):
+    elif (spec := _spec(ref)) is not None:
+        with dense.dropping(spec):
             yield dense
     else:
-        loaded = load_model(ref, **options)
+        loaded = loading.load_other(ref)
         yield loaded
         del loaded
         gc.collect()
@@ -175,37 +174,11 @@ def _identity(loaded: LoadedModel) -> dict[str, str]:
     return {**loaded.identity, "dropped": str(loaded.dropped)}
 
 
-def _key(dense: LoadedModel, labels: list[str], names: list[str], config: dict[str, Any]) -> str:
+def _key(dense: LoadedModel, labels: list[str], names: list[str], options: EvaluateOptions) -> str:
     """What a run follows from, but for batch size."""
-    parts = [
-        _identity(dense),
-        labels,
-        names,
-        str(dense.dtype),
-        {k: config[k] for k in (*_EVALUATED, "data") if k != "batch_size"},
-    ]
+    scoring = {name: value for name, value in options.scoring().items() if name != "batch_size"}
+    parts = [_identity(dense), labels, names, str(dense.dtype), scoring | {"data": options.data}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _finished(out: str, key: str) -> EvaluateResult:
-    run = results.open_run(out)
-    if run.info.get("key") != key:
-        raise UserError(
-            f"{out} is complete, but was made with other models, tasks or options; choose another --out or give --overwrite"
-        )
-    return EvaluateResult(run.info, run.table(), {})
-
-
-def _record(config: dict[str, Any], dense: LoadedModel, described: dict[str, Any], started: float) -> dict[str, Any]:
-    plain = config | {"models": [str(ref) for ref in config["models"]]}
-    record = run_record("evaluate", plain | {"dense": None, "target": None}, dense, None, started)
-    try:
-        from importlib.metadata import version
-
-        record["versions"]["lm_eval"] = version("lm_eval")
-    except ImportError:
-        pass
-    return record | {"config": plain, "models": described}
 
 
 def _paired(table: pa.Table, labels: Sequence[str], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
@@ -214,7 +187,3 @@ def _paired(table: pa.Table, labels: Sequence[str], seed: int) -> dict[str, dict
     for row in table.to_pylist():
         rows[row["model"]].append(row)
     return {label: compare_scores(rows[labels[0]], rows[label], seed=seed) for label in labels[1:]}
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -1,72 +1,78 @@
-"""`prunescope retrieve` from its options to a finished run."""
+"""`prunescope retrieve`: search with the pooled hidden states of both models."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from prunescope.commands import RetrieveResult
-from prunescope.compare.embedding import Reading, tokens_of
-from prunescope.compare.layerwise import run_key
-from prunescope.compare.retrieval import (
-    SIDES,
-    TOP,
-    RetrievalRows,
-    read_rankings,
-    retrieval_rows,
-    retrieval_summary,
-)
+from prunescope.compare.context import run_key
+from prunescope.compare.embedding import Pooling, Reading, tokens_of
+from prunescope.compare.retrieval import SIDES, TOP, RetrievalRows, retrieval_rows, retrieval_summary
 from prunescope.data.beir import Collection, read_collection
 from prunescope.errors import UserError
-from prunescope.jobs.generate import blaming, check_options, finished, open_pair
-from prunescope.models.loading import LoadedModel
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
+from prunescope.jobs.pair import Pair
 from prunescope.report.figures.retrieval import show_retrieval
-from prunescope.runs import folder as results
-from prunescope.runs.provenance import describe_target, run_record
+from prunescope.results import RetrieveResult
+from prunescope.runs.provenance import run_record
 
-__all__ = ["run_retrieve"]
+__all__ = ["RetrieveOptions", "run"]
 
 _SHOWN = 300  # characters of a passage in samples.jsonl
 
 
-def run_retrieve(config: dict[str, Any]) -> RetrieveResult:
-    """See `prunescope.retrieve`, whose options ``config`` holds."""
+@dataclass(frozen=True)
+class RetrieveOptions(Options):
+    """See `prunescope.retrieve`."""
+
+    dense: Model
+    target: Model
+    corpus: str | None
+    queries: str | None
+    qrels: str | None
+    split: str
+    pooling: Pooling
+    instruction: str | None
+    append_eos: bool
+    max_length: int
+    depth: int
+    recall_at: str
+    seed: int
+    batch_size: int
+    loading: LoadOptions
+    output: OutputOptions
+
+
+def run(options: RetrieveOptions) -> RetrieveResult:
     started = time.monotonic()
-    check_options(config)
-    recall_at = _cutoffs(config["recall_at"], config["depth"])
-    collection = read_collection(config["corpus"], config["queries"], config["qrels"], split=config["split"])
-    pair = open_pair(config, headless=True)
-    models = [pair.dense, *([pair.target] if isinstance(pair.target, LoadedModel) else [])]
-    longest = min(config["max_length"], *(model.context or config["max_length"] for model in models))
-    reading = Reading(config["pooling"], config["instruction"], config["append_eos"], longest)
+    options.check()
+    recall_at = _cutoffs(options.recall_at, options.depth)
+    collection = read_collection(options.corpus, options.queries, options.qrels, split=options.split)
+    pair = Pair.load(options.dense, options.target, options.loading, headless=True)
+    longest = min(options.max_length, *(model.context or options.max_length for model in pair.models))
+    reading = Reading(options.pooling, options.instruction, options.append_eos, longest)
     asked = {name: reading.query(text) for name, text in collection.queries.items()}
     queries, cut_queries = tokens_of(pair.dense, asked, reading, "query")
     passages, cut_passages = tokens_of(pair.dense, collection.passages, reading, "passage")
     digest = _digest(collection, queries, passages)
-    settings = (reading, config["batch_size"], config["depth"], recall_at)
+    settings = (reading, options.batch_size, options.depth, recall_at)
     key = run_key(pair.dense, pair.target, [], "retrieve", digest, settings)
-    if run := finished(config, key):
-        return RetrieveResult(run.info, run.table(), run.samples(), read_rankings(run.folder))
-    out = config["out"]
-    if out is not None:
-        ranked = len(queries) * min(config["depth"], len(passages))
-        results.require_space(out, ranked * 2 * 150 + len(passages) * 48 + 2**24)
-    folder = (
-        results.staged(out, overwrite=config["overwrite"], resume=config["resume"])
-        if out is not None
-        else nullcontext()
-    )
-    with folder as staging, blaming(pair):
+    if done := options.output.complete(key):
+        options.output.say_complete()
+        return RetrieveResult.of_run(done)
+    ranked = len(queries) * min(options.depth, len(passages))
+    options.output.require_space(ranked * 2 * 150 + len(passages) * 48 + 2**24)
+    with options.output.staged() as staging, pair.blaming():
         found = retrieval_rows(
-            pair.dense, pair.target, collection, queries, passages, pooling=reading.pooling, batch_size=config["batch_size"],
-            depth=config["depth"], recall_at=recall_at, parts=staging, key=key,
+            pair.dense, pair.pruned, collection, queries, passages, pooling=reading.pooling, batch_size=options.batch_size,
+            depth=options.depth, recall_at=recall_at, parts=staging, key=key,
         )  # fmt: skip
         info = {
-            **run_record("retrieve", config, pair.dense, describe_target(pair.dense, pair.target), started),
+            **run_record("retrieve", options.config(), pair.dense.device, pair.describe(), started),
             "key": key,
             "queries": len(queries),
             "passages": len(passages),
@@ -74,12 +80,13 @@ def run_retrieve(config: dict[str, Any]) -> RetrieveResult:
             "max_length": longest,
             "cut": {"queries": cut_queries, "passages": cut_passages},
             "noise_floor": found.floor,
-            **retrieval_summary(found.table, found.moved, config["seed"]),
+            **retrieval_summary(found.table, found.moved, options.seed),
         }
         result = RetrieveResult(info, found.table, _samples(collection, found), found.rankings)
         if staging is not None:
-            result._write(staging)
+            result.write(staging)
     show_retrieval(info)
+    options.output.say_written()
     return result
 
 

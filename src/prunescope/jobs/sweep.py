@@ -1,4 +1,4 @@
-"""`prunescope sweep` from its options to a finished run: score once, measure point after point, keep each as soon as it is there."""
+"""`prunescope sweep`: score once, measure point after point, keep each as soon as it is there."""
 
 from __future__ import annotations
 
@@ -7,66 +7,112 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
 from prunescope.cache import cache_folder
-from prunescope.commands import SweepResult
-from prunescope.compare.layerwise import encode
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.generate import finished
+from prunescope.files import replacing
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loading import LoadedModel
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
 from prunescope.prune.masks import Goal
 from prunescope.prune.select import check_choice, drop_orders, spec_of
-from prunescope.runs import folder as results
+from prunescope.results import SweepResult
+from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
-from prunescope.runs.provenance import run_record
+from prunescope.runs.provenance import run_record, versions
 from prunescope.sweep.bench import Bench, Plan
 from prunescope.sweep.comparison import write_texts
 from prunescope.sweep.points import Point, read_points
-from prunescope.sweep.tables import Measured, Tables, assemble, show, split, write_tables
+from prunescope.sweep.tables import Measured, assemble, show, split
+from prunescope.sweep.workers import measure_spread, require_ray
 from prunescope.tasks.evaluate import expand_tasks
 
-__all__ = ["run_sweep"]
-
-_MODEL = ("dtype", "device", "revision", "trust_remote_code")
+__all__ = ["SweepOptions", "run"]
 
 
-def run_sweep(config: dict[str, Any]) -> SweepResult:
-    """See `prunescope.sweep`, whose options ``config`` holds."""
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """See `prunescope.sweep`."""
+
+    LEAST: ClassVar[Mapping[str, int]] = {**Options.LEAST, "max_new_tokens": 1}
+
+    model: Model
+    target: str | None
+    n: str | None
+    method: str | None
+    sparsity: str | None
+    pattern: str | None
+    tasks: str
+    limit: int | None
+    shots: int | None
+    data: str | None
+    allow_code_execution: bool
+    prompts: str | None
+    chat: bool
+    max_new_tokens: int
+    metric_temperature: float
+    calibration: str
+    samples: int | None
+    seq_len: int | None
+    batch_size: int
+    workers: int
+    ray_address: str | None
+    seed: int
+    cache: bool
+    loading: LoadOptions
+    output: OutputOptions
+
+    def check(self) -> None:
+        super().check()
+        expand_tasks(listed(self.tasks))
+        if self.spread:
+            require_ray()
+        if self.output.out is None and self.output.resume:
+            raise UserError("--resume goes on with an interrupted sweep; say where with --out")
+
+    @property
+    def spread(self) -> bool:
+        """Whether the points are shared among workers."""
+        return self.workers > 1 or self.ray_address is not None
+
+    @property
+    def cache_folder(self) -> Path | None:
+        return cache_folder() if self.cache else None
+
+
+def run(options: SweepOptions) -> SweepResult:
     started = time.monotonic()
-    points = _check(config)
-    prompts = read_prompts(config["prompts"])
-    dense = load_model(config["model"], **{name: config[name] for name in _MODEL})
+    options.check()
+    points = read_points(options.target, options.n, options.method, options.sparsity, options.pattern)
+    prompts = read_prompts(options.prompts)
+    dense = options.loading.load(options.model)
     _check_model(dense, points)
-    encoded = encode(dense, prompts, config["max_new_tokens"], chat=config["chat"])
-    calibration = _calibration(config, dense)
-    key = _key(config, dense, encoded, calibration)
-    out = config["out"]
-    complete = finished(config, key, "another model, other tasks or options")
-    if complete is not None and {p.name for p in points} <= set(complete.table()["point"].to_pylist()):
-        console.print(f"complete already: {out}", markup=False)
-        return SweepResult(complete.info, _tables_of(complete))
-    folder = (
-        results.staged(out, overwrite=config["overwrite"], resume=config["resume"], keep_parts=True)
-        if out is not None
-        else nullcontext()
-    )
-    with folder as staging:
-        kept = _Kept(staging, key, [] if complete is None else split(_tables_of(complete)))
-        plan = _plan(config, dense, points, encoded, calibration)
+    encoded = encode(dense, prompts, options.max_new_tokens, chat=options.chat)
+    calibration = calibration_tokens(
+        dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed, cache=options.cache_folder
+    )  # fmt: skip
+    key = _key(options, dense, encoded, calibration)
+    done = options.output.complete(key, "another model, other tasks or options")
+    earlier = None if done is None else SweepResult.of_run(done)
+    if earlier is not None and {point.name for point in points} <= set(earlier.table()["point"].to_pylist()):
+        options.output.say_complete()
+        return earlier
+    with options.output.staged(keep_parts=True) as staging:
+        kept = _Kept(staging, key, [] if earlier is None else split(earlier.all_tables))
+        plan = _plan(options, dense, points, encoded, calibration)
         bench = Bench(dense, plan)
         info = {
-            **_record(config, dense, started),
+            **run_record("sweep", options.config(), dense.device, {"dense": dense.describe(), "target": None}, started),
             "key": key,
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
             "steps": sum(len(text.continuation) for text in plan.texts),
@@ -75,49 +121,32 @@ def run_sweep(config: dict[str, Any]) -> SweepResult:
             "points_asked": [point.name for point in points],
         }
 
-        def done(point: Point, found: Measured) -> None:
+        def result(complete: bool) -> SweepResult:
+            tables = assemble(kept.ordered(points))
+            state = {
+                "complete": complete,
+                "points_done": kept.names,
+                "wall_time_s": round(time.monotonic() - started, 3),
+            }
+            return SweepResult(info | state | {"summary": tables.summary}, tables)
+
+        def add(point: Point, found: Measured) -> None:
             kept.add(point, found)
             if staging is not None and "dense" in kept:  # what is there can be opened and drawn, whatever happens next
-                write_tables(staging, _state(info, kept, started, complete=False), assemble(kept.ordered(points)))
+                so_far = result(complete=False)
+                write_run(staging, so_far.info, so_far.tables())
 
         todo = [point for point in points if point.name not in kept]
-        _measure(config, bench, plan, todo, done, len(points))
-        tables = assemble(kept.ordered(points))
-        info = _state(info, kept, started, complete=True)
-        result = SweepResult(info | {"summary": tables.summary}, tables)
+        _measure(options, bench, plan, todo, add, len(points))
+        found = result(complete=True)
         if staging is not None:
-            result._write(staging)
-    show(info, tables)
-    return result
+            found.write(staging)
+    show(found.info, found.all_tables)
+    options.output.say_written()
+    return found
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------
-
-
-def _check(config: Mapping[str, Any]) -> list[Point]:
-    """Everything that can be said before the model is loaded. Raises UserError."""
-    for name in ("batch_size", "limit", "workers", "max_new_tokens"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} {config[name]}: it must be at least 1")
-    if not 0 <= config["seed"] < 2**31:
-        raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
-    if not config["metric_temperature"] > 0:
-        raise UserError(f"--metric-temperature {config['metric_temperature']}: it must be positive")
-    points = read_points(*(config[name] for name in ("target", "n", "method", "sparsity", "pattern")))
-    expand_tasks(_tasks(config))
-    if config["workers"] > 1 or config["ray_address"] is not None:
-        from prunescope.sweep.workers import require_ray
-
-        require_ray()
-    if config["out"] is not None:
-        results.check_free(config["out"], overwrite=config["overwrite"], resume=config["resume"])
-    elif config["resume"]:
-        raise UserError("--resume goes on with an interrupted sweep; say where with --out")
-    return points
-
-
-def _tasks(config: Mapping[str, Any]) -> list[str]:
-    return [name.strip() for name in config["tasks"].split(",")]
 
 
 def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
@@ -134,19 +163,8 @@ def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
 # --- stages ------------------------------------------------------------------------------------------------------------
 
 
-def _calibration(config: Mapping[str, Any], dense: LoadedModel) -> Calibration:
-    return calibration_tokens(
-        dense,
-        config["calibration"],
-        samples=config["samples"],
-        seq_len=config["seq_len"],
-        seed=config["seed"],
-        cache=cache_folder() if config["cache"] else None,
-    )
-
-
 def _plan(
-    config: Mapping[str, Any],
+    options: SweepOptions,
     dense: LoadedModel,
     points: Sequence[Point],
     prompts: Sequence[list[int]],
@@ -154,22 +172,26 @@ def _plan(
 ) -> Plan:
     """What the points need, found once: the order in which sublayers go, the texts to compare on."""
     targets: list[Any] = list(dict.fromkeys(point.series for point in points if point.dropped))
-    cache = cache_folder() if config["cache"] else None
-    orders = drop_orders(dense, calibration, targets, cache=cache) if targets else {}
+    orders = drop_orders(dense, calibration, targets, cache=options.cache_folder) if targets else {}
     specs = {p.name: spec_of(orders[p.series][: p.n]) if p.dropped else DropSpec() for p in points}
     return Plan(
-        tasks=_tasks(config),
-        evaluation={name: config[name] for name in ("limit", "shots", "batch_size", "seed", "allow_code_execution")}
-        | {"data": None if config["data"] is None else Path(config["data"])},
-        texts=write_texts(dense, prompts, config["max_new_tokens"], batch_size=8),
-        comparing={"temperature": config["metric_temperature"], "seed": config["seed"]},
+        tasks=listed(options.tasks),
+        evaluation={
+            **{
+                name: getattr(options, name)
+                for name in ("limit", "shots", "batch_size", "seed", "allow_code_execution")
+            },
+            "data": None if options.data is None else Path(options.data).expanduser(),
+        },
+        texts=write_texts(dense, prompts, options.max_new_tokens, batch_size=8),
+        comparing={"temperature": options.metric_temperature, "seed": options.seed},
         specs=specs,
         calibration=calibration.tokens if any(point.method for point in points) else None,
     )
 
 
 def _measure(
-    config: Mapping[str, Any],
+    options: SweepOptions,
     bench: Bench,
     plan: Plan,
     todo: Sequence[Point],
@@ -191,11 +213,9 @@ def _measure(
             f"{point.title} ({first + count} of {total}): {means}, {found.info['seconds']:.1f} s{after}", markup=False
         )
 
-    if config["workers"] > 1 or config["ray_address"] is not None:
-        from prunescope.sweep.workers import measure_spread
-
-        model = {"ref": config["model"]} | {name: config[name] for name in _MODEL}
-        measure_spread(todo, model, plan, workers=config["workers"], address=config["ray_address"], done=say)
+    if options.spread:
+        model = {"ref": bench.loaded.ref, **options.loading.config()}
+        measure_spread(todo, model, plan, workers=options.workers, address=options.ray_address, done=say)
         return
     for number, point in enumerate(todo):
         elapsed = time.monotonic() - started
@@ -267,26 +287,11 @@ class _Kept:
 
     def _write(self, found: Measured) -> None:
         if self._folder is not None:
-            path = self._folder / f"part-{found.info['point']}.parquet"
-            beside = path.with_suffix(".tmp")
-            pq.write_table(found.packed(), beside)
-            beside.replace(path)
+            with replacing(self._folder / f"part-{found.info['point']}.parquet") as beside:
+                pq.write_table(found.packed(), beside)
 
 
-def _state(info: dict[str, Any], kept: _Kept, started: float, *, complete: bool) -> dict[str, Any]:
-    return info | {
-        "complete": complete,
-        "points_done": kept.names,
-        "wall_time_s": round(time.monotonic() - started, 3),
-    }
-
-
-def _record(config: Mapping[str, Any], dense: LoadedModel, started: float) -> dict[str, Any]:
-    plain = dict(config) | {"model": str(config["model"])}
-    return run_record("sweep", plain | {"dense": plain["model"]}, dense, None, started) | {"config": plain}
-
-
-def _key(config: Mapping[str, Any], dense: LoadedModel, prompts: Sequence[list[int]], calibration: Calibration) -> str:
+def _key(options: SweepOptions, dense: LoadedModel, prompts: Sequence[list[int]], calibration: Calibration) -> str:
     """Names everything that decides what a point gives. Which points are asked for is not part of it."""
     names = ("tasks", "limit", "shots", "batch_size", "seed", "data", "allow_code_execution")
     content = {
@@ -295,12 +300,7 @@ def _key(config: Mapping[str, Any], dense: LoadedModel, prompts: Sequence[list[i
         "device": dense.device.type,
         "calibration": {k: v for k, v in calibration.describe().items() if k != "source"},
         "prompts": prompts,
-        "versions": {name: version(name) for name in ("prunescope", "torch", "transformers")},
-        **{name: config[name] for name in (*names, "max_new_tokens", "metric_temperature")},
+        "versions": versions(),
+        **{name: getattr(options, name) for name in (*names, "max_new_tokens", "metric_temperature")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tables_of(run: results.Run) -> Tables:
-    sweep, items, metrics, correlations = (run.table(name) for name in ("sweep", "items", "metrics", "correlations"))
-    return Tables(sweep, items, metrics, correlations, run.summary)

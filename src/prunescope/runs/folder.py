@@ -10,12 +10,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
+from prunescope.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA_VERSION",
     "Run",
+    "check_free",
     "open_run",
+    "remove_parts",
     "require_space",
     "staged",
-    "summarise",
     "write_config",
     "write_json",
     "write_run",
@@ -42,6 +44,7 @@ TABLES = {
     "sweep": "sweep.parquet",
     "speed": "speed.parquet",
 }
+_NO_SAMPLES = ("sweep", "speed")  # commands whose folders hold no samples.jsonl
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,13 +80,13 @@ class Run:
             return pq.read_table(path)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); the run folder is damaged, run {self.command} again"
+                f"{path} cannot be read ({first_line(error)}); the run folder is damaged, run {self.command} again"
             ) from error
 
     def samples(self) -> list[dict[str, Any]]:
-        """Prompts and texts; a sweep has none."""
+        """Prompts and texts; empty for a command that keeps none."""
         path = self.folder / "samples.jsonl"
-        if self.command == "sweep":
+        if self.command in _NO_SAMPLES:
             return []
         try:
             return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
@@ -95,7 +98,7 @@ class Run:
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
     """Open a run folder. Raises UserError if it is missing, half-written, damaged or of a newer schema."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not path.is_dir():
         partial = path.with_name(path.name + ".partial")
         if (partial / "run.json").is_file():
@@ -216,33 +219,36 @@ def require_space(out: str | os.PathLike[str], needed: int) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside, sync and rename, so that what bears the name is whole. NaN becomes null."""
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         json.dump(_plain(content), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def write_run(
-    folder: Path,
-    info: Mapping[str, Any],
-    table: pa.Table,
-    samples: Sequence[Mapping[str, Any]],
-    draw: Callable[[pa.Table, Mapping[str, Any], Sequence[Mapping[str, Any]], Path], object],
+    folder: Path, info: Mapping[str, Any], tables: Mapping[str, pa.Table], samples: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Write all files of a run into ``folder``, run.json last, and take away the finished parts that it was made from."""
+    """Write the tables, samples and config of a run into ``folder``, each beside and renamed, run.json last.
+
+    Args:
+        tables: by the names of their files, without ``.parquet``; the one named "" is the command's own.
+    """
     import pyarrow.parquet as pq
 
-    pq.write_table(table, folder / TABLES[info["command"]])
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    # half a surrogate pair has no UTF-8, but a JSON escape, which is what backslashreplace writes
-    (folder / "samples.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
-    (folder / "figures").mkdir(exist_ok=True)
-    draw(table, info, samples, folder / "figures")
+    for name, table in tables.items():
+        with replacing(folder / (f"{name}.parquet" if name else TABLES[info["command"]])) as beside:
+            pq.write_table(table, beside)
+    if info["command"] not in _NO_SAMPLES:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        # half a surrogate pair has no UTF-8, but a JSON escape, which is what backslashreplace writes
+        (folder / "samples.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
     write_config(folder, info["config"])
     write_json(folder / "run.json", info)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the finished parts from which a complete run was made."""
     for path in folder.glob("part-*"):
         path.unlink()
 
@@ -262,54 +268,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
-
-
-# --- summaries ---------------------------------------------------------------------------------------------------------
-
-
-def summarise(
-    table: pa.Table, spaces: Mapping[str, Sequence[str]], *, seed: int = 0, resamples: int = 1000
-) -> dict[str, Any]:
-    """Summary statistics per space and column.
-
-    The 95 % confidence interval of the mean is a bootstrap over prompts, not over rows: steps and layers of one prompt are not
-    independent. With a single prompt there is none (null).
-
-    Args:
-        table: rows with a column ``prompt``; none gives an empty summary.
-        spaces: space -> columns; columns that the table lacks are left out.
-    """
-    import numpy as np
-
-    if not len(table):
-        return {space: {} for space in spaces}
-    prompts, row_prompt = np.unique(table["prompt"].to_numpy(), return_inverse=True)
-    draws = np.random.default_rng(seed).integers(0, len(prompts), (resamples, len(prompts)))
-    result: dict[str, Any] = {}
-    for space, columns in spaces.items():
-        result[space] = {}
-        for column in columns:
-            if column not in table.column_names:
-                continue
-            values = table[column].to_numpy().astype(np.float64)
-            known = np.isfinite(values)
-            if not known.any():
-                continue
-            kept = values[known]
-            q = np.quantile(kept, [0.01, 0.05, 0.5, 0.95, 0.99])
-            sums = np.bincount(row_prompt[known], kept, len(prompts))
-            counts = np.bincount(row_prompt[known], minlength=len(prompts))
-            interval: list[float | None] = [None, None]
-            if len(prompts) > 1:
-                total = counts[draws].sum(1)
-                means = sums[draws].sum(1)[total > 0] / total[total > 0]
-                interval = [float(v) for v in np.quantile(means, [0.025, 0.975])]
-            result[space][column] = {
-                **{"mean": kept.mean(), "median": q[2], "min": kept.min(), "max": kept.max()},
-                **{"p1": q[0], "p5": q[1], "p95": q[3], "p99": q[4]},
-            }
-            result[space][column] = {key: float(value) for key, value in result[space][column].items()} | {
-                "ci95": interval,
-                "count": int(known.sum()),
-            }
-    return result

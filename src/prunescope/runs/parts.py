@@ -1,18 +1,51 @@
-"""Finished batches of a run, kept in its unfinished folder, so that `--resume` need not compute them again."""
+"""Finished batches of a run, kept in its unfinished folder, so that `--resume` need not compute them again. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prunescope.errors import UserError
+from prunescope.files import replacing
 
-__all__ = ["part", "resume_state", "save_state"]
+__all__ = ["begin", "computed", "notes_of", "part", "resume_state", "save_state", "with_notes"]
+
+
+def with_notes(table: pa.Table, notes: Any) -> pa.Table:
+    """The table of a batch with what must be known of it beside its rows; ``notes`` is JSON."""
+    return table.replace_schema_metadata({"prunescope": json.dumps(notes)})
+
+
+def notes_of(table: pa.Table) -> Any:
+    """The notes of a table from `with_notes`."""
+    return json.loads(table.schema.metadata[b"prunescope"])
+
+
+def computed(
+    parts: Path | None,
+    count: int,
+    batch_size: int,
+    compute: Callable[[Sequence[int]], pa.Table],
+    advance: Callable[[Sequence[int]], None],
+) -> list[pa.Table]:
+    """The tables of ``count`` items, ``batch_size`` at a time; batches that ``parts`` holds already are read.
+
+    Args:
+        compute: the numbers of a batch's items -> its table.
+        advance: told the numbers of every batch that is done.
+    """
+    tables = []
+    for number, start in enumerate(range(0, count, batch_size)):
+        batch = range(start, min(start + batch_size, count))
+        tables.append(part(parts, number, lambda batch=batch: compute(batch)))  # type: ignore[misc]
+        advance(batch)
+    return tables
 
 
 def part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa.Table:
@@ -23,9 +56,8 @@ def part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa
             return pq.read_table(path)
     table = compute()
     if path is not None:
-        beside = path.with_suffix(".tmp")
-        pq.write_table(table, beside)
-        beside.replace(path)
+        with replacing(path) as beside:
+            pq.write_table(table, beside)
     return table
 
 
@@ -46,9 +78,14 @@ def resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
     return texts
 
 
+def begin(parts: Path | None, key: str) -> None:
+    """Keep the key of a run that starts from no texts. Raises UserError for parts of another run."""
+    if resume_state(parts, key) is None:
+        save_state(parts, key, [])
+
+
 def save_state(parts: Path | None, key: str, texts: list[list[int]]) -> None:
     """Keep the key of a run and the texts it starts from."""
     if parts:
-        beside = parts / "part-state.tmp"
-        beside.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
-        beside.replace(parts / "part-state.json")
+        with replacing(parts / "part-state.json") as beside:
+            beside.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")

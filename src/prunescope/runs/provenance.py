@@ -1,57 +1,58 @@
-"""What every run folder says of how it was made."""
+"""What every run folder and checkpoint says of how it was made."""
 
 from __future__ import annotations
 
 import platform
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
-from prunescope.runs import folder as results
+from prunescope.runs.folder import SCHEMA_VERSION
 
-__all__ = ["describe_target", "machine_record", "run_record"]
+__all__ = ["device_name", "run_record", "versions"]
 
 
 def run_record(
-    command: str, config: dict[str, Any], dense: LoadedModel, target: dict[str, Any] | None, started: float
+    command: str, config: Mapping[str, Any], device: torch.device, models: Any, started: float, *more: str
 ) -> dict[str, Any]:
-    """The fields of run.json that do not depend on what was found; ``started`` is `time.monotonic()` at the start."""
-    written = {**config, **{k: None if config[k] is None else str(config[k]) for k in ("dense", "target")}}
-    return {
-        **machine_record(command, written, dense.device, started),
-        "models": {"dense": dense.describe(), "target": target},
-    }
+    """The fields of run.json that do not depend on what was found.
 
-
-def machine_record(command: str, config: dict[str, Any], device: torch.device, started: float) -> dict[str, Any]:
-    """The fields of run.json that say how and on what a run was made, without its models."""
+    Args:
+        models: what is recorded of the models that took part, as `LoadedModel.describe` gives it.
+        started: `time.monotonic()` at the start.
+        more: further packages whose versions count.
+    """
     return {
-        "schema_version": results.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "command": command,
-        "config": config,
+        "config": dict(config),
         "seed": config["seed"],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("prunescope", "torch", "transformers", "pyarrow")},
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "versions": {"python": platform.python_version(), **versions("pyarrow", *more)},
+        "device": device_name(device),
         "wall_time_s": round(time.monotonic() - started, 3),
         "peak_memory_bytes": _peak_memory(),
+        "models": models,
     }
 
 
-def describe_target(dense: LoadedModel, target: LoadedModel | DropSpec | None) -> dict[str, Any] | None:
-    """What a run folder records of the target; None where every sublayer is dropped in turn."""
-    if target is None or isinstance(target, LoadedModel):
-        return None if target is None else target.describe()
-    with dense.dropping(target):
-        return dense.describe()
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what decides numbers, prunescope, torch and transformers, and of ``more`` packages where they are installed."""
+    found = {name: version(name) for name in ("prunescope", "torch", "transformers")}
+    for name in more:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _peak_memory() -> int | None:

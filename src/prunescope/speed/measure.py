@@ -15,34 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from prunescope.commands import SpeedResult
 from prunescope.errors import UserError
 from prunescope.models.anatomy import hooks
 from prunescope.models.decoding import decode, forward_options
-from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import decoding_way, static_problem
-from prunescope.models.loading import LoadedModel, load_model
-from prunescope.models.semistructured import check_kernels, inner_tensors, two_four_layers, using_kernels
-from prunescope.progress import progress
-from prunescope.report.terminal import show_speed
-from prunescope.runs import folder as results
-from prunescope.runs.provenance import machine_record
-from prunescope.speed.timing import Rates, Timing, measure_rates, timed
+from prunescope.models.loading import LoadedModel
+from prunescope.models.semistructured import inner_tensors, two_four_layers, using_kernels
+from prunescope.speed.timing import Rates, Timing, timed
 
-__all__ = ["run_speed"]
+__all__ = ["Measured", "check_length", "forget", "measure", "notes", "rows_of", "short", "time_again"]
 
 _FEW_ZEROS = 0.01  # a share of zeros below which a model counts as dense
 _PLAIN = "one call a step, growing cache"
 
 
 @dataclass
-class _Measured:
+class Measured:
     """A model as it is now, and its times."""
 
     name: str
@@ -52,88 +45,7 @@ class _Measured:
     head_operations: int
 
 
-def run_speed(config: dict[str, Any]) -> SpeedResult:
-    """See `prunescope.speed`, whose options ``config`` holds."""
-    started = time.monotonic()
-    batch_sizes, refs = _check(config), config["models"]
-    options = {key: config[key] for key in ("dtype", "device", "trust_remote_code")}
-    found: dict[int, _Measured] = {}
-    descriptions: dict[int, dict[str, Any]] = {}
-    first = load_model(refs[0], revision=config["revision"], **options)
-    device, dtype = first.device, first.dtype
-    if config["sparse_kernels"]:
-        check_kernels(device, dtype)
-    specs = {i: DropSpec.parse(ref.removeprefix("drop:")) for i, ref in enumerate(refs) if ref.startswith("drop:")}
-    for spec in specs.values():
-        spec.check(len(first.anatomy))
-    out = config["out"]
-    folder = results.staged(out, overwrite=config["overwrite"]) if out is not None else nullcontext()
-    with folder as staging, progress(f"{len(refs)} models", len(refs)) as advance:
-        rates = measure_rates(device, dtype)
-        for i in [0, *specs, *(i for i in range(1, len(refs)) if i not in specs)]:
-            advance.note(refs[i])
-            loaded = first if i == 0 or i in specs else load_model(refs[i], **options)
-            _check_length(loaded, config)
-            with loaded.dropping(specs.get(i, DropSpec())):
-                descriptions[i] = loaded.describe()
-                found[i] = _measure(loaded, refs[i], config, batch_sizes)
-            if i and i == max(specs, default=0):
-                _time_again(loaded, found[0], config)
-            del loaded
-            if i == max(specs, default=0):  # nothing more is dropped from the first
-                del first
-            _forget(device)
-            advance(1)
-        measured = [found[i] for i in range(len(refs))]
-        if config["sparse_kernels"] and not any(one.facts["sparse_layers"] for one in measured):
-            raise UserError(
-                f"--sparse-kernels: none of {', '.join(refs)} has 2:4 weights; make some with sparsify --pattern 2:4, or leave it out"
-            )
-        rows = [row for one in measured for row in _rows(one, measured[0], rates, config)]
-        info = {
-            **machine_record("speed", config, device, started),
-            "models": [descriptions[i] for i in range(len(refs))],
-            "dtype": str(dtype).removeprefix("torch."),
-            "rates": {"bytes_per_s": rates.bytes_per_s, "operations_per_s": rates.operations_per_s},
-            "notes": {one.name: _notes(one.facts) for one in measured},
-            "summary": {f"{row['model']}, batch {row['batch_size']}": _short(row) for row in rows},
-        }
-        result = SpeedResult(info, pa.Table.from_pylist(rows))
-        if staging is not None:
-            result._write(staging)
-    show_speed(rows, info)
-    return result
-
-
-def _check(config: dict[str, Any]) -> list[int]:
-    """What can be said before anything is loaded; the batch sizes. Raises UserError."""
-    refs = config["models"]
-    if not refs:
-        raise UserError("speed needs at least one model, for example smollm2-135m drop:attn=3,5")
-    if refs[0].startswith("drop:"):
-        raise UserError(f"{refs[0]}: sublayers are dropped from the first model; name that model first")
-    twice = next((ref for i, ref in enumerate(refs) if ref in refs[:i]), None)
-    if twice is not None:
-        raise UserError(f"{twice} is named twice; name every model once")
-    for name in ("length", "repeats"):
-        if config[name] < 1:
-            raise UserError(f"--{name} {config[name]}: it must be at least 1")
-    if config["max_new_tokens"] < 4:
-        raise UserError(f"--max-new-tokens {config['max_new_tokens']}: at least 4 are needed to time a step")
-    try:
-        sizes = [int(part) for part in str(config["batch_size"]).split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise UserError(f"--batch-size {config['batch_size']}: write different numbers with commas, for example 1,8")
-    if not 0 <= config["seed"] < 2**31:
-        raise UserError(f"--seed {config['seed']}: it must be from 0 to {2**31 - 1}")
-    if config["out"] is not None:
-        results.check_free(config["out"], overwrite=config["overwrite"])
-    return sizes
-
-
-def _check_length(loaded: LoadedModel, config: dict[str, Any]) -> None:
+def check_length(loaded: LoadedModel, config: dict[str, Any]) -> None:
     needed = config["length"] + config["max_new_tokens"]
     if loaded.context is not None and needed > loaded.context:
         raise UserError(
@@ -141,7 +53,7 @@ def _check_length(loaded: LoadedModel, config: dict[str, Any]) -> None:
         )
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -150,7 +62,7 @@ def _forget(device: torch.device) -> None:
 # --- one model ---------------------------------------------------------------------------------------------------------
 
 
-def _measure(loaded: LoadedModel, name: str, config: dict[str, Any], batch_sizes: list[int]) -> _Measured:
+def measure(loaded: LoadedModel, name: str, config: dict[str, Any], batch_sizes: list[int]) -> Measured:
     record = loaded.record or {}
     facts = {
         "format": record.get("format"),
@@ -182,7 +94,7 @@ def _measure(loaded: LoadedModel, name: str, config: dict[str, Any], batch_sizes
         }
         del cache, kept
         times = {size: _times(loaded, ids[:size], config) for size in batch_sizes}
-    return _Measured(name, facts, times, operations, head)
+    return Measured(name, facts, times, operations, head)
 
 
 def _times(loaded: LoadedModel, ids: Tensor, config: dict[str, Any]) -> tuple[Timing, Timing]:
@@ -193,7 +105,7 @@ def _times(loaded: LoadedModel, ids: Tensor, config: dict[str, Any]) -> tuple[Ti
     return prefill, Timing(tuple(write(loaded, ids, steps) for _ in range(repeats)))
 
 
-def _time_again(loaded: LoadedModel, first: _Measured, config: dict[str, Any]) -> None:
+def time_again(loaded: LoadedModel, first: Measured, config: dict[str, Any]) -> None:
     """Time the first model once more, behind what is dropped from it: a machine that has become slower or faster in between widens its spread."""
     ids = _prompts(loaded, max(first.times), config["length"], config["seed"])
     kernels: Any = using_kernels(loaded) if config["sparse_kernels"] else nullcontext()
@@ -325,7 +237,7 @@ def _operations(loaded: LoadedModel, ids: Tensor) -> tuple[int | None, int]:
 # --- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(one: _Measured, base: _Measured, rates: Rates, config: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(one: Measured, base: Measured, rates: Rates, config: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for size, (prefill, step) in one.times.items():
         operations = None if one.operations is None else size * (one.operations + one.head_operations)
@@ -357,12 +269,12 @@ def _rows(one: _Measured, base: _Measured, rates: Rates, config: dict[str, Any])
     return rows
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
+def short(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("memory_bytes", "prefill_tokens_per_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup")
     return {key: row[key] for key in (*keys, "prefill_within_spread", "decode_within_spread")}
 
 
-def _notes(facts: dict[str, Any]) -> list[str]:
+def notes(facts: dict[str, Any]) -> list[str]:
     """Where a format saves nothing, in plain words."""
     notes = []
     if facts["format"] == "zeroed":

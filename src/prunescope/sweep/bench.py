@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
-from prunescope.compare.layerwise import Transcript
+from prunescope.compare.context import Transcript
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import LoadedModel
 from prunescope.progress import progress

@@ -13,14 +13,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.generation import final_head, read_states
-from prunescope.compare.layerwise import FLOOR_COLUMNS, Transcript, at_least_float32
-from prunescope.compare.metrics import COLUMNS, DEFAULT_MEMORY, compare_final, least_memory
-from prunescope.compare.summary import SPACES
+from prunescope.compare.columns import DEFAULT_MEMORY, compare_final, least_memory
+from prunescope.compare.context import Transcript, at_least_float32, final_head, read_states
+from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
 from prunescope.models.loading import LoadedModel
-from prunescope.runs import folder as results
+from prunescope.runs.summary import summarise
 
 __all__ = ["Yardstick", "write_texts"]
 
@@ -89,7 +88,7 @@ class Yardstick:
         table = pa.table(
             {"prompt": self._owner.numpy()} | {name: columns[name].numpy() for name in COLUMNS if name in columns}
         )
-        return results.summarise(table, SPACES, seed=self.seed)
+        return summarise(table, SPACES, seed=self.seed)
 
     def floor(self, loaded: LoadedModel) -> dict[str, Any]:
         """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""

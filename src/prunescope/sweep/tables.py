@@ -9,17 +9,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from prunescope.runs import folder as results
+from prunescope.runs.folder import Run
 from prunescope.stats_ranks import kendall, spearman
 
-__all__ = ["COUNTED", "Measured", "Tables", "assemble", "show", "split", "write_tables"]
+__all__ = ["COUNTED", "Measured", "Tables", "assemble", "show", "split"]
 
 COUNTED = "weights_removed"  # what a metric must beat: counting what was removed
 _Z95 = 1.959963984540054
@@ -53,6 +51,18 @@ class Tables:
     metrics: pa.Table
     correlations: pa.Table
     summary: dict[str, Any]
+
+    @classmethod
+    def of_run(cls, run: Run) -> Tables:
+        """What a run folder holds."""
+        sweep, items, metrics, correlations = (
+            run.table(name) for name in ("sweep", "items", "metrics", "correlations")
+        )
+        return cls(sweep, items, metrics, correlations, run.summary)
+
+    def named(self) -> dict[str, pa.Table]:
+        """The tables by the names of their files."""
+        return {name: getattr(self, name) for name in ("sweep", "items", "metrics", "correlations")}
 
 
 def assemble(measured: Sequence[Measured]) -> Tables:
@@ -360,25 +370,6 @@ def _best(correlations: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str
             counted = [r for r in mine if r["column"] == COUNTED]
             found[outcome] = mine[:count] + [r for r in counted if r not in mine[:count]]
     return found
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def write_tables(folder: Path, info: Mapping[str, Any], tables: Tables) -> None:
-    """Write the tables and run.json of a sweep, each beside and renamed, run.json last."""
-    named = {
-        "sweep": tables.sweep,
-        "items": tables.items,
-        "metrics": tables.metrics,
-        "correlations": tables.correlations,
-    }
-    for name, table in named.items():
-        beside = folder / f"{name}.writing"
-        pq.write_table(table, beside)
-        beside.replace(folder / f"{name}.parquet")
-    results.write_config(folder, info["config"])
-    results.write_json(folder / "run.json", dict(info) | {"summary": tables.summary})
 
 
 # --- in the terminal ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ data comes from (``--data``) and where generated code runs (`sandbox`).
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
 import sys
@@ -27,7 +28,7 @@ from prunescope.models.loading import LoadedModel
 from prunescope.tasks.local_data import read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
 
-__all__ = ["check_tasks", "evaluate_harness"]
+__all__ = ["check_tasks", "evaluate_harness", "file_name", "write_harness"]
 
 _GUESSED = ("acc_norm", "acc")  # what is quoted of a task that has both
 
@@ -344,3 +345,22 @@ def _group(name: str, found: dict[str, Any], inside: list[dict[str, Any]]) -> di
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def write_harness(folder: Path, name: str, label: str, found: dict[str, Any]) -> None:
+    """The harness's own results as JSON, and its samples as JSONL, a file a task; ``label`` says which model it was."""
+    from lm_eval.utils import handle_non_serializable
+
+    folder.mkdir(exist_ok=True)
+    samples = found.get("samples", {})
+    rest = {key: value for key, value in found.items() if key != "samples"} | {"prunescope_model": label}
+    text = json.dumps(rest, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    (folder / f"results_{name}.json").write_text(text + "\n", "utf-8", "backslashreplace")
+    for task, rows in samples.items():
+        lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"samples_{name}_{file_name(task)}.jsonl").write_text("".join(lines), "utf-8", "backslashreplace")
+
+
+def file_name(name: str) -> str:
+    """A task's name, fit for the name of a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunescope.compare.columns import compare
+from prunescope.compare.head import Head
 from prunescope.compare.kernels import sums as fused
-from prunescope.compare.metrics import ERROR_BOUND, P_COLUMNS, Z_COLUMNS, Change, Head, compare, compare_logits
+from prunescope.compare.metrics import ERROR_BOUND, P_COLUMNS, Z_COLUMNS, Change, compare_logits
 
 numba = pytest.importorskip("numba", reason="the fused kernels for CPUs need numba, which is not installed")
 from prunescope.compare.kernels import numba_sums as fused_numba  # noqa: E402

@@ -1,0 +1,264 @@
+"""Compare a dense model with a target in h, z and p."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.results import GenerateResult, LayerwiseResult, McqResult, RetrieveResult
+
+if TYPE_CHECKING:
+    from prunescope.jobs.options import Model
+else:
+    Model = str  # what it is on the command line
+
+__all__ = ["generate", "layerwise", "mcq", "retrieve"]
+
+
+def layerwise(
+    dense: Model,
+    target: Model | None = None,
+    *,
+    out: str | None = None,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    lens: Literal["raw", "final-norm"] = "raw",
+    metric_temperature: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    ignore_eos: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> LayerwiseResult:
+    """Compare h, z and p after every sublayer at every decoding step, in the same context.
+
+    Args:
+        dense: the base model
+        target: a model, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model; left out, every sublayer is dropped in turn
+        out: run folder to write
+        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each prompt into the model's chat template
+        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        temperature: sampling temperature of the dense text; 0 is greedy
+        top_k: sample from the k likeliest tokens only; 0 is off
+        top_p: sample from the likeliest tokens of this total probability only
+        ignore_eos: write on behind an end-of-text token, as the paper's code does
+        seed: of the sampling and the bootstrap
+        batch_size: prompts at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import layerwise as job
+
+    return job.run(
+        job.LayerwiseOptions(
+            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
+            metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def generate(
+    dense: Model,
+    target: Model,
+    *,
+    out: str | None = None,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    regime: Literal["both", "free-running", "teacher-forced"] = "both",
+    metric_temperature: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    ignore_eos: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> GenerateResult:
+    """Let both models write and compare h, z and p at every step: on their own texts, and on the dense model's.
+
+    Args:
+        dense: the base model
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each prompt into the model's chat template
+        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        temperature: sampling temperature; 0 is greedy
+        top_k: sample from the k likeliest tokens only; 0 is off
+        top_p: sample from the likeliest tokens of this total probability only
+        ignore_eos: write on behind an end-of-text token, as the paper's code does
+        seed: of the sampling, the same draws for both models, and of the bootstrap
+        batch_size: prompts at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import generate as job
+
+    return job.run(
+        job.GenerateOptions(
+            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
+            metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def mcq(
+    dense: Model,
+    target: Model,
+    *,
+    out: str | None = None,
+    questions: str | None = None,
+    template: Literal["cue", "paper", "chat"] = "cue",
+    shots: int = 0,
+    subjects: str | None = None,
+    limit: int | None = None,
+    metric_temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    memory_mb: int = 512,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> McqResult:
+    """Ask both models multiple-choice questions: the whole vocabulary against the answer options, accuracy, flips.
+
+    Args:
+        dense: the base model
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        questions: JSONL with question, choices and answer, an MMLU CSV file, or a folder of them; left out, the 72 shipped ones
+        template: cue ends in "Answer:", paper is question and options only, chat is the model's chat template
+        shots: solved examples before each question, from the folder's dev files
+        subjects: of an MMLU folder, names with commas between them
+        limit: take only the first so many questions
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
+        seed: of the bootstrap
+        batch_size: questions at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import mcq as job
+
+    return job.run(
+        job.McqOptions(
+            dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
+            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def retrieve(
+    dense: Model,
+    target: Model,
+    *,
+    out: str | None = None,
+    corpus: str | None = None,
+    queries: str | None = None,
+    qrels: str | None = None,
+    split: str = "test",
+    pooling: Literal["mean", "last", "weighted-mean"] = "mean",
+    instruction: str | None = None,
+    append_eos: bool = False,
+    max_length: int = 512,
+    depth: int = 1000,
+    recall_at: str = "10,100",
+    seed: int = 0,
+    batch_size: int = 16,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RetrieveResult:
+    """Search a corpus with the pooled hidden states of both models: nDCG@10, recall, MAP, agreement of the rankings.
+
+    Args:
+        dense: the base model, or an embedding model made of one (weights without an output head load too)
+        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        out: run folder to write
+        corpus: BEIR folder with corpus.jsonl, queries.jsonl and qrels/, or the corpus file alone; left out, the shipped corpus
+        queries: queries.jsonl, where it is not in the folder
+        qrels: qrels file, tab-separated, or the folder of them, where it is not in the folder
+        split: which qrels of a folder
+        pooling: mean of all tokens, last token (E5-Mistral), or weighted-mean (SGPT, later tokens weigh more)
+        instruction: what queries are for; a query is then read as Instruct: ... and Query: ... on two lines, passages as they are
+        append_eos: end every text in an end-of-text token, if the tokenizer does not
+        max_length: tokens of a text, special ones included; the rest is cut
+        depth: passages that a ranking keeps; MAP is counted over them
+        recall_at: cut-offs of recall, with commas between them
+        seed: of the bootstrap
+        batch_size: texts at a time
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        trust_remote_code: run code that comes with the model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import retrieve as job
+
+    return job.run(
+        job.RetrieveOptions(
+            dense=dense, target=target, corpus=corpus, queries=queries, qrels=qrels, split=split, pooling=pooling,
+            instruction=instruction, append_eos=append_eos, max_length=max_length, depth=depth, recall_at=recall_at, seed=seed,
+            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip

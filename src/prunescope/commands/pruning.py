@@ -1,0 +1,186 @@
+"""Load a model and prune it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.results import DropResult, SparsifyResult
+
+if TYPE_CHECKING:
+    from prunescope.jobs.options import Model
+    from prunescope.models.loading import LoadedModel
+else:
+    Model = str  # what it is on the command line
+
+__all__ = ["drop", "load", "sparsify"]
+
+
+def load(
+    model: Model,
+    *,
+    dtype: DType = "auto",
+    device: str = "auto",
+    drop: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model, optionally with sublayers dropped.
+
+    Args:
+        model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        drop: sublayers to drop, for example attn=0,5;mlp=7
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+
+    Returns:
+        An object with `.model` (the ordinary transformers model, `generate()` and all), `.tokenizer`, `.restore()`.
+
+    Raises:
+        UserError: whatever is wrong with the reference, the files, the weights or the architecture.
+    """
+    from prunescope.models.loading import load_model
+
+    return load_model(
+        model, dtype=dtype, device=device, drop=drop, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def drop(
+    model: Model,
+    *,
+    target: Literal["attn", "mlp", "block", "all"] = "attn",
+    n: int = 8,
+    out: str | None = None,
+    format: Literal["recipe", "zeroed", "compact"] = "recipe",
+    order: Literal["discrete", "consecutive"] = "discrete",
+    iterative: bool = False,
+    score_on: Literal["stream", "norm"] = "stream",
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    overwrite: bool = False,
+) -> DropResult:
+    """Score sublayers, drop the n least needed, save a checkpoint.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        target: what to drop; all ranks attention and MLP sublayers together
+        n: how many sublayers, or blocks
+        out: checkpoint folder to write
+        format: recipe (drop lists, no weights), zeroed (full weights, silent branches) or compact (blocks removed)
+        order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
+        iterative: drop one, score again, n times
+        score_on: stream compares the residual stream before and after, norm the module's normed input with its output
+        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
+        batch_size: samples at a time, by default 32 while the model samples and 8 while it scores
+        seed: of the calibration's choice
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
+        overwrite: replace an existing checkpoint folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import drop as job
+
+    return job.run(
+        job.DropOptions(
+            model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
+            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite),
+        )
+    )  # fmt: skip
+
+
+def sparsify(
+    model: Model,
+    *,
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    out: str | None = None,
+    variant: bool = False,
+    sparsity_map: str | None = None,
+    allocation: Literal["uniform", "owl"] = "uniform",
+    owl_spread: float = 0.08,
+    owl_threshold: float = 5.0,
+    block_size: int = 128,
+    damping: float = 0.01,
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    perplexity: str | None = None,
+    perplexity_windows: int | None = None,
+    memory_mb: int = 4096,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SparsifyResult:
+    """Prune weights block by block, with one block of the model in memory at a time, and save a plain checkpoint.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
+        sparsity: share of the weights to remove, from 0 up to, not including, 1
+        pattern: N:M, at most N weights are left of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
+        out: checkpoint folder to write
+        variant: of wanda, one threshold for a matrix on the share of each row's score that is lost
+        sparsity_map: YAML file, glob pattern of module names -> share or N:M; the last that matches counts, 0 leaves a module alone
+        allocation: uniform, or owl (blocks with more outliers lose less)
+        owl_spread: of owl, how far a block's sparsity may be from the mean
+        owl_threshold: of owl, how many times the mean score makes an outlier
+        block_size: of sparsegpt, columns of a block
+        damping: of sparsegpt, relative to the mean of the Hessian's diagonal
+        calibration: self (text that the model samples, for which it is loaded whole), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
+        batch_size: samples at a time, by default as many as make 2048 tokens (on a GPU 8192); models with fused experts take one at a time
+        seed: of the calibration's choice
+        perplexity: text, JSON or JSONL file to measure perplexity on, before and after
+        perplexity_windows: take only so many windows of it
+        memory_mb: memory for hidden states, in MB; more are kept on disk
+        dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep self-sampled calibration text for the next call
+        dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
+        resume: continue an interrupted run
+        overwrite: replace an existing checkpoint folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import sparsify as job
+
+    return job.run(
+        job.SparsifyOptions(
+            model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
+            allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
+            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
+            perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip

@@ -1,0 +1,220 @@
+"""What pruning costs in tasks and saves in time, and the page that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.results import EvaluateResult, SpeedResult, SweepResult
+
+if TYPE_CHECKING:
+    from prunescope.jobs.options import Model
+else:
+    Model = str  # what it is on the command line
+
+__all__ = ["evaluate", "report", "speed", "sweep"]
+
+
+def evaluate(
+    models: list[Model],
+    *,
+    tasks: str = "quick",
+    out: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    max_new_tokens: int | None = None,
+    data: str | None = None,
+    allow_code_execution: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> EvaluateResult:
+    """Score models on tasks, the built-in quick ones or those of lm-evaluation-harness, and compare each with the first, item by item.
+
+    Args:
+        models: the dense model, then any others; drop:attn=3,5;mlp=7 drops from the first
+        tasks: names with commas between them: quick, quick-gen, quick-mc or a quick task; any task of lm-evaluation-harness (gsm8k, mmlu, ...); a .jsonl file with question and answer, and choices if any
+        out: run folder to write
+        limit: take only the first so many items of each task; a quick task has 100
+        shots: solved examples before each item; left out, the task's own number
+        max_new_tokens: tokens that a generative task of the harness may write at most; left out, the task's own number
+        data: folder of local files for the harness's tasks; left out, they come from the Hugging Face hub
+        allow_code_execution: run programs that the models write (humaneval, mbpp), in a sandbox
+        seed: of the quick tasks' items, of the harness's choice of shots, and of bootstraps
+        batch_size: items at a time
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the first model)
+        trust_remote_code: run code that comes with a model
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import evaluate as job
+
+    return job.run(
+        job.EvaluateOptions(
+            models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
+            allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def sweep(
+    model: Model,
+    *,
+    out: str | None = None,
+    target: str | None = None,
+    n: str | None = None,
+    method: str | None = None,
+    sparsity: str | None = None,
+    pattern: str | None = None,
+    tasks: str = "quick",
+    limit: int | None = None,
+    shots: int | None = None,
+    data: str | None = None,
+    allow_code_execution: bool = False,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    metric_temperature: float = 1.0,
+    calibration: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    workers: int = 1,
+    ray_address: str | None = None,
+    seed: int = 0,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SweepResult:
+    """Task scores against the number of dropped sublayers, or against sparsity, with h, z and p of the same points.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or smollm2-135m
+        out: run folder to write; a point is kept there as soon as it is measured
+        target: what to drop, with commas between: attn, mlp, block, all; attn,mlp,block if nothing else is asked for
+        n: how many, such as 0..12, 0..12..4 or 1,2,8; left out, 0..12
+        method: how to prune weights, with commas between: magnitude, wanda, sparsegpt (the default)
+        sparsity: shares of weights to prune, such as 0.3..0.7 (in steps of 0.1) or 0.5,0.6
+        pattern: N:M patterns to prune to, such as 2:4,4:8
+        tasks: names with commas between; quick are the built-in pairs, quick-gen and quick-mc one half of them
+        limit: items of each task
+        shots: solved examples before each item; left out, the task's own number
+        data: folder of local task files
+        allow_code_execution: run what the model writes, for tasks that need it
+        prompts: on what to compare h, z and p: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        chat: put each of these prompts into the model's chat template
+        max_new_tokens: decoding steps at most that are compared on a prompt
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        samples: calibration samples, by default 128 from a text and 32 from the model
+        seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
+        batch_size: items at a time
+        workers: processes that share the points through Ray, each with a GPU where there are any
+        ray_address: of a running Ray cluster (auto finds one); left out, one is started here for more than one worker
+        seed: of tasks, calibration and bootstrap
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep drop scores and self-sampled text for the next call
+        resume: continue an interrupted sweep, or add points to a finished one
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import sweep as job
+
+    return job.run(
+        job.SweepOptions(
+            model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, tasks=tasks, limit=limit,
+            shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
+            max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
+            seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def speed(
+    models: list[Model],
+    *,
+    out: str | None = None,
+    batch_size: str = "1,8",
+    length: int = 128,
+    max_new_tokens: int = 32,
+    repeats: int = 5,
+    sparse_kernels: bool = False,
+    seed: int = 0,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> SpeedResult:
+    """Measure what each model costs: parameters, bytes on disk and in memory, cache, prefill and decode tokens a second.
+
+    Args:
+        models: models and checkpoints, the dense one first; drop:attn=3,5;mlp=7 drops from the first
+        out: run folder to write
+        batch_size: texts at a time, several with commas between them
+        length: tokens of a prompt
+        max_new_tokens: tokens written behind it
+        repeats: how often each time is measured, after a warm-up; the median counts
+        sparse_kernels: run 2:4 weights with PyTorch's semi-structured kernels (CUDA, bfloat16 or float16)
+        seed: of the random prompts
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the first model)
+        trust_remote_code: run code that comes with the model
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import speed as job
+
+    return job.run(
+        job.SpeedOptions(
+            models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
+            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            output=OutputOptions(out, overwrite),
+        )
+    )  # fmt: skip
+
+
+def report(runs: list[str], *, out: str = "report.html", figures: str | None = None, overwrite: bool = False) -> Path:
+    """Make one self-contained page of run folders and checkpoints; it opens from disk with no network.
+
+    Args:
+        runs: folders of layerwise, generate, mcq, drop, sparsify or demo
+        out: HTML file to write
+        figures: folder for publication figures of every view, as SVG, PNG and PDF
+        overwrite: replace an existing page and existing figures
+
+    Raises:
+        UserError: a folder that is no run, is damaged or of a newer schema; nothing is written.
+    """
+    from prunescope.jobs import report as job
+
+    return job.run(
+        job.ReportOptions(
+            runs=runs, figures=figures, output=OutputOptions(out, overwrite),
+        )
+    )  # fmt: skip

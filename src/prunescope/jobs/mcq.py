@@ -1,0 +1,105 @@
+"""`prunescope mcq`: the whole vocabulary against the answer options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prunescope.compare.context import run_key
+from prunescope.compare.mcq import Asked, ask, mcq_rows
+from prunescope.compare.summary import mcq_summary
+from prunescope.data.questions import Template, read_questions
+from prunescope.errors import UserError
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
+from prunescope.jobs.pair import Pair
+from prunescope.report.terminal import show_mcq
+from prunescope.results import McqResult
+from prunescope.runs.provenance import run_record
+
+__all__ = ["McqOptions", "run"]
+
+
+@dataclass(frozen=True)
+class McqOptions(Options):
+    """See `prunescope.mcq`."""
+
+    dense: Model
+    target: Model
+    questions: str | None
+    template: Template
+    shots: int
+    subjects: str | None
+    limit: int | None
+    metric_temperature: float
+    seed: int
+    batch_size: int
+    memory_mb: int
+    loading: LoadOptions
+    output: OutputOptions
+
+    def check(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: at least one question is needed")
+        super().check()
+        if self.shots and self.template != "cue":
+            raise UserError(f"--shots {self.shots} go with --template cue, not with {self.template}")
+
+
+def run(options: McqOptions) -> McqResult:
+    started = time.monotonic()
+    options.check()
+    subjects = listed(options.subjects) if options.subjects else []
+    questions, shots = read_questions(options.questions, shots=options.shots, subjects=subjects)
+    questions = questions[: options.limit]
+    pair = Pair.load(options.dense, options.target, options.loading)
+    asked = ask(pair.dense, questions, options.template, shots)
+    for other in pair.models[1:]:
+        ask(other, questions, options.template, shots)  # its context may be shorter
+    tokens: list[Any] = [[q.tokens, q.option_tokens, q.question.answer] for q in asked]
+    key = run_key(pair.dense, pair.target, tokens, "mcq", options.batch_size, options.metric_temperature)
+    if done := options.output.complete(key):
+        options.output.say_complete()
+        return McqResult.of_run(done)
+    options.output.require_space(len(asked) * 8000 + 2**24)
+    with options.output.staged() as staging, pair.blaming():
+        found = mcq_rows(
+            pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
+            memory=options.memory_mb * 2**20, parts=staging, key=key,
+        )  # fmt: skip
+        info = {
+            **run_record("mcq", options.config(), pair.dense.device, pair.describe(), started),
+            "key": key,
+            "questions": len(asked),
+            "noise_floor": found.floor,
+            **mcq_summary(found.table, options.seed),
+        }
+        decode = pair.dense.tokenizer.decode
+        samples = [_sample(decode, number, question, found.tops[number]) for number, question in enumerate(asked)]
+        result = McqResult(info, found.table, samples)
+        if staging is not None:
+            result.write(staging)
+    show_mcq(info)
+    options.output.say_written()
+    return result
+
+
+def _sample(decode: Callable[[list[int]], str], number: int, asked: Asked, tops: dict[str, Any]) -> dict[str, Any]:
+    """What `samples.jsonl` holds of a question: the prompt, the options, and the most likely tokens of both models."""
+    row: dict[str, Any] = {
+        "question": number,
+        "id": asked.question.id,
+        "subject": asked.question.subject,
+        "text": asked.text,
+        "choices": list(asked.question.choices),
+        "gold": asked.question.answer,
+        "option_strings": asked.options,
+        "option_tokens": [tokens[0] for tokens in asked.option_tokens] if asked.by_token else None,
+    }
+    for side, ours, theirs in (("dense", "p_dense", "p_target"), ("target", "p_target", "p_dense")):
+        row[f"top_{side}"] = [
+            {"token": int(token), "text": decode([int(token)]), ours: p, theirs: q}
+            for token, p, q in zip(*tops[side], strict=True)
+        ]
+    return row

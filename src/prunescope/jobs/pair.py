@@ -1,0 +1,75 @@
+"""The two sides of a comparison: a dense model, and a target that is a model of its own or the dense one with sublayers dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prunescope.compare.context import check_comparable, check_pair
+from prunescope.errors import UserError
+from prunescope.jobs.options import LoadOptions, Model
+from prunescope.models.dropping import DropSpec
+from prunescope.models.loading import LoadedModel
+
+__all__ = ["Pair"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``target`` is None where every sublayer of the dense model is dropped in turn."""
+
+    dense: LoadedModel
+    target: LoadedModel | DropSpec | None
+
+    @classmethod
+    def load(
+        cls, dense: Model, target: Model | None, options: LoadOptions, *, headless: bool = False, blocks: bool = False
+    ) -> Pair:
+        """Load both sides and check that they can be compared.
+
+        Args:
+            headless: take weights without an output head, see `load_model`.
+            blocks: they are compared block by block, so that width and depth must be the same too.
+        Raises:
+            UserError: whatever is wrong with either, or the two do not go together.
+        """
+        spec = None
+        if isinstance(target, str) and target.startswith("drop:"):
+            spec = DropSpec.parse(target.removeprefix("drop:"))  # complains before anything is loaded
+        base = options.load(dense, headless=headless)
+        other = spec if spec is not None or target is None else options.load_other(target, headless=headless)
+        (check_comparable if blocks else check_pair)(base, other)  # type: ignore[arg-type]
+        return cls(base, other)
+
+    @property
+    def pruned(self) -> LoadedModel | DropSpec:
+        """The target of a command that cannot do without."""
+        assert self.target is not None
+        return self.target
+
+    @property
+    def models(self) -> list[LoadedModel]:
+        """The models that are loaded: one or two."""
+        return [self.dense, *([self.target] if isinstance(self.target, LoadedModel) else [])]
+
+    def describe(self) -> dict[str, Any]:
+        """What a run folder records of the two; the target is None where every sublayer is dropped in turn."""
+        if isinstance(self.target, DropSpec):
+            with self.dense.dropping(self.target):
+                target: dict[str, Any] | None = self.dense.describe()
+        else:
+            target = None if self.target is None else self.target.describe()
+        return {"dense": self.dense.describe(), "target": target}
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """A NaN among the logits becomes a line for the user."""
+        try:
+            yield
+        except FloatingPointError as error:
+            against = "" if self.target is None else f" against {self.target}"
+            raise UserError(
+                f"{self.dense.ref}{against}: {error}; the activations of one of them overflow in {self.dense.dtype}, try --dtype float32"
+            ) from error

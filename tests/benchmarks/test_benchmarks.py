@@ -1,0 +1,82 @@
+"""Every script of `benchmarks/` at a toy size on a CPU. Nothing is timed here: a documented command must run, and say what it says it says."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import prunescope
+from families import characters_folder, tiny_folder
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "benchmarks"
+
+# script -> options of a toy run, and words of its last results; {folder} is a scratch folder with tiny models, texts and a page in it
+TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "generation_cpu.py": (
+        "--model {folder}/chars --steps 2 --prompts 2 --rounds 1",
+        ("batch 2: two plain generate()", "its floor"),
+    ),
+    "generation_gpu.py": (
+        "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
+        ("the same bits", "ratio", "generate with all columns"),
+    ),
+    "layerwise_cpu.py": ("--steps 1 --layers 2 --width 32 --vocab 512", ("floor of bytes", "x floor of operations")),
+    "layerwise_gpu.py": (
+        "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",
+        ("two runs equal to the bit: True", "drop of every sublayer", "against a target model"),
+    ),
+    "report_page.py": ("{folder}/page.html --runs 1", ("first contentful paint", "all charts drawn: True")),
+    "sparsify_cpu.py": ("--shapes tiny --repeats 1 --samples 2 --length 64", ("times as fast", "objective at 2:4")),
+    "sparsify_gpu.py": (
+        "--shape tiny --samples 2 --length 128 --repeats 1 --published --batches 1",
+        ("BLOCK 0.5", "x the floor", "sparsegpt 2:4"),
+    ),
+    "sparsify_memory.py": ("--shape tiny --blocks 2 --tokens 1024 --folder {folder}", ("peak", "x the floor", "s a block")),
+    "sparsify_perplexity.py": (
+        "--model {folder}/words --calibration {folder}/words.txt --perplexity {folder}/words.txt --device cpu --samples 2 --seq-len 16 --perplexity-windows 2",
+        ("RESULT sparsegpt", "SparseGPT <= Wanda < magnitude"),
+    ),
+    "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
+}  # fmt: skip
+
+
+def test_no_script_is_left_out() -> None:
+    assert sorted(TOYS) == sorted(path.name for path in SCRIPTS.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("toys")
+    characters_folder(place / "chars")
+    tiny_folder("llama", place / "words")
+    (place / "words.txt").write_text(" ".join(f"w{4 + i % 50}" for i in range(400)), "utf-8")
+    return place
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_benchmark_runs(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has the libraries loaded. `sparsify_gpu.py` called a function that no longer existed, and nobody saw it."""
+    options, said = TOYS[name]
+    if name == "report_page.py":
+        if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+            pytest.skip("chromium is not installed; make test installs it")
+        (folder / "p.txt").write_text("cat\n", "utf-8")
+        found = prunescope.layerwise(
+            str(folder / "chars"), prompts=str(folder / "p.txt"), max_new_tokens=2, device="cpu"
+        )
+        found.save(folder / "run", overwrite=True)
+        prunescope.report([str(folder / "run")], out=str(folder / "page.html"), overwrite=True)
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # they import from one another
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *options.format(folder=folder).split()])
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    captured = capfd.readouterr()
+    for words in said:
+        assert words in captured.out + captured.err

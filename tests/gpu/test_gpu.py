@@ -1,0 +1,248 @@
+"""What only a GPU runs: products on tensor cores, kernels at the sizes of real models, writing through a CUDA graph. `make test-gpu`.
+
+Everything is compared with float64, with the CPU, or with the model's own `generate()`. No file is read and no network needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from families import FAMILIES, tiny_model
+from prunescope.compare.columns import compare, compare_final
+from prunescope.compare.context import Transcript
+from prunescope.compare.generation import generation_rows
+from prunescope.compare.head import Head, uses_tensor_cores
+from prunescope.compare.layerwise import batch_rows, layerwise_rows, lens_head, product_error
+from prunescope.compare.metrics import COLUMNS, ERROR_BOUND, compare_hidden, compare_logits
+from prunescope.models import generating
+from prunescope.models.anatomy import find_anatomy
+from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import Sampling, decoding_way, uniform_draws
+from prunescope.models.loaded import LoadedModel
+from prunescope.prune.masks import Goal
+from prunescope.prune.sparsegpt import sparsegpt
+
+pytestmark = pytest.mark.gpu
+
+WIDTH, VOCAB = 3584, 152_064  # Qwen2.5-7B
+TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
+DROPS = (DropSpec(), DropSpec(attn=(0, 2, 3)), DropSpec(attn=(0, 1, 5), mlp=(1, 2, 5)))
+PROMPTS = [[5, 9, 11, 4, 60, 8, 33], [7, 3], [21, 40, 41, 42, 13]]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
+def loaded_family(family: str, device: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    model = tiny_model(family).to(device, dtype)
+    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+    return LoadedModel(family, model, TOKENIZER, find_anatomy(model), {}, tuple(range(blocks)), blocks)
+
+
+# --- products on tensor cores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits_of_a_real_head_against_float64(dtype: torch.dtype) -> None:
+    """Half-precision products are exact and summed in float32; a float32 stream is split into three parts. Would catch sums in half precision
+    (1e-3), a lost part (4e-3 or 1e-5), and a stride that the padded buffer breaks."""
+    h, weight = normal(96, WIDTH, seed=1, dtype=dtype), normal(VOCAB, WIDTH, seed=2, scale=0.02, dtype=torch.bfloat16)
+    if dtype == torch.float16:
+        weight = weight.to(torch.float16)
+    head = Head(weight, bias=normal(VOCAB, seed=3, scale=0.1), scale=0.5, softcap=30.0)
+    assert uses_tensor_cores(h, head)
+    found = head.logits(h).double()
+    exact = 30 * torch.tanh((h.double() @ weight.double().T + head.bias.double()) * 0.5 / 30)  # type: ignore[union-attr]
+    assert (found - exact).norm() / exact.norm() < 2e-6
+    assert torch.equal(head.logits(h), head.logits(h))
+
+
+def test_product_error_says_what_massive_activations_cost() -> None:
+    """Three entries of 4000 in every row: the float32 sums then put a KL off by more than the columns' bound, and the run must say so."""
+    rows = normal(2, 3, WIDTH, seed=4, dtype=torch.bfloat16)
+    head = Head(normal(32_000, WIDTH, seed=5, scale=0.02, dtype=torch.bfloat16))
+    pairs = torch.tensor([[0, 1], [1, 2]])
+    small = product_error(rows, pairs, head)["kl_dense_target"]["max"]
+    rows[..., 5], rows[..., 77] = 4000.0, -2000.0
+    large = product_error(rows, pairs, head)["kl_dense_target"]["max"]
+    assert small < 1e-3 and large > small
+
+
+# --- kernels at real sizes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_streams() -> tuple[Tensor, Tensor, Head]:
+    """Streams of a few steps of a 7B model's size, each a small change of the one before; pairs as a drop makes them."""
+    steps = [normal(1, WIDTH, seed=10)]
+    for i in range(40):
+        steps.append(steps[-1] + normal(1, WIDTH, seed=11 + i, scale=0.3))
+    rows = torch.cat(steps).to(torch.bfloat16)
+    head = Head(normal(VOCAB, WIDTH, seed=6, scale=0.02, dtype=torch.bfloat16))
+    pairs = torch.stack([torch.arange(1, len(rows)), torch.arange(len(rows) - 1)], 1)
+    return rows, pairs, head
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_columns_at_real_size_against_float64(real_streams: tuple[Tensor, Tensor, Head], temperature: float) -> None:
+    """The kernels' sums against the plain formulas in float64 on the same logits, within the bounds that docs/metrics.md promises."""
+    rows, pairs, head = real_streams
+    following = torch.arange(len(pairs)) * 97 % VOCAB
+    found = compare(rows, pairs, head, temperature=temperature, next_token=following)
+    z = head.logits(rows).double()
+    for k, (i, j) in enumerate(pairs.tolist()):
+        exact = compare_logits(z[i : i + 1], z[j : j + 1], temperature, following[k : k + 1].cuda())
+        exact |= compare_hidden(rows[i : i + 1], rows[j : j + 1])
+        for column in COLUMNS:
+            relative, absolute = ERROR_BOUND[column]
+            value = exact[column].cpu()[0]
+            assert abs(found[column][k] - value) <= relative * abs(value) + absolute, column
+
+
+def test_columns_are_the_same_bits_twice_and_zero_against_themselves(real_streams: tuple[Tensor, Tensor, Head]) -> None:
+    """Would catch a race between programs, and sums whose order depends on the launch."""
+    rows, pairs, head = real_streams
+    first, second = (compare(rows, pairs, head) for _ in range(2))
+    assert all(torch.equal(first[column], second[column]) for column in first)
+    whole = compare(rows, pairs, head, memory=2**30)
+    for column, values in compare(rows, pairs, head, memory=64 * 2**20).items():  # other chunks, the same pairs
+        relative, absolute = ERROR_BOUND[column]
+        torch.testing.assert_close(values, whole[column], rtol=2 * relative, atol=2 * absolute)
+    same = torch.arange(len(rows))
+    itself = compare(torch.cat([rows, rows]), torch.stack([same, same + len(rows)], 1), head)
+    for column in ("h_cos_dev", "z_cos_dev", "p_cos_dev", "kl_dense_target", "kl_target_dense", "js", "tv", "dz_rms"):
+        assert itself[column].abs().max() == 0
+
+
+def test_final_states_of_two_heads_at_real_size(real_streams: tuple[Tensor, Tensor, Head]) -> None:
+    """`compare_final` through two heads against float64, a dense row shared by neighbouring rows."""
+    rows, _, head = real_streams
+    other = Head(head.weight + normal(VOCAB, WIDTH, seed=7, scale=0.002, dtype=torch.bfloat16))
+    index = torch.tensor([0, 0, 1, 2, 2])
+    found = compare_final(rows[:3], rows[5:10], head, other, index)
+    z, z_target = head.logits(rows[:3]).double()[index.cuda()], other.logits(rows[5:10]).double()
+    exact = compare_logits(z, z_target)
+    for column, values in exact.items():
+        relative, absolute = ERROR_BOUND[column]
+        torch.testing.assert_close(found[column], values.cpu(), rtol=relative, atol=absolute)
+
+
+def test_sparsegpt_at_real_size() -> None:
+    """The kernels against the float64 objective of the CPU's result on a layer of 2048 inputs, and twice to the bit."""
+    n, rows = 2048, 512
+    x = normal(4 * n, n, seed=20) @ (torch.eye(n, device="cuda") + 0.02 * normal(n, n, seed=21))
+    hessian, weight = x.T @ x, normal(rows, n, seed=22, scale=0.02)
+    for case in (Goal(0.5), Goal.parse("2:4")):
+        (first,), (second,) = (sparsegpt([weight], hessian, [case])[0] for _ in range(2))
+        assert torch.equal(first, second)
+        assert int((first == 0).sum()) >= case.count(weight.numel())
+        (on_cpu,), _ = sparsegpt([weight.cpu()], hessian.cpu(), [case])
+
+        def lost(pruned: Tensor) -> float:
+            change = (weight - pruned.cuda()).double()
+            return float(((change @ hessian.double()) * change).sum())
+
+        assert lost(first) == pytest.approx(lost(on_cpu), rel=2e-3)
+
+
+# --- the whole way, against the CPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_neox", "granite"])
+def test_layerwise_on_a_gpu_equals_the_cpu(family: str) -> None:
+    """Every column of every sublayer and step, float32 models, so that products are float64 on both."""
+    on_gpu, on_cpu = (loaded_family(family, device) for device in ("cuda", "cpu"))
+    found, expected = (layerwise_rows(model, None, PROMPTS, max_new_tokens=4, stop=False) for model in (on_gpu, on_cpu))
+    assert [s.continuation for s in found.sequences] == [s.continuation for s in expected.sequences]
+    for column in ("h_cos_dev", "z_cos_dev", "kl_dense_target", "js", "entropy_dense", "nll_target"):
+        a, b = (torch.tensor(rows.table[column].to_numpy()) for rows in (found, expected))
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+def test_against_a_target_on_a_gpu_equals_the_cpu() -> None:
+    dense, target = (loaded_family("llama", "cpu") for _ in range(2))
+    with torch.no_grad():
+        for parameter in target.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.02)
+    batch = [Transcript(prompt, [3, 1, 4, 1]) for prompt in PROMPTS]
+    expected = batch_rows(dense, target, batch, lens_head(dense, "raw"))
+    for model in (dense, target):
+        model.model = copy.deepcopy(model.model).cuda()
+        model.anatomy = find_anatomy(model.model)
+    found = batch_rows(dense, target, batch, lens_head(dense, "raw"))
+    for column in ("h_cos_dev", "z_cos_dev", "kl_dense_target", "js"):
+        a, b = (torch.tensor(table[column].to_numpy()) for table in (found, expected))
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+# --- writing through a CUDA graph --------------------------------------------------------------------------------------
+
+FALLS_BACK = {
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "falcon",
+    "falcon_new",
+}  # docs/speed-decoding.md says why
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_writes_what_generate_writes(family: str) -> None:
+    """Greedy and sampled, dense and dropped, left-padded prompts of three lengths. Would catch a position or mask that stays what it was
+    when the graph was captured, a cache slot written twice, and a state of the wrong step."""
+    loaded = loaded_family(family, "cuda")
+    for spec in DROPS:
+        with loaded.dropping(spec):
+            way = decoding_way(loaded)
+            if way.startswith("generate()"):
+                assert family in FALLS_BACK, way
+                continue
+            assert family not in FALLS_BACK, "it takes the graph now: say so in docs/speed-decoding.md"
+            for sampling in (Sampling(), Sampling(0.9, 20, 0.95, 3)):
+                ids, mask = generating._left_padded(PROMPTS, 0, loaded.device)
+                draws = uniform_draws(sampling, range(len(PROMPTS)), 24)
+                how: Any = (loaded, ids, mask, 24, sampling, draws, [], 0, True)
+                (tokens, states), (expected, others) = generating._write_static(*how), generating._write_plain(*how)
+                assert torch.equal(tokens, expected)
+                torch.testing.assert_close(states, others, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_rows_on_a_gpu_equal_the_cpu() -> None:
+    on_gpu, on_cpu = (loaded_family("llama", device) for device in ("cuda", "cpu"))
+    spec = DropSpec(attn=(1, 3))
+    found, expected = (generation_rows(m, spec, PROMPTS, max_new_tokens=8, stop=False) for m in (on_gpu, on_cpu))
+    for column in ("prompt", "regime", "step", "dense_token", "target_token"):
+        assert found.table[column].to_pylist() == expected.table[column].to_pylist()
+    for column in ("kl_dense_target", "h_cos_dev", "nll_target"):
+        a, b = (torch.tensor(rows.table[column].to_numpy()) for rows in (found, expected))
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+def test_a_real_shape_in_bfloat16_takes_the_graph() -> None:
+    """Four blocks of Qwen2.5-7B's width: the same tokens as `generate()` up to near ties, and the same bits twice."""
+    config = transformers.Qwen2Config(
+        hidden_size=WIDTH, intermediate_size=18_944, num_hidden_layers=4, num_attention_heads=28, num_key_value_heads=4, vocab_size=VOCAB,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    loaded = LoadedModel("random", model, TOKENIZER, find_anatomy(model), {}, (0, 1, 2, 3), 4)
+    assert decoding_way(loaded) == "fixed cache, CUDA graph"
+    ids, mask = generating._left_padded(PROMPTS, 0, loaded.device)
+    how: Any = (loaded, ids, mask, 16, Sampling(), torch.zeros(3, 16), [], 0, True)
+    (tokens, states), (again, same), (expected, _) = (
+        write(*how) for write in (generating._write_static,) * 2 + (generating._write_plain,)
+    )
+    assert torch.equal(tokens, again) and torch.equal(states, same)
+    assert float((tokens == expected).cumprod(1).float().mean()) > 0.5
