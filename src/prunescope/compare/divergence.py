@@ -11,7 +11,6 @@ Both models read a batch of chunks, their final states go through `compare_final
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,16 +22,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.generation import _likeliest as most_likely
-from prunescope.compare.generation import check_pair, final_head, read_states
-from prunescope.compare.layerwise import Transcript, at_least_float32, run_key
-from prunescope.compare.metrics import DEFAULT_MEMORY, compare_final, least_memory
-from prunescope.errors import UserError
-from prunescope.models.generating import batches
+from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
+from prunescope.compare.context import Transcript, check_memory, check_pair, final_head, read_states, run_key
+from prunescope.compare.generation import most_likely
+from prunescope.data.tokens import check_tokens
+from prunescope.errors import UserError, first_line
 from prunescope.models.loading import LoadedModel
 from prunescope.models.variants import Variant
 from prunescope.progress import progress
-from prunescope.runs.parts import part, resume_state, save_state
+from prunescope.runs.parts import begin, computed, notes_of, with_notes
 
 __all__ = [
     "COLUMNS",
@@ -102,7 +100,7 @@ def _slice(loaded: LoadedModel, name: str, context: int, chunks: int | None) -> 
     try:
         text = Path(name).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {name}: cannot be read ({error}); give a text file in UTF-8") from error
+        raise UserError(f"--text {name}: cannot be read ({first_line(error)}); give a text file in UTF-8") from error
     ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = start_token(loaded)
     ids = ids if start is None else [start, *ids]
@@ -110,10 +108,7 @@ def _slice(loaded: LoadedModel, name: str, context: int, chunks: int | None) -> 
         raise UserError(
             f"--text {name} has {len(ids)} tokens, fewer than one chunk of {context}; give a longer text or a smaller --context"
         )
-    if max(ids) >= loaded.anatomy.vocab_size:
-        raise UserError(
-            f"--text {name}: the tokenizer of {loaded.ref} gives tokens that the model does not know; they do not belong together"
-        )
+    check_tokens(loaded, f"--text {name}", ids, empty=" has no tokens")
     count = min(len(ids) // context, chunks or len(ids))
     cut = torch.tensor(ids[: count * context]).view(count, context)
     if start is not None:
@@ -163,30 +158,22 @@ def divergence_rows(
         FloatingPointError: a NaN or infinite logit.
     """
     check_pair(dense, target if isinstance(target, LoadedModel) else target.spec.drop)
-    heads = [final_head(dense)] + ([final_head(target)] if isinstance(target, LoadedModel) else [])
-    least = max(least_memory(head, at_least_float32(dense.dtype)) for head in heads)
-    if memory < least:
-        raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
-    if resume_state(parts, key) is None:
-        save_state(parts, key, [])
-    sources = [(name, chunk) for piece in slices for name, chunk in ((piece.name, c) for c in piece.chunks)]
+    check_memory(
+        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
+    )
+    begin(parts, key)
+    sources = [(piece.name, chunk) for piece in slices for chunk in piece.chunks]
     both = _Pair(dense, target, temperature, memory)
-    tables = []
+
+    def rows(numbers: Sequence[int]) -> pa.Table:
+        chunks = torch.stack([sources[i][1] for i in numbers])
+        table, states = both.rows(chunks, [sources[i][0] for i in numbers], numbers[0])
+        return table if numbers[0] else with_notes(table, both.noise_floor(chunks, states))
+
     with progress(f"{len(sources)} chunks of {slices[0].context} tokens, both models", len(sources)) as advance:
-        for number, chosen in enumerate(batches(range(len(sources)), batch_size)):
-
-            def compute(chosen: Sequence[int] = chosen) -> pa.Table:
-                chunks = torch.stack([sources[i][1] for i in chosen])
-                table, states = both.rows(chunks, [sources[i][0] for i in chosen], chosen[0])
-                if chosen[0]:
-                    return table
-                return table.replace_schema_metadata({"prunescope": json.dumps(both.noise_floor(chunks, states))})
-
-            tables.append(part(parts, number, compute))
-            advance(len(chosen))
-    floor = json.loads(tables[0].schema.metadata[b"prunescope"])
+        tables = computed(parts, len(sources), batch_size, rows, lambda numbers: advance(len(numbers)))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    return DivergenceRows(table, floor)
+    return DivergenceRows(table, notes_of(tables[0]))
 
 
 def scored(chunks: Tensor) -> list[Transcript]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prunescope.runs import folder as results
+from prunescope.runs.summary import summarise
 
 __all__ = ["divergence_summary", "grouped", "kl_table", "worst_passages"]
 
@@ -38,7 +38,7 @@ def divergence_summary(table: pa.Table, *, seed: int = 0) -> dict[str, Any]:
         "table": kl_table(table),
         "by": grouped(table),
         "summary_rows": "tokens, resampled by chunk",
-        "summary": results.summarise(chunks, _SPACES, seed=seed),
+        "summary": summarise(chunks, _SPACES, seed=seed),
     }
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from prunescope.cache import remembered
+from prunescope.compare.columns import DEFAULT_MEMORY
 from prunescope.compare.divergence import Slice, divergence_rows
 from prunescope.compare.divergence_summary import kl_table
-from prunescope.compare.metrics import DEFAULT_MEMORY
 from prunescope.errors import UserError
 from prunescope.models.loading import LoadedModel
 from prunescope.models.variants import Variant
