@@ -19,7 +19,8 @@ from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import continue_texts
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 
 
 def spec_of(model: LoadedModel) -> DropSpec:

@@ -28,7 +28,7 @@ from prunescope.models.anatomy import find_anatomy
 from prunescope.models.decoding import decode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.speed.timing import measure_rates
 
 SHAPE = {

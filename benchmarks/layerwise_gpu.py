@@ -28,7 +28,7 @@ from prunescope.compare.kernels import sums as fused
 from prunescope.compare.layerwise import _streams, batch_rows, lens_head
 from prunescope.compare.metrics import ERROR_BOUND, compare_hidden, compare_logits
 from prunescope.models.anatomy import find_anatomy
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from families import tiny_folder
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tests run side by side

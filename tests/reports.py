@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prunescope import commands
 from prunescope.compare.metrics import COLUMNS
-from prunescope.compare.summary import generation_summary, mcq_summary
+from prunescope.compare.summary import generation_summary, layerwise_summary, mcq_summary
 from prunescope.runs import folder as results
 
 VERSIONS = {"python": "3", "prunescope": "0", "torch": "0", "transformers": "0", "pyarrow": "0"}
@@ -25,7 +24,6 @@ HOSTILE = [
     "<a href='javascript:window.hurt=1'>link</a> $x^2$ &lt;b&gt; %{x}",
     "A" * 10_000,
 ]
-_NO_DRAWING = lambda *_: []  # noqa: E731
 
 
 def _metrics(rng: np.random.Generator, rows: int) -> dict[str, pa.Array]:
@@ -60,7 +58,7 @@ def _info(command: str, target: str | None, prompts: int, config: dict[str, Any]
 
 def _write(folder: Path, info: dict[str, Any], table: pa.Table, samples: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True)
-    results.write_run(folder, info, table, samples, _NO_DRAWING)
+    results.write_run(folder, info, {"": table}, samples)
     return folder
 
 
@@ -79,7 +77,7 @@ def layerwise_run(
     )
     info = _info("layerwise", target, prompts, config)
     info["models"]["dense"]["blocks"] = layers
-    info |= {"steps": prompts * steps, **commands._summaries(table, 0)}
+    info |= {"steps": prompts * steps, **layerwise_summary(table, 0)}
     words = texts or [f" word{i}" for i in range(steps)]
     samples = [
         {"prompt": i, "id": f"p{i}", "kind": None, "text": words[0], "prompt_tokens": [1], "dense_tokens": list(range(steps)), "dense": "".join(words), "dense_pieces": [words[t % len(words)] for t in range(steps)]}

@@ -10,16 +10,20 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_dir
+
+from prunescope.files import replacing
 
 __all__ = ["cache_folder", "remembered"]
 
 
 def cache_folder() -> Path:
     """$PRUNESCOPE_CACHE, else the user's cache folder."""
-    root = os.environ.get("PRUNESCOPE_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunescope"
+    return Path(os.environ.get("PRUNESCOPE_CACHE") or user_cache_dir("prunescope", appauthor=False))
 
 
 def remembered(folder: Path | None, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -32,11 +36,8 @@ def remembered(folder: Path | None, key: Mapping[str, Any], compute: Callable[[]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     value = compute()
-    beside = path.with_suffix(f".{os.getpid()}")
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"key": key, "value": value}), "utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        with replacing(path, shared=True) as beside:
+            beside.write_text(json.dumps({"key": key, "value": value}), "utf-8")
     return value

@@ -13,7 +13,7 @@ from prunescope.runs.folder import check_free, staged, write_config, write_json
 from prunescope.runs.result import RunResult
 
 if TYPE_CHECKING:
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
 
 __all__ = ["demo", "run_demo"]
 
@@ -56,7 +56,7 @@ def run_demo(
         calibration: samples, and tokens of each.
         questions: False makes no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
-    from prunescope.models.loading import BUNDLED
+    from prunescope.models.references import BUNDLED
     from prunescope.report.page.html import open_folder, write_report
 
     check_free(out, overwrite=overwrite)
@@ -108,7 +108,7 @@ def run_demo(
 
 def _sentences(run: LayerwiseResult, drops: dict[str, DropResult]) -> list[str]:
     """What was found, in three sentences that say what the numbers say, whichever way they fall."""
-    from prunescope.report.terminal import worst_layers
+    from prunescope.report.terminal.comparing import worst_layers
 
     first = " and ".join(
         f"{_DROPPED} {name} sublayers (layers {', '.join(map(str, drops[kind].spec.layers(kind)))}; {_saved(drops[kind]):.1f} % of the parameters)"

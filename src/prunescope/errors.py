@@ -12,4 +12,5 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message that says something, at most 300 characters; its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:297]}..."

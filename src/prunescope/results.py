@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from prunescope.models.dropping import DropSpec
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
     from prunescope.sweep.tables import Tables
 
 __all__ = [
@@ -46,7 +46,7 @@ class LayerwiseResult(RunResult):
     def drawing(self) -> Draw:
         from prunescope.report.figures.layerwise import draw_layerwise
 
-        return lambda table, info, _, folder: draw_layerwise(table, info, folder)
+        return draw_layerwise
 
 
 class GenerateResult(RunResult):
@@ -110,7 +110,7 @@ class EvaluateResult(RunResult):
     """What lm-evaluation-harness itself returned, by task; empty for a run that was read from its folder."""
 
     def write(self, folder: Path) -> None:
-        from prunescope.report.scores import summary_page
+        from prunescope.report.terminal.scoring import summary_page
 
         if self.harness:
             from prunescope.tasks.harness import write_harness

@@ -1,37 +1,51 @@
-"""Proportions of items that were answered rightly: intervals and tests. Plain Python, no torch."""
+"""Intervals, paired tests and rank correlations. No torch; scipy is imported where it is used, since its import takes longer than most reports."""
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from collections.abc import Sequence
+from math import sqrt
 from statistics import NormalDist
+from typing import Any
 
-__all__ = ["mcnemar", "newcombe", "wilson"]
+import numpy as np
+from numpy.typing import ArrayLike
+
+__all__ = ["RESAMPLES", "Z95", "kendall", "mcnemar", "newcombe", "normal_interval", "paired", "spearman", "wilson"]
+
+RESAMPLES = 2000
+Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a normal 95 % interval
+
+
+def normal_interval(mean: float, stderr: float) -> list[float]:
+    """95 % interval of a mean that is normally distributed around the true one."""
+    return [mean - Z95 * stderr, mean + Z95 * stderr]
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> list[float] | None:
-    """Wilson's score interval of a proportion, None without trials."""
+    """Wilson's score interval of a proportion, None without trials. At none and at all of the trials the bound is exactly 0 and 1."""
     if not trials:
         return None
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share, weight = successes / trials, z * z / trials
-    middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    # at none and at all the bound is exactly 0 and 1; rounding must not put it inside the share
-    return [middle - half if successes else 0.0, middle + half if successes < trials else 1.0]
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return [float(found.low), float(found.high)]
 
 
 def mcnemar(lost: int, won: int) -> float:
     """McNemar's exact test: the two-sided binomial probability that ``lost`` and ``won`` flips differ this much by chance alone."""
-    flips = lost + won
-    tail = sum(comb(flips, k) for k in range(min(lost, won) + 1))
-    return min(1.0, float(2 * tail / 2**flips))
+    if not lost + won:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue)
 
 
 def newcombe(both: int, lost: int, won: int, neither: int, level: float = 0.95) -> list[float] | None:
     """Interval of the difference of two paired proportions, second minus first, None without items.
 
     Newcombe's method 10 (Statistics in Medicine 17, 1998, 2635-2650): the Wilson intervals of both proportions, squared and added, with
-    the correlation of the pairs; its numerator is corrected for continuity where it is positive.
+    the correlation of the pairs; its numerator is corrected for continuity where it is positive. By hand: scipy has no interval of
+    paired proportions.
 
     Args:
         both: items that both have right.
@@ -40,10 +54,9 @@ def newcombe(both: int, lost: int, won: int, neither: int, level: float = 0.95) 
         neither: right in none.
     """
     trials = both + lost + won + neither
-    if not trials:
-        return None
     first, second = wilson(both + lost, trials, level), wilson(both + won, trials, level)
-    assert first is not None and second is not None
+    if first is None or second is None:
+        return None
     p, q = (both + lost) / trials, (both + won) / trials
     product = (both + lost) * (won + neither) * (both + won) * (lost + neither)
     numerator = float(both * neither - lost * won)
@@ -53,3 +66,55 @@ def newcombe(both: int, lost: int, won: int, neither: int, level: float = 0.95) 
     up = (second[1] - q, p - first[0])
     low, high = (sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)) for a, b in (down, up))
     return [q - p - low, q - p + high]
+
+
+def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """Difference of two means over the same items, second minus first.
+
+    Where every item is right (1) or wrong (0): flips, McNemar's exact test and Newcombe's paired interval (``newcombe``). Else a
+    bootstrap over items of the mean difference (``bootstrap``, percentiles of 2000 resamples), without a test.
+
+    Args:
+        first, second: a score an item, in the same order.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"{len(first)} and {len(second)} items cannot be paired")
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    found: dict[str, Any] = {"n": len(a), "difference": float((b - a).mean())}
+    if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+        both, neither = int((a * b).sum()), int(((1 - a) * (1 - b)).sum())
+        lost, won = int((a * (1 - b)).sum()), int(((1 - a) * b).sum())
+        return found | {
+            "right_to_wrong": lost,
+            "wrong_to_right": won,
+            "mcnemar_p": mcnemar(lost, won),
+            "ci95": newcombe(both, lost, won, neither),
+            "interval": "newcombe",
+        }
+    draws = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
+    interval = [float(v) for v in np.quantile((b - a)[draws].mean(1), [0.025, 0.975])]
+    return found | {
+        "right_to_wrong": None,
+        "wrong_to_right": None,
+        "mcnemar_p": None,
+        "ci95": interval,
+        "interval": "bootstrap",
+    }
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
+    """Spearman's rho, ties at their mean rank. None where one side does not vary or there are fewer than three pairs."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(x, y).statistic) if _can_be_ordered(x, y) else None
+
+
+def kendall(x: ArrayLike, y: ArrayLike) -> float | None:
+    """Kendall's tau-b. None where one side does not vary or there are fewer than three pairs."""
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(x, y).statistic) if _can_be_ordered(x, y) else None
+
+
+def _can_be_ordered(*sides: ArrayLike) -> bool:
+    return all(np.size(side) > 2 and np.ptp(side) > 0 for side in sides)

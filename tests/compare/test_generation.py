@@ -35,7 +35,8 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.residual import final_states
 from prunescope.stats import wilson
 

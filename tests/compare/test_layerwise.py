@@ -20,7 +20,8 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.saving import save_dropped
 
 

@@ -27,7 +27,8 @@ from prunescope.compare.summary import calibration, mcq_summary
 from prunescope.data.questions import Question, cue_prompt, option_strings, question_text, read_questions
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.stats import mcnemar
 
 SPEC = DropSpec(attn=(6, 13, 20), mlp=(22,))

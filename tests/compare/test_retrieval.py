@@ -22,7 +22,8 @@ from prunescope.compare.embedding import Reading, embed, pool, tokens_of
 from prunescope.compare.metrics import H_COLUMNS
 from prunescope.compare.retrieval import measure, read_rankings
 from prunescope.data.beir import Collection, read_collection
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 
 POOLINGS = ("mean", "last", "weighted-mean")
 

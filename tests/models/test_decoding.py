@@ -14,7 +14,7 @@ from prunescope.models import decoding, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, continue_texts, decoding_way, static_problem, try_static
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 STEPS = 24
 DROPS = {
@@ -143,3 +143,25 @@ def test_decoding_stops_once_all_texts_have_ended() -> None:
 
     found = decoding.decode(loaded, ids, mask, STEPS, ending, ends=[2], pad=0)
     assert found.tokens.tolist() == [[7] * n + [2] + [0] * (9 - n) for n in at.tolist()]
+
+
+def test_the_attention_of_before_comes_back() -> None:
+    """The library's own, and one that somebody else had put in its place. Would catch a transformers whose table no longer keeps replacements
+    apart from what it comes with."""
+    table = decoding.ALL_ATTENTION_FUNCTIONS
+    own = table["sdpa"]
+    with decoding._grouped_attention():
+        assert isinstance(table["sdpa"], decoding._GroupedAttention) and table["sdpa"].plain is own
+        with decoding._grouped_attention():
+            pass
+        assert isinstance(table["sdpa"], decoding._GroupedAttention)
+    assert table["sdpa"] is own
+    other: Any = lambda *_, **__: None  # noqa: E731
+    table["sdpa"] = other
+    try:
+        with decoding._grouped_attention():
+            assert table["sdpa"].plain is other
+        assert table["sdpa"] is other
+    finally:
+        del table["sdpa"]
+    assert table["sdpa"] is own

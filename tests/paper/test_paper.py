@@ -23,7 +23,8 @@ import prunescope
 from families import tiny_folder, tiny_model
 from prunescope.compare.metrics import COLUMNS, compare_hidden
 from prunescope.errors import UserError
-from prunescope.paper.scripts import against_target, checkpoint_folder, generation_lines, option_lines, transition_lines
+from prunescope.paper.folders import checkpoint_folder
+from prunescope.paper.log_lines import against_target, generation_lines, option_lines, transition_lines
 
 PAPER = Path(__file__).resolve().parents[2] / "paper"
 SCRIPTS = sorted(PAPER.rglob("*.py"))
@@ -267,7 +268,7 @@ def test_what_is_refused(
 
 
 def test_published_lists_of_booleans_and_nulls_are_read(tmp_path: Path) -> None:
-    from prunescope.paper.scripts import read_drop_lists
+    from prunescope.paper.folders import read_drop_lists
 
     folder = checkpoint_folder(tmp_path, "m", "attn", 2)
     folder.mkdir(parents=True)
@@ -292,7 +293,7 @@ def test_the_first_folder_that_exists_is_taken_and_never_one_outside_the_root(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tag, else postfix, name, last part of the name. An absolute model name, joined as a path, would lead out of the root."""
-    from prunescope.paper.scripts import read_drop_lists
+    from prunescope.paper.folders import read_drop_lists
 
     root, model = tmp_path / "drops", tmp_path / "models" / "m"
     flags: dict[str, Any] = {"model_name": str(model), "model_tag": None, "model_postfix": None}
@@ -336,7 +337,7 @@ def test_zeroed_weights_are_analysed_like_lists(
     tmp_path: Path, dense_folder: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--only_update_config False writes no lists into config.json, for it loads as an ordinary model: they stand in prunescope.json."""
-    from prunescope.paper.scripts import read_drop_lists
+    from prunescope.paper.folders import read_drop_lists
 
     monkeypatch.chdir(tmp_path)
     flags: dict[str, Any] = {"model_name": "dense", "model_tag": None, "model_postfix": None, "target_layer": "attn"}

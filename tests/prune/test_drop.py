@@ -16,8 +16,9 @@ from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, continue_texts
-from prunescope.models.loading import LoadedModel, load_model
-from prunescope.prune.select import choose, score
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+from prunescope.prune.select import choose_sublayers, score_sublayers
 
 TOKENS = torch.randint(3, 64, (6, 17), generator=torch.Generator().manual_seed(8))
 
@@ -47,7 +48,7 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
 def test_scores_are_mean_cosines_over_tokens(dense: LoadedModel, batch_size: int) -> None:
     """Would catch a mean over samples of unequal weight, a score of the wrong side of a branch, and a batch left out."""
     streams = plain_llama_streams(dense.model, TOKENS)
-    found = score(dense, TOKENS, run=3, batch_size=batch_size)
+    found = score_sublayers(dense, TOKENS, run=3, batch_size=batch_size)
     for layer in range(6):
         before, middle, after = streams[2 * layer : 2 * layer + 3]
         assert found.attn[layer] == pytest.approx(mean_cosine(before, middle), abs=1e-6)
@@ -65,13 +66,13 @@ def test_score_on_norm_compares_the_normed_input_with_the_output(dense: LoadedMo
     with torch.no_grad():
         dense.model(input_ids=TOKENS)
     handle.remove()
-    assert score(dense, TOKENS, score_on="norm").mlp[2] == pytest.approx(mean_cosine(*seen[0]), abs=1e-6)
-    assert score(dense, TOKENS, score_on="norm").block == score(dense, TOKENS).block
+    assert score_sublayers(dense, TOKENS, score_on="norm").mlp[2] == pytest.approx(mean_cosine(*seen[0]), abs=1e-6)
+    assert score_sublayers(dense, TOKENS, score_on="norm").block == score_sublayers(dense, TOKENS).block
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_scored(family: str, tmp_path: Path) -> None:
-    found = score(load_model(tiny_folder(family, tmp_path), device="cpu"), TOKENS)
+    found = score_sublayers(load_model(tiny_folder(family, tmp_path), device="cpu"), TOKENS)
     assert all(-1 <= value < 0.99999 for value in (*found.attn, *found.mlp, *found.block))
 
 
@@ -80,32 +81,32 @@ def calibration(tokens: Tensor = TOKENS) -> Calibration:
 
 
 def test_the_highest_scores_go(dense: LoadedModel) -> None:
-    found = score(dense, TOKENS)
+    found = score_sublayers(dense, TOKENS)
     best = sorted(range(6), key=lambda layer: -found.attn[layer])
-    assert choose(dense, calibration(), "attn", 2).spec == DropSpec(attn=tuple(sorted(best[:2])))
+    assert choose_sublayers(dense, calibration(), "attn", 2).spec == DropSpec(attn=tuple(sorted(best[:2])))
     both = sorted([(-v, i, k) for k in ("attn", "mlp") for i, v in enumerate(getattr(found, k))])[:5]
-    chosen = choose(dense, calibration(), "all", 5)
+    chosen = choose_sublayers(dense, calibration(), "all", 5)
     assert chosen.spec == DropSpec.of((k, i) for _, i, k in both)  # type: ignore[misc]
     assert [row["dropped"] for row in chosen.rows].count(True) == 5 and len(chosen.rows) == 12
     block = max(range(6), key=lambda layer: found.block[layer])
-    assert choose(dense, calibration(), "block", 1).spec == DropSpec((block,), (block,))
+    assert choose_sublayers(dense, calibration(), "block", 1).spec == DropSpec((block,), (block,))
 
 
 def test_consecutive_takes_the_run_whose_ends_are_most_alike(dense: LoadedModel) -> None:
-    runs = score(dense, TOKENS, run=3).runs
+    runs = score_sublayers(dense, TOKENS, run=3).runs
     first = max(range(len(runs)), key=lambda i: runs[i])
     layers = tuple(range(first, first + 3))
-    assert choose(dense, calibration(), "block", 3, order="consecutive").spec == DropSpec(layers, layers)
+    assert choose_sublayers(dense, calibration(), "block", 3, order="consecutive").spec == DropSpec(layers, layers)
 
 
 def test_iterative_scores_again_after_every_drop(dense: LoadedModel) -> None:
     expected: set[int] = set()
     for _ in range(3):
         with dense.dropping(DropSpec(mlp=tuple(sorted(expected)))):
-            found = score(dense, TOKENS).mlp
+            found = score_sublayers(dense, TOKENS).mlp
         assert [v != v for v in found] == [layer in expected for layer in range(6)]
         expected.add(max((layer for layer in range(6) if layer not in expected), key=lambda layer: found[layer]))
-    assert choose(dense, calibration(), "mlp", 3, iterative=True).spec.mlp == tuple(sorted(expected))
+    assert choose_sublayers(dense, calibration(), "mlp", 3, iterative=True).spec.mlp == tuple(sorted(expected))
     assert not dense.dropped
 
 
@@ -113,7 +114,7 @@ def test_ties_go_to_the_lower_layer(dense: LoadedModel) -> None:
     with torch.no_grad():
         for layer in (1, 3, 4):
             dense.model.model.layers[layer].self_attn.o_proj.weight.zero_()
-    assert choose(dense, calibration(), "attn", 2).spec.attn == (1, 3)
+    assert choose_sublayers(dense, calibration(), "attn", 2).spec.attn == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_ties_go_to_the_lower_layer(dense: LoadedModel) -> None:
 )
 def test_what_cannot_be_chosen_is_refused(dense: LoadedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose(dense, calibration(), **options)
+        choose_sublayers(dense, calibration(), **options)
 
 
 def test_scores_are_kept_for_the_same_weights_and_tokens_only(
@@ -139,30 +140,30 @@ def test_scores_are_kept_for_the_same_weights_and_tokens_only(
     import prunescope.prune.select as module
 
     calls: list[int] = []
-    real = module.score
-    monkeypatch.setattr(module, "score", lambda *a, **k: calls.append(1) or real(*a, **k))  # type: ignore[func-returns-value]
+    real = module.score_sublayers
+    monkeypatch.setattr(module, "score_sublayers", lambda *a, **k: calls.append(1) or real(*a, **k))  # type: ignore[func-returns-value]
     cache = tmp_path / "cache"
-    first = choose(dense, calibration(), "attn", 2, cache=cache)
-    assert choose(dense, calibration(), "mlp", 2, cache=cache).spec and len(calls) == 1
-    assert choose(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 1
-    choose(dense, calibration(TOKENS[:3]), "attn", 2, cache=cache)
+    first = choose_sublayers(dense, calibration(), "attn", 2, cache=cache)
+    assert choose_sublayers(dense, calibration(), "mlp", 2, cache=cache).spec and len(calls) == 1
+    assert choose_sublayers(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 1
+    choose_sublayers(dense, calibration(TOKENS[:3]), "attn", 2, cache=cache)
     assert len(calls) == 2
     other = load_model(tiny_folder("llama", tmp_path / "other", seed=5), device="cpu")
-    choose(other, calibration(), "attn", 2, cache=cache)
+    choose_sublayers(other, calibration(), "attn", 2, cache=cache)
     assert len(calls) == 3
-    choose(dense, calibration(TOKENS.view(-1, 3)), "attn", 2, cache=tmp_path / "shapes")
-    choose(dense, calibration(TOKENS.view(3, -1)), "attn", 2, cache=tmp_path / "shapes")
+    choose_sublayers(dense, calibration(TOKENS.view(-1, 3)), "attn", 2, cache=tmp_path / "shapes")
+    choose_sublayers(dense, calibration(TOKENS.view(3, -1)), "attn", 2, cache=tmp_path / "shapes")
     assert len(calls) == 5, "the same tokens in another shape are another calibration"
     for path in cache.iterdir():
         path.write_text("{ damaged")
-    assert choose(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 6
+    assert choose_sublayers(dense, calibration(), "attn", 2, cache=cache) == first and len(calls) == 6
 
 
 def test_scores_that_are_not_numbers_are_named(dense: LoadedModel) -> None:
     with torch.no_grad():
         dense.model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(UserError, match="score of mlp 3 is not a number"):
-        score(dense, TOKENS)
+        score_sublayers(dense, TOKENS)
 
 
 # --- calibration -------------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def test_public_texts_calibrate_the_real_model(smollm2: LoadedModel, shared_data
     text = " ".join(row["text"] for row in json.loads(content)[:20]) if name.endswith("json") else content
     window = smollm2.tokenizer.decode(found.tokens[0, 40:52])
     assert window.strip() in text
-    scores = score(smollm2, found.tokens)
+    scores = score_sublayers(smollm2, found.tokens)
     assert min(scores.attn) == scores.attn[0] < 0.9
     assert sorted(scores.attn)[-8] > 0.95
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.prune.blocks import stretch
+from prunescope.prune.factor import NotPositiveDefiniteError, inverse_factor
 from prunescope.prune.magnitude import magnitude
 from prunescope.prune.masks import Goal, lowest, lowest_along_first, lowest_per_group, lowest_per_row
-from prunescope.prune.sparsegpt import NotPositiveDefiniteError, inverse_factor, sparsegpt
+from prunescope.prune.owl import stretch
+from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.structured import neuron_scores, structured
 from prunescope.prune.wanda import wanda
 

@@ -14,8 +14,9 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="the kernels for GPUs need triton, which is not installed")
 
 from prunescope.prune.calibrate import InputStatistic  # noqa: E402
+from prunescope.prune.factor import NotPositiveDefiniteError  # noqa: E402
 from prunescope.prune.masks import Goal, _kth_on_gpu, lowest_per_row  # noqa: E402
-from prunescope.prune.sparsegpt import NotPositiveDefiniteError, sparsegpt  # noqa: E402
+from prunescope.prune.sparsegpt import sparsegpt  # noqa: E402
 from prunescope.prune.sparsegpt_gpu import sparsegpt_on_gpu, supported  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -21,9 +21,11 @@ from prunescope.cli import main
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.loading import load_model
-from prunescope.prune.blocks import make_plan, owl_sparsities, prune_model
+from prunescope.prune.blocks import prune_model
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 from prunescope.prune.masks import Goal
+from prunescope.prune.owl import owl_sparsities
+from prunescope.prune.plan import make_plan
 from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.wanda import wanda
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import prunescope
 from prunescope.models.gguf import dequantise
-from prunescope.models.loading import LoadedModel, _bundled_file
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.references import bundled_file
 from prunescope.prune.masks import Goal
 from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.wanda import wanda
@@ -23,7 +24,7 @@ LAYERS = (0, 20)
 def dense_dir(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled GGUF file, dequantised a tensor at a time."""
     folder = tmp_path_factory.mktemp("smollm2") / "dense"
-    return dequantise("smollm2-135m", _bundled_file(), folder)
+    return dequantise("smollm2-135m", bundled_file(), folder)
 
 
 def test_a_gguf_file_is_dequantised_to_what_transformers_reads(smollm2: LoadedModel, dense_dir: Path) -> None:

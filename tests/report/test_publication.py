@@ -24,7 +24,7 @@ def test_every_view_in_three_formats(tmp_path, monkeypatch):
     monkeypatch.setattr(
         publication,
         "draw_layerwise",
-        lambda table, info, folder: figures.save(figures._cosines_by_layer(table, "attn", info), folder / "fig04_cosine_by_layer_attn"),
+        lambda table, info, samples, folder: figures.save(figures._cosines_by_layer(table, "attn", info), folder / "fig04_cosine_by_layer_attn"),
     )  # fmt: skip
     a = layerwise_run(tmp_path / "a" / "run", prompts=2, steps=3, layers=2)
     b = generate_run(tmp_path / "b" / "run", prompts=2, steps=3)
@@ -54,7 +54,7 @@ def test_every_view_in_three_formats(tmp_path, monkeypatch):
 
 def test_ordinary_runs_write_no_pdf(tmp_path):
     run = prunescope.open(layerwise_run(tmp_path / "run", prompts=1, steps=2, layers=2))
-    written = draw_layerwise(run.table(), run.info, tmp_path)
+    written = draw_layerwise(run.table(), run.info, [], tmp_path)
     assert {path.suffix for path in written} == {".svg", ".png"}
 
 

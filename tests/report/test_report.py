@@ -1,6 +1,7 @@
 """The page without a browser: what goes in, what is refused, what the numbers are."""
 
 import base64
+import importlib.util
 import json
 import re
 import subprocess
@@ -96,6 +97,10 @@ def test_every_column_is_explained_as_in_the_docs():
     for column in html.columns():
         assert f"| `{column['name']}` | {column['formula']} | {column['reading']} |" in docs
     assert {column["name"] for column in html.columns()} == set(COLUMNS)
+    spec = importlib.util.spec_from_file_location("make_columns", Path(__file__).parents[2] / "docs/make_columns.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.with_tables(docs) == docs, "run docs/make_columns.py"
 
 
 @pytest.mark.parametrize(

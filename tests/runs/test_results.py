@@ -19,7 +19,8 @@ import prunescope
 from families import tiny_folder
 from prunescope.compare.metrics import COLUMNS, H_COLUMNS
 from prunescope.errors import UserError
-from prunescope.runs.folder import check_free, require_space, staged, summarise, write_json
+from prunescope.runs.folder import check_free, require_space, staged, write_json
+from prunescope.runs.summary import summarise
 
 PROMPTS = '{"prompt": "w5 w6 w7", "id": "a", "kind": "test"}\n{"prompt": "w9"}\n{"prompt": "w4 w8"}\n'
 

@@ -18,7 +18,7 @@ from prunescope.cli import main
 from prunescope.errors import UserError
 from prunescope.models import semistructured
 from prunescope.models.anatomy import find_anatomy
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.semistructured import check_kernels, inner_tensors, is_two_four, two_four_layers, using_kernels
 from prunescope.speed import measure as speed_module
 from prunescope.speed.timing import Rates, Timing, measure_rates, timed

@@ -33,13 +33,14 @@ from prunescope.models.loading import load_model
 from prunescope.paper.recipes import NOT_AT_HAND, _scores, read_recipe
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
 from prunescope.prune.masks import Goal
-from prunescope.prune.select import choose, drop_orders, spec_of
+from prunescope.prune.select import choose_sublayers, drop_orders, spec_of
 from prunescope.runs import folder as results
-from prunescope.stats_ranks import kendall, spearman
-from prunescope.sweep.bench import Bench, Plan
-from prunescope.sweep.comparison import Yardstick, write_texts
+from prunescope.stats import kendall, spearman
+from prunescope.sweep.bench import Bench, SweepPlan
+from prunescope.sweep.comparison import DenseReference, write_texts
+from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import DENSE, Point, read_points, read_range
-from prunescope.sweep.tables import COUNTED, Measured, assemble, split
+from prunescope.sweep.tables import Measured, assemble, split
 
 TASKS = "arithmetic-gen,arithmetic-mc,reversal-mc"
 OPTIONS: dict[str, Any] = {
@@ -186,7 +187,7 @@ def test_what_goes_first_is_what_drop_chooses(chars: Path) -> None:
     orders = drop_orders(loaded, data, ["attn", "mlp", "block", "all"])
     for target, order in orders.items():
         for n in (1, 3, 4):
-            assert spec_of(order[:n]) == choose(loaded, data, target, n).spec  # type: ignore[arg-type]
+            assert spec_of(order[:n]) == choose_sublayers(loaded, data, target, n).spec  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
@@ -225,7 +226,7 @@ def test_the_dense_model_after_a_sweep_is_the_dense_model_before(chars: Path) ->
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     modules = [id(module) for module in loaded.model.modules()]
     points = read_points("attn,block", "1,3", "wanda,sparsegpt", "0.5", "2:4")
-    plan = Plan(
+    plan = SweepPlan(
         tasks=["arithmetic-mc"],
         evaluation={"limit": 3, "shots": 0, "batch_size": 2, "seed": 0},
         texts=write_texts(loaded, [[5, 6, 7]], 4, batch_size=1),
@@ -252,14 +253,14 @@ def test_h_z_and_p_are_those_of_generate(chars: Path) -> None:
     prompts = encode(loaded, [Prompt("cat dog", "0"), Prompt("1 + 1 = 2\n2 + 3", "1")], 8)
     spec = DropSpec.parse("attn=1,3")
     rows = generation_rows(loaded, spec, prompts, max_new_tokens=8, regime="teacher-forced").table
-    yardstick = Yardstick(loaded, write_texts(loaded, prompts, 8, batch_size=8))
+    reference = DenseReference(loaded, write_texts(loaded, prompts, 8, batch_size=8))
     with loaded.dropping(spec):
-        found = yardstick.measure(loaded)
+        found = reference.measure(loaded)
     columns = {name: stats for space in found.values() for name, stats in space.items()}
     assert set(columns) == set(COLUMNS)
     for name in COLUMNS:
         assert columns[name]["mean"] == pytest.approx(np.mean(rows[name].to_numpy()), rel=2e-3, abs=1e-5), name
-    itself = yardstick.measure(loaded)
+    itself = reference.measure(loaded)
     assert itself["p"]["kl_dense_target"]["max"] == 0 and itself["h"]["h_cos_dev"]["max"] == 0
 
 
@@ -485,3 +486,14 @@ def test_recipes_of_tables_show_the_papers_values_or_say_that_they_are_not_at_ha
     (tmp_path / "bad.yaml").write_text(json.dumps({"figure": "x", "title": "x", "model": "x", "steps": {}, "show": [], "paper": {"values": [{"value": 1}]}}))  # fmt: skip
     with pytest.raises(prunescope.UserError, match="needs model"):
         read_recipe(tmp_path / "bad.yaml")
+
+
+def test_workers_with_nothing_to_do_are_not_started() -> None:
+    """A sweep killed after its last point is resumed with nothing left. Would catch threads shared out among no workers."""
+    pytest.importorskip("ray")
+    from prunescope.sweep.workers import measure_on_workers
+
+    plan: Any = None
+    measure_on_workers(
+        [], {}, plan, workers=2, address=None, done=lambda point, found: pytest.fail("nothing was asked for")
+    )

@@ -21,12 +21,13 @@ from families import tiny_folder
 from prunescope.cli import main
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
-from prunescope.stats import newcombe
-from prunescope.stats_paired import compare_scores, paired
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+from prunescope.stats import newcombe, paired
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer
-from prunescope.tasks.evaluate import at_floor, evaluate_model, expand_tasks, score
+from prunescope.tasks.evaluate import evaluate_model, expand_tasks
+from prunescope.tasks.scores import at_floor, compare_scores, score
 
 SPEC = DropSpec(attn=(22, 25), mlp=(14,))
 ITEMS = int(os.environ.get("PRUNESCOPE_EVALUATE_ITEMS", "2"))  # 20 for the acceptance run

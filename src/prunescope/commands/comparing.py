@@ -35,6 +35,7 @@ def layerwise(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -60,6 +61,7 @@ def layerwise(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
+        adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -73,7 +75,7 @@ def layerwise(
         job.LayerwiseOptions(
             dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -99,6 +101,7 @@ def generate(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -124,6 +127,7 @@ def generate(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
+        adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -137,7 +141,7 @@ def generate(
         job.GenerateOptions(
             dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -160,6 +164,7 @@ def mcq(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -182,6 +187,7 @@ def mcq(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
+        adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -195,7 +201,7 @@ def mcq(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -220,6 +226,7 @@ def retrieve(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -245,6 +252,7 @@ def retrieve(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
+        adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -258,7 +266,7 @@ def retrieve(
         job.RetrieveOptions(
             dense=dense, target=target, corpus=corpus, queries=queries, qrels=qrels, split=split, pooling=pooling,
             instruction=instruction, append_eos=append_eos, max_length=max_length, depth=depth, recall_at=recall_at, seed=seed,
-            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -9,7 +9,7 @@ from prunescope.results import DropResult, SparsifyResult
 
 if TYPE_CHECKING:
     from prunescope.jobs.options import Model
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
 else:
     Model = str  # what it is on the command line
 
@@ -23,6 +23,7 @@ def load(
     device: str = "auto",
     drop: str | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model, optionally with sublayers dropped.
@@ -33,6 +34,7 @@ def load(
         device: a torch device; auto is cuda where there is one, else cpu
         drop: sublayers to drop, for example attn=0,5;mlp=7
         revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
 
     Returns:
@@ -44,7 +46,13 @@ def load(
     from prunescope.models.loading import load_model
 
     return load_model(
-        model, dtype=dtype, device=device, drop=drop, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        device=device,
+        drop=drop,
+        revision=revision,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -66,6 +74,7 @@ def drop(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     cache: bool = True,
     overwrite: bool = False,
@@ -89,6 +98,7 @@ def drop(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
         overwrite: replace an existing checkpoint folder
@@ -102,7 +112,7 @@ def drop(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 
@@ -132,6 +142,7 @@ def sparsify(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     cache: bool = True,
     dry_run: bool = False,
@@ -164,6 +175,7 @@ def sparsify(
         dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         cache: keep self-sampled calibration text for the next call
         dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
@@ -181,6 +193,6 @@ def sparsify(
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -31,6 +31,7 @@ def evaluate(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -51,6 +52,7 @@ def evaluate(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
+        adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -64,7 +66,7 @@ def evaluate(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
             allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -97,6 +99,7 @@ def sweep(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     cache: bool = True,
     resume: bool = False,
@@ -131,6 +134,7 @@ def sweep(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         cache: keep drop scores and self-sampled text for the next call
         resume: continue an interrupted sweep, or add points to a finished one
@@ -147,7 +151,7 @@ def sweep(
             shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
             seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -165,6 +169,7 @@ def speed(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> SpeedResult:
@@ -182,6 +187,7 @@ def speed(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
+        adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         overwrite: replace an existing run folder
 
@@ -193,7 +199,7 @@ def speed(
     return job.run(
         job.SpeedOptions(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
-            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

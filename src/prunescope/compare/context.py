@@ -17,7 +17,7 @@ from prunescope.compare.head import Head
 from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunescope.compare.context import at_least_float32
 from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
 __all__ = ["Pooling", "Reading", "embed", "pool", "tokens_of"]

@@ -38,7 +38,7 @@ from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.texts import first_difference
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, decoding_way, uniform_draws
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
 

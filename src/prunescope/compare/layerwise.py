@@ -37,7 +37,7 @@ from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.generating import Sampling, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state

@@ -34,7 +34,7 @@ from prunescope.data.questions import Question, Template, cue_prompt, option_str
 from prunescope.data.tokens import chat_text, check_tokens, tokens_with_options
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
 

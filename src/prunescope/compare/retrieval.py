@@ -25,7 +25,7 @@ from prunescope.compare.metrics import H_COLUMNS, compare_hidden
 from prunescope.data.beir import Collection
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.summary import summarise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from prunescope.data.jsonl import check_new, quoted, read_rows, read_text
 from prunescope.errors import UserError
 
 __all__ = ["Collection", "read_collection"]
@@ -28,12 +28,6 @@ class Collection:
     def relevant(self, query: str) -> int:
         """How many passages are relevant to a query."""
         return sum(grade > 0 for grade in self.qrels[query].values())
-
-
-class _Readable(Protocol):
-    """What a path and a packaged file have in common."""
-
-    def read_text(self, encoding: str) -> str: ...
 
 
 def read_collection(
@@ -80,50 +74,42 @@ def read_collection(
     return _read(corpus_file, *paths)
 
 
-def _read(corpus: Any, queries: Any, qrels: Any) -> Collection:
+def _read(corpus: Traversable, queries: Traversable, qrels: Traversable) -> Collection:
     passages = {}
     for place, name, row in _rows(corpus):
         title = row.get("title") or ""
         text = f"{title} {row['text']}".strip() if isinstance(title, str) else ""
         if not text:
-            raise UserError(f"{place}: passage {name!r} has no text; take it out of the corpus")
-        if name in passages:
-            raise UserError(f"{place}: the id {name!r} stands there twice; ids must differ")
+            raise UserError(f"{place}: passage {quoted(name)} has no text; take it out of the corpus")
         passages[name] = text
     asked: dict[str, str] = {}
     for place, name, row in _rows(queries):
-        if name in asked:
-            raise UserError(f"{place}: the id {name!r} stands there twice; ids must differ")
         if not row["text"].strip():
-            raise UserError(f"{place}: query {name!r} has no text; take it out")
+            raise UserError(f"{place}: query {quoted(name)} has no text; take it out")
         asked[name] = row["text"]
     judged = _judgements(qrels, passages, asked)
     return Collection(passages, {name: text for name, text in asked.items() if name in judged}, judged)
 
 
-def _rows(path: _Readable) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Place, id and content of every line."""
-    found = False
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{place}: not JSON ({error}); write one JSON object a line") from error
+def _rows(path: Traversable) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Place, id and content of every row."""
+    found: set[str] = set()
+    for place, row in read_rows(path, "", f"a collection has {_FORM}"):
         if not isinstance(row, dict) or row.get("_id") is None or not isinstance(row.get("text"), str):
             raise UserError(f'{place}: no \'_id\' and \'text\'; write {{"_id": "...", "text": "..."}}')
-        found = True
-        yield place, _name(place, row["_id"]), row
+        name = _name(place, row["_id"])
+        check_new(place, name, found)
+        found.add(name)
+        yield place, name, row
     if not found:
         raise UserError(f"{path} is empty; a collection has {_FORM}")
 
 
-def _judgements(path: _Readable, passages: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, int]]:
+def _judgements(path: Traversable, passages: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, int]]:
     judged: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(csv.reader(_text(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-        if not row or (number == 1 and row[-1:] == ["score"]):
+    for number, line in enumerate(read_text(path, "", f"a collection has {_FORM}").splitlines(), 1):
+        row = line.split("\t")
+        if not line or (number == 1 and row[-1] == "score"):
             continue
         place = f"{path}, line {number}"
         try:
@@ -131,11 +117,15 @@ def _judgements(path: _Readable, passages: dict[str, str], queries: dict[str, st
         except (IndexError, ValueError) as error:
             raise UserError(f"{place}: not query-id, corpus-id and a whole score with tabs between them") from error
         if query not in queries:
-            raise UserError(f"{place}: query {query!r} is not among the queries; take the line out or add the query")
+            raise UserError(
+                f"{place}: query {quoted(query)} is not among the queries; take the line out or add the query"
+            )
         if passage not in passages:
-            raise UserError(f"{place}: passage {passage!r} is not in the corpus; take the line out or add the passage")
+            raise UserError(
+                f"{place}: passage {quoted(passage)} is not in the corpus; take the line out or add the passage"
+            )
         if passage in judged.setdefault(query, {}):
-            raise UserError(f"{place}: passage {passage!r} is judged twice for query {query!r}; keep one")
+            raise UserError(f"{place}: passage {quoted(passage)} is judged twice for query {quoted(query)}; keep one")
         judged[query][passage] = grade
     if not any(grade > 0 for grades in judged.values() for grade in grades.values()):
         raise UserError(f"{path} names no relevant passage; a line is query-id, corpus-id and a score above 0")
@@ -146,14 +136,6 @@ def _name(place: str, value: object) -> str:
     name = str(value)
     if not name or name.split() != [name]:
         raise UserError(
-            f"{place}: the id {name!r} is empty or has a blank in it, which run files cannot hold; rename it"
+            f"{place}: the id {quoted(name)} is empty or has a blank in it, which run files cannot hold; rename it"
         )
     return name
-
-
-def _text(path: _Readable) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {reason}; a collection has {_FORM}") from error

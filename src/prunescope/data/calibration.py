@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from prunescope.cache import remembered
-from prunescope.errors import UserError
+from prunescope.data.jsonl import holds_rows, read_rows, read_text
+from prunescope.errors import UserError, first_line
 from prunescope.models.generating import Sampling, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.hub import one_try
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console, progress
 
 __all__ = ["SELF", "Calibration", "calibration_tokens", "perplexity_tokens"]
@@ -126,7 +128,7 @@ def perplexity_tokens(
     Raises:
         UserError: no such file, or fewer than two tokens.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"perplexity file {source}: no such file; give a text, JSON or JSONL file")
     text = "\n\n".join(_file_texts(path, "perplexity"))
@@ -176,11 +178,11 @@ def _token_stream(loaded: LoadedModel, texts: Iterator[str], wanted: int, source
 
 
 def _texts(source: str) -> Iterator[str]:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         yield from _file_texts(path)
         return
-    if path.suffix in (".txt", ".json", ".jsonl") or source.startswith((".", "/", "~")):
+    if path.suffix == ".txt" or holds_rows(path) or source.startswith((".", "/", "~")):
         raise UserError(
             f"calibration file {source}: no such file; give a text, JSON or JSONL file, a data set id, or {SELF}"
         )
@@ -188,24 +190,15 @@ def _texts(source: str) -> Iterator[str]:
 
 
 def _file_texts(path: Path, what: str = "calibration") -> Iterator[str]:
-    try:
-        content = path.read_text("utf-8-sig")
-        if path.suffix == ".json":
-            rows = json.loads(content)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-        else:
-            yield content
-            return
-        rows = rows if isinstance(rows, list) else [rows]
-        texts = [row if isinstance(row, str) else row["text"] for row in rows]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a 'text' that is not a string")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{what} file {path} cannot be read ({type(error).__name__}: {error}); JSON rows need a field 'text'"
-        ) from error
-    yield from texts
+    form = "give a text, JSON or JSONL file in UTF-8"
+    if not holds_rows(path):
+        yield read_text(path, f"{what} file", form)
+        return
+    for place, row in read_rows(path, f"{what} file", form):
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise UserError(f"{what} file {place}: no text; JSON rows need a field 'text'")
+        yield text
 
 
 def _hub_texts(name: str) -> Iterator[str]:
@@ -213,8 +206,10 @@ def _hub_texts(name: str) -> Iterator[str]:
 
     dataset_id, options = _HUB.get(name, (name, {}))
     try:
-        rows: Any = datasets.load_dataset(dataset_id, split="train", streaming=True, **options)
-        for row in rows:
+        with one_try():
+            rows: Any = iter(datasets.load_dataset(dataset_id, split="train", streaming=True, **options))
+            first = list(islice(rows, 1))
+        for row in chain(first, rows):
             if "text" not in row:
                 raise UserError(
                     f"calibration data set {name} has no column 'text' but {', '.join(row)}; save its texts as JSONL and give that file"
@@ -223,7 +218,6 @@ def _hub_texts(name: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # the hub, the network and the data set's format each have exceptions of their own
-        first = next(iter(str(error).splitlines()), "")[:200]
         raise UserError(
-            f"calibration data set {name} cannot be read: {type(error).__name__}: {first}; check the id and the network, or give a file, or {SELF}"
+            f"calibration data set {name} cannot be read: {type(error).__name__}: {first_line(error)}; check the id and the network, or give a file, or {SELF}"
         ) from error

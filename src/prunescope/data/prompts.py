@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from prunescope.data.jsonl import check_new, holds_rows, read_rows, read_text
 from prunescope.errors import UserError
 
 __all__ = ["Prompt", "read_prompts"]
+
+_WHAT, _FORM = "prompts file", "give a UTF-8 text or JSONL file"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Prompt:
 
 
 def read_prompts(source: str | Path | None = None) -> list[Prompt]:
-    """Read JSONL with ``prompt`` and, if wanted, ``id`` and ``kind``; any other file is one prompt a line.
+    """Read JSONL, or a JSON array, with ``prompt`` and, if wanted, ``id`` and ``kind``; any other file is one prompt a line.
 
     Args:
         source: the file, or None for the 15 shipped prompts (multiple choice, arithmetic word problems, open-ended).
@@ -28,34 +31,24 @@ def read_prompts(source: str | Path | None = None) -> list[Prompt]:
         UserError: no such file, no prompt in it, or a line that is not as said.
     """
     if source is None:
-        return _parse_jsonl((files("prunescope.data") / "prompts.jsonl").read_text("utf-8"), "the shipped prompts")
-    path = Path(source)
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts file {path} cannot be read: {getattr(error, 'strerror', None) or error}; give a UTF-8 text or JSONL file"
-        ) from error
-    prompts = _parse_jsonl(text, str(path)) if path.suffix in (".jsonl", ".ndjson", ".json") else _parse_lines(text)
+        return _prompts(files("prunescope.data") / "prompts.jsonl")
+    path = Path(source).expanduser()
+    if holds_rows(path):
+        prompts = _prompts(path)
+    else:
+        lines = filter(str.strip, read_text(path, _WHAT, _FORM).splitlines())
+        prompts = [Prompt(line, str(i)) for i, line in enumerate(lines)]
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompt; write one a line, or JSONL with a field 'prompt'")
     return prompts
 
 
-def _parse_lines(text: str) -> list[Prompt]:
-    return [Prompt(line, str(i)) for i, line in enumerate(filter(str.strip, text.splitlines()))]
-
-
-def _parse_jsonl(text: str, where: str) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}, line {number}: not JSON ({error}); write one JSON object a line") from error
+def _prompts(file: Traversable) -> list[Prompt]:
+    found: dict[str, Prompt] = {}
+    for place, row in read_rows(file, _WHAT, _FORM):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise UserError(f'{where}, line {number}: no \'prompt\' with a text; write {{"prompt": "..."}}')
-        prompts.append(Prompt(row["prompt"], str(row.get("id", len(prompts))), str(row.get("kind", "custom"))))
-    return prompts
+            raise UserError(f'{place}: no \'prompt\' with a text; write {{"prompt": "..."}}')
+        name = str(row.get("id", len(found)))
+        check_new(place, name, found)
+        found[name] = Prompt(row["prompt"], name, str(row.get("kind", "custom")))
+    return list(found.values())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from typing import Literal
 
+from prunescope.data.jsonl import check_new, quoted, read_rows, read_text
 from prunescope.errors import UserError
 
 __all__ = ["Question", "Template", "cue_prompt", "option_strings", "question_text", "read_questions"]
 
 Template = Literal["cue", "paper", "chat"]
+_WHAT, _FORM = "questions file", "give JSONL or MMLU CSV in UTF-8"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read_questions(
     """Questions, and of each subject the solved examples that go before them.
 
     Args:
-        source: None for the shipped 72; a JSONL file with ``question``, ``choices``, ``answer`` (index or letter) and, if wanted, ``id`` and
+        source: None for the shipped 72; a JSONL file (or a JSON array) with ``question``, ``choices``, ``answer`` (index or letter) and, if wanted, ``id`` and
             ``subject``; an MMLU CSV file; or a folder with ``test/*_test.csv`` and, for shots, ``dev/*_dev.csv``. CSV rows are
             question, choices and answer, with a header (``question,choice0,...,answer``) or without (the original files).
         shots: solved examples a question, the first ones of the subject's dev file.
@@ -88,9 +90,8 @@ def read_questions(
         what = "--shots" if shots else "--subjects"
         raise UserError(f"{what} needs a folder of MMLU CSV files with test/ and dev/; give it with --questions")
     if path is None:
-        lines = (files("prunescope.data") / "questions.jsonl").read_text("utf-8")
-        return list(_jsonl_rows(lines, "the shipped questions")), {}
-    found = list(_jsonl_rows(_text(path), str(path)))
+        return _json_questions(files("prunescope.data") / "questions.jsonl"), {}
+    found = _json_questions(path)
     if not found:
         raise UserError(f"questions file {path} holds no question; write JSONL with question, choices and answer")
     return found, {}
@@ -124,7 +125,10 @@ def _examples(folder: Path, subjects: Sequence[str], shots: int) -> dict[str, li
 
 
 def _csv_rows(path: Path, subject: str) -> Iterator[Question]:
-    rows = list(csv.reader(_text(path).splitlines(keepends=True)))
+    try:
+        rows = list(csv.reader(read_text(path, _WHAT, _FORM).splitlines(keepends=True)))
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error}); give an MMLU CSV file") from error
     header = bool(rows) and rows[0][0] == "question" and rows[0][-1] == "answer"
     if len(rows) <= header:
         raise UserError(f"{path} holds no question; give an MMLU CSV file")
@@ -135,28 +139,18 @@ def _csv_rows(path: Path, subject: str) -> Iterator[Question]:
         yield _question(where, f"{subject}-{number}", row[0], row[1:-1], row[-1], subject, published=True)
 
 
-def _jsonl_rows(text: str, where: str) -> Iterator[Question]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{where}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{place}: not JSON ({error}); write one JSON object a line") from error
+def _json_questions(file: Traversable) -> list[Question]:
+    found: dict[str, Question] = {}
+    for number, (place, row) in enumerate(read_rows(file, _WHAT, _FORM), 1):
         if not isinstance(row, dict):
             raise UserError(f"{place}: not a JSON object; write question, choices and answer")
         missing = [key for key in ("question", "choices", "answer") if row.get(key) is None]
         if missing:
             raise UserError(f"{place}: no {missing[0]!r}; write question, choices and answer")
-        yield _question(
-            place,
-            str(row.get("id", number)),
-            row["question"],
-            row["choices"],
-            row["answer"],
-            str(row.get("subject") or ""),
-        )
+        name, subject = str(row.get("id", number)), str(row.get("subject") or "")
+        check_new(place, name, found)
+        found[name] = _question(place, name, row["question"], row["choices"], row["answer"], subject)
+    return list(found.values())
 
 
 def _question(
@@ -171,7 +165,7 @@ def _question(
         raise UserError(f"{where}: {len(choices)} choices; give 2 to {len(ascii_uppercase)}")
     if len({choice.strip() for choice in choices}) < len(choices) and not published:
         twice = next(choice for choice in choices if [other.strip() for other in choices].count(choice.strip()) > 1)
-        raise UserError(f"{where}: the option {twice.strip()[:40]!r} stands there twice; options must differ")
+        raise UserError(f"{where}: the option {quoted(twice.strip())} stands there twice; options must differ")
     return Question(name, text, tuple(choices), _answer(where, answer, len(choices)), subject)
 
 
@@ -189,11 +183,3 @@ def _answer(where: str, answer: object, count: int) -> int:
         last = ascii_uppercase[count - 1]
         raise UserError(f"{where}: the answer {text[:20]!r} is out of range; give 0 to {count - 1} or A to {last}")
     return index
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"questions file {path} cannot be read: {reason}; give JSONL or MMLU CSV in UTF-8") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prunescope.data.prompts import Prompt
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 __all__ = ["chat_text", "check_tokens", "encode", "tokens_with_options"]
 

@@ -10,8 +10,8 @@ from prunescope.data.calibration import calibration_tokens
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.anatomy import KINDS
-from prunescope.prune.select import Order, ScoreOn, Target, check_choice, choose
-from prunescope.report.terminal import show_scores
+from prunescope.prune.select import DropTarget, Order, ScoreOn, check_choice, choose_sublayers
+from prunescope.report.terminal.pruning import show_scores
 from prunescope.results import DropResult
 
 __all__ = ["DropOptions", "run"]
@@ -22,7 +22,7 @@ class DropOptions(Options):
     """See `prunescope.drop`."""
 
     model: Model
-    target: Target
+    target: DropTarget
     n: int
     format: Literal["recipe", "zeroed", "compact"]
     order: Order
@@ -50,7 +50,7 @@ def run(options: DropOptions) -> DropResult:
         dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed,
         batch_size=options.batch_size or 32, cache=cache,
     )  # fmt: skip
-    choice = choose(
+    choice = choose_sublayers(
         dense, calibration, target, n, order=options.order, iterative=options.iterative, score_on=options.score_on,
         batch_size=options.batch_size or 8, cache=cache,
     )  # fmt: skip

@@ -17,16 +17,17 @@ import pyarrow as pa
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.references import is_drop, read_target
 from prunescope.progress import console
-from prunescope.report.scores import show_scores_of_tasks
+from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
 from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record
-from prunescope.stats_paired import compare_scores
 from prunescope.tasks import quick
-from prunescope.tasks.evaluate import ITEMS_SCHEMA, at_floor, evaluate_model, expand_tasks
+from prunescope.tasks.evaluate import evaluate_model, expand_tasks
 from prunescope.tasks.harness import check_tasks, file_name, write_harness
+from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["EvaluateOptions", "run"]
 
@@ -54,10 +55,10 @@ class EvaluateOptions(Options):
     def check(self) -> None:
         if not self.models:
             raise UserError("evaluate needs a model: prunescope evaluate MODEL... --tasks quick")
-        if _spec(self.models[0]) is not None:
+        if is_drop(self.models[0]):
             raise UserError(f"{self.models[0]}: the first model is the dense one; a drop: goes behind it")
         for ref in self.models[1:]:
-            _spec(ref)
+            read_target(ref)
         super().check()
         if self.data is not None and not Path(self.data).expanduser().is_dir():
             raise UserError(f"--data {self.data}: no such folder")
@@ -131,13 +132,6 @@ def run(options: EvaluateOptions) -> EvaluateResult:
     return result
 
 
-def _spec(ref: Model) -> DropSpec | None:
-    """What a ``drop:`` names, None for a model. Raises UserError for one that cannot be read."""
-    if isinstance(ref, str) and ref.startswith("drop:"):
-        return DropSpec.parse(ref.removeprefix("drop:"))
-    return None
-
-
 def _labels(refs: Sequence[Model]) -> list[str]:
     """What each model is called in the tables: as the user wrote it, numbered where that is twice the same."""
     labels: list[str] = []
@@ -160,11 +154,11 @@ def _model(dense: LoadedModel, ref: Model, number: int, loading: LoadOptions) ->
     """The dense model, the dense one with sublayers dropped, or another, which is freed when the block ends."""
     if number == 0:
         yield dense
-    elif (spec := _spec(ref)) is not None:
-        with dense.dropping(spec):
+    elif isinstance(target := read_target(ref), DropSpec):
+        with dense.dropping(target):
             yield dense
     else:
-        loaded = loading.load_other(ref)
+        loaded = loading.load_other(target)
         yield loaded
         del loaded
         gc.collect()

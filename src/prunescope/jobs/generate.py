@@ -15,7 +15,7 @@ from prunescope.data.tokens import encode
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
 from prunescope.models.generating import Sampling, end_tokens
-from prunescope.report.terminal import show_generation
+from prunescope.report.terminal.comparing import show_generation
 from prunescope.results import GenerateResult
 from prunescope.runs.provenance import run_record
 

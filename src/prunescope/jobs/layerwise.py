@@ -13,7 +13,7 @@ from prunescope.data.tokens import encode
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
 from prunescope.models.generating import Sampling
-from prunescope.report.terminal import show_layerwise
+from prunescope.report.terminal.comparing import show_layerwise
 from prunescope.results import LayerwiseResult
 from prunescope.runs.provenance import run_record
 

@@ -14,7 +14,7 @@ from prunescope.data.questions import Template, read_questions
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
-from prunescope.report.terminal import show_mcq
+from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
 from prunescope.runs.provenance import run_record
 

@@ -18,7 +18,7 @@ from prunescope.progress import console
 from prunescope.runs.folder import Run, check_free, open_run, require_space, staged
 
 if TYPE_CHECKING:
-    from prunescope.models.loading import LoadedModel
+    from prunescope.models.loaded import LoadedModel
 
 __all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "listed"]
 
@@ -58,20 +58,25 @@ class LoadOptions(Group):
     device: str
     revision: str | None  # of the dense model
     trust_remote_code: bool
+    adapter: str | None = None  # to merge into the dense model
+
+    def config(self) -> dict[str, Any]:
+        return {name: value for name, value in super().config().items() if name != "adapter" or value is not None}
 
     def load(self, ref: Model, *, headless: bool = False) -> LoadedModel:
         """The dense model, which ``revision`` is of."""
-        return self._load(ref, self.revision, headless)
+        return self._load(ref, self.revision, self.adapter, headless)
 
     def load_other(self, ref: Model, *, headless: bool = False) -> LoadedModel:
         """Any other model."""
-        return self._load(ref, None, headless)
+        return self._load(ref, None, None, headless)
 
-    def _load(self, ref: Model, revision: str | None, headless: bool) -> LoadedModel:
+    def _load(self, ref: Model, revision: str | None, adapter: str | None, headless: bool) -> LoadedModel:
         from prunescope.models.loading import load_model
 
         return load_model(
-            ref, dtype=self.dtype, device=self.device, revision=revision, trust_remote_code=self.trust_remote_code, headless=headless
+            ref, dtype=self.dtype, device=self.device, revision=revision, adapter=adapter, trust_remote_code=self.trust_remote_code,
+            headless=headless,
         )  # fmt: skip
 
 

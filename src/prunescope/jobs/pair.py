@@ -11,7 +11,8 @@ from prunescope.compare.context import check_comparable, check_pair
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.references import read_target
 
 __all__ = ["Pair"]
 
@@ -35,11 +36,9 @@ class Pair:
         Raises:
             UserError: whatever is wrong with either, or the two do not go together.
         """
-        spec = None
-        if isinstance(target, str) and target.startswith("drop:"):
-            spec = DropSpec.parse(target.removeprefix("drop:"))  # complains before anything is loaded
+        spec = read_target(target)  # complains before anything is loaded
         base = options.load(dense, headless=headless)
-        other = spec if spec is not None or target is None else options.load_other(target, headless=headless)
+        other = spec if spec is None or isinstance(spec, DropSpec) else options.load_other(spec, headless=headless)
         (check_comparable if blocks else check_pair)(base, other)  # type: ignore[arg-type]
         return cls(base, other)
 

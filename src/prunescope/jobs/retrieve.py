@@ -16,7 +16,7 @@ from prunescope.data.beir import Collection, read_collection
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
-from prunescope.report.figures.retrieval import show_retrieval
+from prunescope.report.terminal.comparing import show_retrieval
 from prunescope.results import RetrieveResult
 from prunescope.runs.provenance import run_record
 

@@ -22,20 +22,22 @@ from prunescope.data.calibration import SELF, Calibration, calibration_tokens, p
 from prunescope.errors import UserError, first_line
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.blockwise import StreamedModel, stream_model
-from prunescope.models.loading import RECORD, LoadedModel
-from prunescope.prune.blocks import Method, Plan, Pruned, has_fused_experts, make_plan, owl_sparsities, prune_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.record import RECORD
+from prunescope.prune.blocks import Pruned, prune_model
 from prunescope.prune.calibrate import overflow
 from prunescope.prune.checkpoint import reports
 from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
-from prunescope.report.terminal import show_plan, show_sparsified
+from prunescope.prune.owl import owl_sparsities
+from prunescope.prune.plan import Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.report.terminal.pruning import show_plan, show_sparsified
 from prunescope.results import SparsifyResult
 from prunescope.runs.folder import require_space, staged, write_config, write_json
 from prunescope.runs.provenance import device_name, versions
 
 __all__ = ["SparsifyOptions", "run"]
 
-_TOKENS_AT_A_TIME, _TOKENS_ON_GPU = 2048, 8192
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
@@ -154,7 +156,7 @@ def _prune(
 ) -> dict[str, Any]:
     """Everything into ``staging``; gives the record that is written there."""
     streamed = _open(options, staging / "scratch")
-    batch_size = _batch(options, streamed, _length(options, streamed))
+    batch_size = samples_at_a_time(streamed, _length(options, streamed), options.batch_size)
     goal = options.goal
     make_plan(streamed, options.method, goal, overrides=overrides, **options.planning())  # complains before any work
     calibration, windows = _texts(options, streamed)
@@ -174,7 +176,9 @@ def _prune(
             staging,
             perplexity=windows,
             batch_size=batch_size,
-            perplexity_batch_size=1 if windows is None else _batch(options, streamed, windows.shape[1]),
+            perplexity_batch_size=1
+            if windows is None
+            else samples_at_a_time(streamed, windows.shape[1], options.batch_size),
             limit=limit,
         )
     except FloatingPointError as error:
@@ -252,12 +256,6 @@ def _open(options: SparsifyOptions, scratch: Path) -> StreamedModel:
 def _length(options: SparsifyOptions, streamed: StreamedModel) -> int:
     """Tokens of a calibration sample."""
     return int(options.seq_len or min(256 if options.calibration == SELF else 2048, streamed.loaded.context or 2048))
-
-
-def _batch(options: SparsifyOptions, streamed: StreamedModel, length: int) -> int:
-    """Samples at a time; one where experts are fused, since which rows an expert gets must not depend on the batch."""
-    tokens = _TOKENS_ON_GPU if streamed.device.type == "cuda" else _TOKENS_AT_A_TIME
-    return 1 if has_fused_experts(streamed) else int(options.batch_size or max(1, tokens // length))
 
 
 def _texts(options: SparsifyOptions, streamed: StreamedModel) -> tuple[Calibration | None, Tensor | None]:
@@ -351,7 +349,7 @@ def _key(
 def _record(
     options: SparsifyOptions,
     streamed: StreamedModel,
-    plan: Plan,
+    plan: PruningPlan,
     calibration: Calibration | None,
     pruned: Pruned,
     key: str,
@@ -388,7 +386,7 @@ def _record(
     }
 
 
-def _overall(plan: Plan, rows: list[dict[str, Any]]) -> float:
+def _overall(plan: PruningPlan, rows: list[dict[str, Any]]) -> float:
     """Share of zero weights in the pruned matrices; of neurons removed for `structured`."""
     if plan.method == "structured":
         return float(sum(row["removed"] for row in rows) / sum(row["neurons"] for row in rows))
@@ -417,7 +415,7 @@ def _dry_run(options: SparsifyOptions, overrides: Mapping[str, Goal], folder: Pa
     length = _length(options, streamed)
     default = 32 if options.calibration == SELF else 128
     samples = 0 if options.calibration == "none" else options.samples or default
-    tokens_at_a_time = _batch(options, streamed, length) * length
+    tokens_at_a_time = samples_at_a_time(streamed, length, options.batch_size) * length
     found = estimate(streamed, plan, samples * length, tokens_at_a_time, options.memory_mb * 2**20)
     record = {"method": plan.method, "perplexity": None} | found | {"config": options.config()}
     show_plan(record)

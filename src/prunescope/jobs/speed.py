@@ -11,12 +11,14 @@ import pyarrow as pa
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.dropping import DropSpec
+from prunescope.models.references import is_drop, read_target
 from prunescope.models.semistructured import check_kernels
 from prunescope.progress import progress
-from prunescope.report.terminal import show_speed
+from prunescope.report.terminal.scoring import show_speed
 from prunescope.results import SpeedResult
 from prunescope.runs.provenance import run_record
-from prunescope.speed.measure import Measured, check_length, forget, measure, notes, rows_of, short, time_again
+from prunescope.speed.measure import Measured, Workload, check_length, forget, measure, time_again
+from prunescope.speed.rows import notes, rows_of, short
 from prunescope.speed.timing import measure_rates
 
 __all__ = ["SpeedOptions", "run"]
@@ -40,7 +42,7 @@ class SpeedOptions(Options):
         if not self.models:
             raise UserError("speed needs at least one model, for example smollm2-135m drop:attn=3,5")
         names = self.names
-        if names[0].startswith("drop:"):
+        if is_drop(names[0]):
             raise UserError(f"{names[0]}: sublayers are dropped from the first model; name that model first")
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
@@ -65,18 +67,23 @@ class SpeedOptions(Options):
         except ValueError:
             return []
 
+    @property
+    def workload(self) -> Workload:
+        sizes = tuple(self.batch_sizes)
+        return Workload(sizes, self.length, self.max_new_tokens, self.repeats, self.seed, self.sparse_kernels)
+
 
 def run(options: SpeedOptions) -> SpeedResult:
     started = time.monotonic()
     options.check()
-    names, config = options.names, options.config()
+    names, workload = options.names, options.workload
     found: dict[int, Measured] = {}
     descriptions: dict[int, dict[str, Any]] = {}
     first = options.loading.load(options.models[0])
     device, dtype = first.device, first.dtype
     if options.sparse_kernels:
         check_kernels(device, dtype)
-    specs = {i: DropSpec.parse(ref.removeprefix("drop:")) for i, ref in enumerate(names) if ref.startswith("drop:")}
+    specs = {i: spec for i, ref in enumerate(options.models) if isinstance(spec := read_target(ref), DropSpec)}
     for spec in specs.values():
         spec.check(len(first.anatomy))
     with options.output.staged() as staging, progress(f"{len(names)} models", len(names)) as advance:
@@ -84,12 +91,12 @@ def run(options: SpeedOptions) -> SpeedResult:
         for i in [0, *specs, *(i for i in range(1, len(names)) if i not in specs)]:
             advance.note(names[i])
             loaded = first if i == 0 or i in specs else options.loading.load_other(options.models[i])
-            check_length(loaded, config)
+            check_length(loaded, workload)
             with loaded.dropping(specs.get(i, DropSpec())):
                 descriptions[i] = loaded.describe()
-                found[i] = measure(loaded, names[i], config, options.batch_sizes)
+                found[i] = measure(loaded, names[i], workload)
             if i and i == max(specs, default=0):
-                time_again(loaded, found[0], config)
+                time_again(loaded, found[0], workload)
             del loaded
             if i == max(specs, default=0):  # nothing more is dropped from the first
                 del first
@@ -100,9 +107,9 @@ def run(options: SpeedOptions) -> SpeedResult:
             raise UserError(
                 f"--sparse-kernels: none of {', '.join(names)} has 2:4 weights; make some with sparsify --pattern 2:4, or leave it out"
             )
-        rows = [row for one in measured for row in rows_of(one, measured[0], rates, config)]
+        rows = [row for one in measured for row in rows_of(one, measured[0], rates, workload)]
         info = {
-            **run_record("speed", config, device, [descriptions[i] for i in range(len(names))], started),
+            **run_record("speed", options.config(), device, [descriptions[i] for i in range(len(names))], started),
             "dtype": str(dtype).removeprefix("torch."),
             "rates": {"bytes_per_s": rates.bytes_per_s, "operations_per_s": rates.operations_per_s},
             "notes": {one.name: notes(one.facts) for one in measured},

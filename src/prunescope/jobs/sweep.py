@@ -21,20 +21,20 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
-from prunescope.prune.masks import Goal
 from prunescope.prune.select import check_choice, drop_orders, spec_of
+from prunescope.report.terminal.sweep import show_sweep
 from prunescope.results import SweepResult
 from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record, versions
-from prunescope.sweep.bench import Bench, Plan
+from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import write_texts
 from prunescope.sweep.points import Point, read_points
-from prunescope.sweep.tables import Measured, assemble, show, split
-from prunescope.sweep.workers import measure_spread, require_ray
+from prunescope.sweep.tables import Measured, assemble, split
+from prunescope.sweep.workers import measure_on_workers, require_ray
 from prunescope.tasks.evaluate import expand_tasks
 
 __all__ = ["SweepOptions", "run"]
@@ -117,7 +117,7 @@ def run(options: SweepOptions) -> SweepResult:
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
             "steps": sum(len(text.continuation) for text in plan.texts),
             "calibration": calibration.describe(),
-            "noise_floor": bench.yardstick.floor(dense),
+            "noise_floor": bench.reference.floor(dense),
             "points_asked": [point.name for point in points],
         }
 
@@ -141,7 +141,7 @@ def run(options: SweepOptions) -> SweepResult:
         found = result(complete=True)
         if staging is not None:
             found.write(staging)
-    show(found.info, found.all_tables)
+    show_sweep(found.info, found.table(), found.summary)
     options.output.say_written()
     return found
 
@@ -156,8 +156,7 @@ def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
         if point.dropped:
             check_choice(dense, point.series, point.n or 0, "discrete", False, "stream")  # type: ignore[arg-type]
         elif point.method is not None:
-            goal = Goal.parse(point.pattern) if point.pattern else Goal(point.sparsity or 0.0)
-            check_prunable(dense, point.method, goal)  # type: ignore[arg-type]
+            check_prunable(dense, point.method, point.goal)  # type: ignore[arg-type]
 
 
 # --- stages ------------------------------------------------------------------------------------------------------------
@@ -169,12 +168,12 @@ def _plan(
     points: Sequence[Point],
     prompts: Sequence[list[int]],
     calibration: Calibration,
-) -> Plan:
+) -> SweepPlan:
     """What the points need, found once: the order in which sublayers go, the texts to compare on."""
     targets: list[Any] = list(dict.fromkeys(point.series for point in points if point.dropped))
     orders = drop_orders(dense, calibration, targets, cache=options.cache_folder) if targets else {}
     specs = {p.name: spec_of(orders[p.series][: p.n]) if p.dropped else DropSpec() for p in points}
-    return Plan(
+    return SweepPlan(
         tasks=listed(options.tasks),
         evaluation={
             **{
@@ -193,7 +192,7 @@ def _plan(
 def _measure(
     options: SweepOptions,
     bench: Bench,
-    plan: Plan,
+    plan: SweepPlan,
     todo: Sequence[Point],
     done: Callable[[Point, Measured], None],
     total: int,
@@ -215,7 +214,7 @@ def _measure(
 
     if options.spread:
         model = {"ref": bench.loaded.ref, **options.loading.config()}
-        measure_spread(todo, model, plan, workers=options.workers, address=options.ray_address, done=say)
+        measure_on_workers(todo, model, plan, workers=options.workers, address=options.ray_address, done=say)
         return
     for number, point in enumerate(todo):
         elapsed = time.monotonic() - started

@@ -7,6 +7,7 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models import loading
+from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
 from prunescope.models.gguf import dequantise
-from prunescope.models.loading import RECORD, LoadedModel, read_record
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.record import config_drop_lists, layers_of, read_record
+from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
@@ -125,27 +129,33 @@ def stream_model(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
     Args:
         ref: as `load_model` takes it, but a recipe. A `.gguf` file is dequantised into ``scratch``, a tensor at a time.
-        scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models).
-        dtype, device, revision, trust_remote_code: as in `load_model`; the dtype is that of the computation.
+        scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models), and for the
+            whole model with an adapter merged, which is in memory for a moment.
+        dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
-    torch_device = loading._device(device)
-    torch_dtype: Any = loading._dtype(dtype, torch_device)
-    ref = str(Path(ref).expanduser()) if ref.startswith("~") else ref
+    torch_device = choose_device(device)
+    torch_dtype: Any = choose_dtype(dtype, torch_device)
+    ref = expand_user(ref)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         raise UserError(
             f"{ref}: a recipe has no weights of its own; write it with drop --format zeroed or compact, and give that"
         )
-    source, options, identity = loading._resolve(ref, revision)
-    if "gguf_file" in options:
+    base, found = with_adapter(ref, adapter)
+    source, options, identity = resolve(base, revision)
+    if found is not None:
+        folder = _merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
+        identity |= found.identity
+    elif "gguf_file" in options:
         folder = dequantise(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
         folder = Path(source)
@@ -155,7 +165,7 @@ def stream_model(
     stored = stored_tensors(folder, ref)
     opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
     model, tokenizer, weights, stored_dtype = opened
-    if loading._config_drop_lists(ref, model.config):
+    if config_drop_lists(ref, model.config):
         raise UserError(
             f"{ref}: its config.json drops sublayers; write it with drop --format zeroed or compact, and give that"
         )
@@ -169,12 +179,7 @@ def stream_model(
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
     with streamed.running():
         loaded.anatomy = find_anatomy(model)
-    loaded.layer_map = tuple(record["kept_layers"] if record else range(len(blocks)))
-    loaded.dense_layers = record["dense_layers"] if record else len(blocks)
-    if len(loaded.layer_map) != len(blocks):
-        raise UserError(
-            f"{ref}: {RECORD} names {len(loaded.layer_map)} kept layers but the weights have {len(blocks)} blocks; write the checkpoint again"
-        )
+    loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     return streamed
 
 
@@ -238,15 +243,12 @@ def _open(
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
-    if config.get("quantization_config"):
-        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
+    _check_plain(ref, config)
     placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
     options = {"trust_remote_code": trust_remote_code}
-    model, tokenizer, missing, stored_dtype = loading._from_pretrained(ref, str(folder), options, dtype, placement)
+    model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement=placement)
     if missing:
-        raise UserError(
-            f"{ref}: weights are missing, first {min(missing)} ({len(missing)} in all); the folder is incomplete or of another architecture"
-        )
+        raise missing_weights(ref, missing)
     weights = _offloaded(model)
     remove_hook_from_submodules(model)
     return model.eval(), tokenizer, weights, stored_dtype
@@ -272,14 +274,32 @@ def _snapshot(ref: str, source: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"{ref}: not found on the Hugging Face hub, or no access to it: {loading._first_line(error)}; check the id and the network"
-        ) from error
+        raise not_on_hub(ref, error) from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"
         )
     return folder
+
+
+def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, folder: Path) -> Path:
+    """A plain folder of the model with an adapter merged into it; one that is there already is left as it is."""
+    if not folder.is_dir():
+        model, tokenizer, missing, _ = from_pretrained(ref, source, options, "auto")
+        if missing:
+            raise missing_weights(ref, missing)
+        _check_plain(ref, model.config.to_dict())
+        beside = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
+        merge_adapter(ref, model, adapter).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(folder)
+    return folder
+
+
+def _check_plain(ref: str, config: dict[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
 
 
 @contextmanager

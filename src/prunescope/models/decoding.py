@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
 __all__ = ["LOOK", "Decoded", "decode", "foreign_cache", "forward_options"]
@@ -34,7 +34,7 @@ _ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels 
 
 @dataclass
 class Decoded:
-    """What a batch wrote; behind its end a text is filled with padding."""
+    """What a batch wrote; after its end a text is filled with padding."""
 
     tokens: Tensor  # (batch, steps)
     states: Tensor | None  # (steps, batch, d), what the head read
@@ -138,17 +138,15 @@ class _GroupedAttention:
 
 
 @contextmanager
-def _grouped_attention(config: Any) -> Iterator[None]:
+def _grouped_attention() -> Iterator[None]:
     """`_GroupedAttention` in place of sdpa, for the models of this process, while the block runs."""
-    own = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = own.get("sdpa")
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _GroupedAttention(ALL_ATTENTION_FUNCTIONS["sdpa"])
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _GroupedAttention(before)
     try:
         yield
     finally:
-        if before is None:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        else:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # ours; what shows now is the library's own
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:  # somebody else had replaced that
             ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
@@ -244,7 +242,7 @@ def decode(
         ends: ids that end a text; decoding stops once every text has ended.
         keep_states: return what the head read at every step.
         graph: capture the step in a CUDA graph; by default on a CUDA device.
-        mark: called by the host before it starts a step, with the step's number, and once behind the last; steps before the first marked
+        mark: called by the host before it starts a step, with the step's number, and once after the last; steps before the first marked
             one read the prompts and prepare.
     Raises:
         Exception: whatever the model, or the capture, refuses.
@@ -256,7 +254,7 @@ def decode(
         if keep_states:
             stack.enter_context(final_states(loaded, loop.found.append))
         loop.prompt()
-        stack.enter_context(_grouped_attention(loaded.model.config))
+        stack.enter_context(_grouped_attention())
         if graph and steps > 2:
             loop_stream = torch.cuda.Stream(ids.device)
             loop_stream.wait_stream(torch.cuda.current_stream(ids.device))

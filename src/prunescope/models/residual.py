@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunescope.models.anatomy import Block, Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 __all__ = ["Passage", "final_states", "substituting", "watching"]
 

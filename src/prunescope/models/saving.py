@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Sublayer, first_output, hooks
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import RECORD, LoadedModel
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.record import RECORD
 
 __all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_dropped"]
 

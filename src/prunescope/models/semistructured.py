@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.errors import UserError, first_line
+from prunescope.models.loaded import LoadedModel
 
 __all__ = ["check_kernels", "inner_tensors", "is_two_four", "two_four_layers", "using_kernels"]
 
@@ -78,8 +78,9 @@ def using_kernels(loaded: LoadedModel) -> Iterator[list[str]]:
                 try:
                     sparse = torch.sparse.to_sparse_semi_structured(dense.detach())
                 except (RuntimeError, ValueError, NotImplementedError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise UserError(f"--sparse-kernels: PyTorch refuses {name} ({reason}); leave it out") from error
+                    raise UserError(
+                        f"--sparse-kernels: PyTorch refuses {name} ({first_line(error)}); leave it out"
+                    ) from error
             module.weight = nn.Parameter(sparse, requires_grad=False)
             module.forward = partial(_in_rows, module)  # type: ignore[method-assign]
             waiting.append((module, dense, dense.detach().cpu()))

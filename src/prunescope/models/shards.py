@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
+from prunescope.files import replacing
 
 __all__ = ["DTYPES", "INDEX", "Stored", "read_header", "stored_tensors", "write_shard"]
 
@@ -98,8 +99,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
         position += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("wb") as out:
+    with replacing(path) as beside, beside.open("wb") as out:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for tensor in tensors.values():
@@ -109,7 +109,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
                 out.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         out.flush()
         os.fsync(out.fileno())
-    beside.replace(path)
 
 
 def _copy(tensor: Stored, out: Any) -> None:

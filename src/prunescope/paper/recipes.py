@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from prunescope import commands
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
+from prunescope.files import replacing
 from prunescope.progress import console
 from prunescope.runs import folder as results
 
@@ -75,7 +76,7 @@ def read_recipe(path: str | os.PathLike[str], model: str | None = None, tasks: s
                 raise TypeError("a value of the paper needs model, point, task, value and source")
             recipe = replace(recipe, paper=paper)
     except (OSError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no recipe: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is no recipe: {first_line(error)}") from error
     for name, step in recipe.steps.items():
         if step.get("command") not in _COMMANDS:
             raise UserError(f"{path}: step {name} has no command among {', '.join(_COMMANDS)}")
@@ -154,8 +155,8 @@ def write_page(done: Sequence[tuple[Recipe, Mapping[str, Path]]], root: Path) ->
     template = (files("prunescope.report.page") / "recipes.html.jinja").read_text("utf-8")
     page = Environment(autoescape=True).from_string(template).render(sections=sections)
     path = root / "index.html"
-    path.with_suffix(".writing").write_text(page, "utf-8")
-    path.with_suffix(".writing").replace(path)
+    with replacing(path) as beside:
+        beside.write_text(page, "utf-8")
     return path
 
 

@@ -48,6 +48,15 @@ class InputStatistic:
         self.rows = torch.zeros(0, width, device=device)
         self._mirrored = not gram
 
+    @classmethod
+    def uniform(cls, weight: Tensor, *, gram: bool) -> InputStatistic:
+        """Stands in for the inputs of a matrix ``(out, in)`` that no token reached: every input alike."""
+        statistic = cls(weight.shape[1], weight.device, gram=gram)
+        statistic.squares.fill_(1)
+        if statistic.gram is not None:
+            statistic.gram.diagonal().fill_(1)
+        return statistic
+
     def add(self, x: Tensor, sampled: Tensor | None = None) -> None:
         """Add rows ``x`` ``(tokens, n)``; ``sampled`` are those of them to keep."""
         self.tokens += len(x)

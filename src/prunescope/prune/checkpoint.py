@@ -18,7 +18,7 @@ from prunescope.models.blockwise import StreamedModel, is_weights
 from prunescope.models.shards import INDEX, Stored, read_header, write_shard
 from prunescope.runs.folder import write_json
 
-__all__ = ["finish", "finished_parts", "part", "report", "reports", "write_part"]
+__all__ = ["finish", "finished_blocks", "report_of_block", "reports", "shard_of_block", "write_block"]
 
 
 def reports(folder: Path) -> Path:
@@ -26,24 +26,24 @@ def reports(folder: Path) -> Path:
     return folder / "part-reports"
 
 
-def part(folder: Path, layer: int) -> Path:
+def shard_of_block(folder: Path, layer: int) -> Path:
     """Where the weights of a finished block are."""
     return folder / f"part-{layer:05d}.safetensors"
 
 
-def report(folder: Path, layer: int) -> Path:
+def report_of_block(folder: Path, layer: int) -> Path:
     """Where it says what was found for a block."""
     return reports(folder) / f"{layer:05d}.json"
 
 
-def finished_parts(folder: Path, blocks: int) -> int:
+def finished_blocks(folder: Path, blocks: int) -> int:
     """How many of the first blocks are written: the report goes before the weights, the weights are renamed when complete."""
     for layer in range(blocks):  # cut off while shards got their final names
         named = folder / _shard_name(layer + 1, blocks)
-        if named.is_file() and not part(folder, layer).exists():
-            named.rename(part(folder, layer))
+        if named.is_file() and not shard_of_block(folder, layer).exists():
+            named.rename(shard_of_block(folder, layer))
     done = 0
-    while done < blocks and part(folder, done).is_file() and report(folder, done).is_file():
+    while done < blocks and shard_of_block(folder, done).is_file() and report_of_block(folder, done).is_file():
         done += 1
     return done
 
@@ -53,7 +53,7 @@ def _shard_name(number: int, blocks: int) -> str:
     return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
+def write_block(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
     """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
     pruned = {row["name"] for row in found["rows"]}
     touched = {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
@@ -64,14 +64,14 @@ def write_part(streamed: StreamedModel, folder: Path, layer: int, found: dict[st
             source = streamed.stored[key]
             changed = name in touched or tuple(value.shape) != source.shape
             tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
-    write_json(report(folder, layer), found)
-    write_shard(part(folder, layer), dict(sorted(tensors.items())))
+    write_json(report_of_block(folder, layer), found)
+    write_shard(shard_of_block(folder, layer), dict(sorted(tensors.items())))
 
 
 def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> None:
     """Shards under their final names, what lies outside the blocks, the index, config and tokenizer."""
     blocks = len(streamed.blocks)
-    parts = [part(folder, layer) for layer in range(blocks)]
+    parts = [shard_of_block(folder, layer) for layer in range(blocks)]
     total = 0
     names = [_shard_name(i, blocks) for i in range(blocks + 1)]
     inside: dict[str, str] = {}

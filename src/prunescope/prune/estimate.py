@@ -9,12 +9,14 @@ import torch
 
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
-from prunescope.prune.blocks import Plan, removed_neurons, smaller_config
+from prunescope.prune.plan import PruningPlan, removed_neurons, smaller_config
 
 __all__ = ["estimate"]
 
 
-def estimate(streamed: StreamedModel, plan: Plan, tokens: int, tokens_at_a_time: int, limit: int) -> dict[str, Any]:
+def estimate(
+    streamed: StreamedModel, plan: PruningPlan, tokens: int, tokens_at_a_time: int, limit: int
+) -> dict[str, Any]:
     """Modules with what they would lose, bytes to write, and rough memory (bytes) and time (seconds).
 
     Time counts floating-point operations: two passes of the text, the Gram matrices, and SparseGPT's factorisation and updates, at the

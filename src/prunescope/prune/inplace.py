@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.prune.blocks import Method, has_fused_experts, make_plan, prune_block
+from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow
 from prunescope.prune.masks import Goal
+from prunescope.prune.plan import Method, has_fused_experts, make_plan, samples_at_a_time
 
 __all__ = ["DenseWeights", "check_prunable", "pruned_in_place"]
 
-_TOKENS_AT_A_TIME = 2048
 _MEMORY = 4 * 2**30
 
 
@@ -85,7 +85,7 @@ def pruned_in_place(
         dense: the weights to go back to, taken while the model was dense.
         method: magnitude, wanda or sparsegpt; structured changes shapes and does not go in place.
         tokens: calibration ``(samples, length)``.
-        batch_size: samples at a time, by default as many as make 2048 tokens; one where experts are fused.
+        batch_size: samples at a time, see `samples_at_a_time`.
         memory: bytes of hidden states to hold; more are kept in a temporary file.
     Raises:
         UserError: a pattern that does not divide a width, an unsupported architecture, activations that overflow.
@@ -95,7 +95,7 @@ def pruned_in_place(
     resident = Resident(loaded)
     plan = make_plan(resident, method, goal)
     fused = has_fused_experts(resident)
-    batch = 1 if fused else batch_size or max(1, _TOKENS_AT_A_TIME // tokens.shape[1])
+    batch = samples_at_a_time(resident, tokens.shape[1], batch_size)
     rows: list[dict[str, Any]] = []
     try:
         with TemporaryDirectory(prefix="prunescope-") as scratch, torch.no_grad(), _eager_experts(loaded, fused):

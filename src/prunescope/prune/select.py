@@ -25,24 +25,24 @@ from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, watching
 from prunescope.progress import progress
 
 __all__ = [
     "Choice",
+    "DropTarget",
     "Order",
     "ScoreOn",
     "Scores",
-    "Target",
     "check_choice",
-    "choose",
+    "choose_sublayers",
     "drop_orders",
-    "score",
+    "score_sublayers",
     "spec_of",
 ]
 
-Target = Literal["attn", "mlp", "block", "all"]
+DropTarget = Literal["attn", "mlp", "block", "all"]
 Order = Literal["discrete", "consecutive"]
 ScoreOn = Literal["stream", "norm"]
 
@@ -69,7 +69,7 @@ class Choice:
 
 
 @torch.no_grad()
-def score(
+def score_sublayers(
     loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", run: int = 0, batch_size: int = 8
 ) -> Scores:
     """Score every sublayer and block of ``loaded`` as it stands on ``tokens`` (samples, length), in one pass.
@@ -119,10 +119,10 @@ def score(
     return Scores(means["attn"], means["mlp"], means["block"], means["runs"][: blocks - run + 1] if run else [])
 
 
-def choose(
+def choose_sublayers(
     loaded: LoadedModel,
     calibration: Calibration,
-    target: Target,
+    target: DropTarget,
     n: int,
     *,
     order: Order = "discrete",
@@ -174,8 +174,10 @@ def choose(
     return Choice(spec_of(chosen), rows)
 
 
-def check_choice(loaded: LoadedModel, target: Target, n: int, order: Order, iterative: bool, score_on: ScoreOn) -> None:
-    """Raise UserError if `choose` cannot do what is asked for, before any work is done."""
+def check_choice(
+    loaded: LoadedModel, target: DropTarget, n: int, order: Order, iterative: bool, score_on: ScoreOn
+) -> None:
+    """Raise UserError if `choose_sublayers` cannot do what is asked for, before any work is done."""
     blocks = len(loaded.anatomy)
     candidates = 2 * blocks if target == "all" else blocks
     most = blocks - 1 if target == "block" else candidates
@@ -196,14 +198,14 @@ def check_choice(loaded: LoadedModel, target: Target, n: int, order: Order, iter
 def drop_orders(
     loaded: LoadedModel,
     calibration: Calibration,
-    targets: Sequence[Target],
+    targets: Sequence[DropTarget],
     *,
     batch_size: int = 8,
     cache: Path | None = None,
 ) -> dict[str, list[tuple[str, int]]]:
     """For each target its candidates, ``(sublayer or block, layer)``, the one needed least first, from one scoring of the whole model.
 
-    The first n are what `choose` takes with ``order="discrete"``, so that n sublayers are always among n + 1.
+    The first n are what `choose_sublayers` takes with ``order="discrete"``, so that n sublayers are always among n + 1.
     """
     scores = _scored(loaded, calibration, "stream", 0, batch_size, cache, DropSpec())
     return {
@@ -236,7 +238,7 @@ def _scored(
     cache: Path | None,
     dropped: DropSpec,
 ) -> Scores:
-    """`score`, or what it gave for the same weights, tokens and settings before."""
+    """`score_sublayers`, or what it gave for the same weights, tokens and settings before."""
     key = {
         "what": "drop scores 1",
         "model": loaded.identity,
@@ -251,6 +253,8 @@ def _scored(
         **remembered(
             cache if loaded.pinned else None,
             key,
-            lambda: vars(score(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)),
+            lambda: vars(
+                score_sublayers(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)
+            ),
         )
     )

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunescope.prune.factor import factorise
 from prunescope.prune.masks import Goal
-from prunescope.prune.sparsegpt import factorise
 
 __all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
 
@@ -56,7 +56,7 @@ class _Part:
     """Matrices that are pruned to one pattern, by tiles of their rows."""
 
     goal: Goal
-    loop: Tensor  # (tiles, 4) int32, see kernels.py
+    loop: Tensor  # (tiles, 4) int32, see sparsegpt_kernels.py
     scan: Tensor
     wanted: Tensor | None  # (blocks, matrices) int32, for an unstructured goal
     counts: Tensor | None  # (blocks, matrices, 4, 256) int32
@@ -129,7 +129,7 @@ def _parts(
 
 
 def _tiles(spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
-    """The table of tiles of ``rows`` rows; see kernels.py."""
+    """The table of tiles of ``rows`` rows; see sparsegpt_kernels.py."""
     table: list[list[int]] = []
     for matrix, (low, high) in enumerate(spans):
         begin = len(table)

@@ -1,4 +1,4 @@
-"""Measure points of a sweep on one model in memory: change it in place, score tasks, hold it against the dense model, change it back."""
+"""Measure points of a sweep on one model in memory: change it in place, score tasks, compare it with the dense model, change it back."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from prunescope.compare.context import Transcript
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
-from prunescope.prune.masks import Goal
-from prunescope.sweep.comparison import Yardstick
+from prunescope.sweep.comparison import DenseReference
+from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import Point
-from prunescope.sweep.tables import COUNTED, Measured
+from prunescope.sweep.tables import Measured
 from prunescope.tasks import quick
-from prunescope.tasks.evaluate import at_floor, evaluate_model, expand_tasks
+from prunescope.tasks.evaluate import evaluate_model, expand_tasks
+from prunescope.tasks.scores import at_floor
 
-__all__ = ["Bench", "Plan"]
+__all__ = ["Bench", "SweepPlan"]
 
 
 @dataclass
-class Plan:
-    """Everything that decides what a point gives, beside the model; it goes to every worker as it is."""
+class SweepPlan:
+    """Everything that decides what a point gives, apart from the model; it goes to every worker as it is."""
 
     tasks: list[str]
     evaluation: dict[str, Any]  # options of `evaluate_model`
     texts: list[Transcript]  # what the dense model wrote
-    comparing: dict[str, Any]  # options of `Yardstick`
+    comparing: dict[str, Any]  # options of `DenseReference`
     specs: dict[str, DropSpec]  # of the points that drop sublayers, by their names
     calibration: Tensor | None = field(default=None, repr=False)  # where weights are pruned
 
@@ -42,9 +43,9 @@ class Plan:
 class Bench:
     """A dense model with what is needed to measure points on it. Between two points the model is dense, bit for bit."""
 
-    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+    def __init__(self, loaded: LoadedModel, plan: SweepPlan) -> None:
         self.loaded, self.plan = loaded, plan
-        self.yardstick = Yardstick(loaded, plan.texts, **plan.comparing)
+        self.reference = DenseReference(loaded, plan.texts, **plan.comparing)
         self._dense = DenseWeights(loaded) if plan.calibration is not None else None
         self._weights = self._nonzero()
 
@@ -53,7 +54,7 @@ class Bench:
         started = time.monotonic()
         with self.at(point):
             scores, items = _evaluated(self.loaded, self.plan, stage or point.title)
-            metrics = self.yardstick.measure(self.loaded)
+            metrics = self.reference.measure(self.loaded)
             left = self._nonzero()
         info: dict[str, Any] = point.columns() | {
             "dropped": str(self.plan.specs.get(point.name, DropSpec())),
@@ -69,8 +70,7 @@ class Bench:
         """The model at ``point`` for the length of a ``with`` block."""
         if point.method is not None:
             assert self._dense is not None and self.plan.calibration is not None
-            goal = Goal.parse(point.pattern) if point.pattern else Goal(float(point.sparsity or 0))
-            with pruned_in_place(self.loaded, self._dense, point.method, goal, self.plan.calibration):  # type: ignore[arg-type]
+            with pruned_in_place(self.loaded, self._dense, point.method, point.goal, self.plan.calibration):  # type: ignore[arg-type]
                 yield
         else:
             with self.loaded.dropping(self.plan.specs.get(point.name, DropSpec())):
@@ -82,7 +82,7 @@ class Bench:
         return sum(int(matrix.count_nonzero()) for matrix in matrices)
 
 
-def _evaluated(loaded: LoadedModel, plan: Plan, stage: str) -> tuple[dict[str, Any], pa.Table]:
+def _evaluated(loaded: LoadedModel, plan: SweepPlan, stage: str) -> tuple[dict[str, Any], pa.Table]:
     """Scores by task, each with why it says nothing of pruning if this is the dense model (None if it does); and the items."""
     items = _quick_items(plan)
     bar = progress(stage, items) if items and sys.stderr.isatty() else nullcontext(None if not items else _silent)
@@ -91,7 +91,7 @@ def _evaluated(loaded: LoadedModel, plan: Plan, stage: str) -> tuple[dict[str, A
     return {task: {**score, "at_floor": at_floor(score)} for task, score in found.scores.items()}, found.items
 
 
-def _quick_items(plan: Plan) -> int:
+def _quick_items(plan: SweepPlan) -> int:
     """Items of a point, where they are known beforehand; 0 where a task is the harness's, which then shows its own progress."""
     names = expand_tasks(plan.tasks)
     if any(name not in quick.QUICK for name in names):

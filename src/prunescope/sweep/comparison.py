@@ -18,10 +18,10 @@ from prunescope.compare.context import Transcript, at_least_float32, final_head,
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.runs.summary import summarise
 
-__all__ = ["Yardstick", "write_texts"]
+__all__ = ["DenseReference", "write_texts"]
 
 _FLOOR_TEXTS = 2
 
@@ -29,13 +29,13 @@ _FLOOR_TEXTS = 2
 def write_texts(
     dense: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, *, batch_size: int
 ) -> list[Transcript]:
-    """What the dense model writes behind each prompt, greedily, to its end or to ``max_new_tokens``."""
+    """What the dense model writes after each prompt, greedily, to its end or to ``max_new_tokens``."""
     texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size)
     return [Transcript(list(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-class Yardstick:
-    """The dense model's texts and states, to hold a pruned model against."""
+class DenseReference:
+    """The dense model's texts and states, which every pruned model is compared with."""
 
     def __init__(
         self,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, get_args
 
 from prunescope.errors import UserError
+from prunescope.prune.masks import Goal
+from prunescope.prune.select import DropTarget
 
 __all__ = ["DENSE", "DROP_SERIES", "METHODS", "Point", "read_points", "read_range"]
 
-DROP_SERIES = ("attn", "mlp", "block", "all")
+DROP_SERIES: tuple[str, ...] = get_args(DropTarget)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _STEP = Decimal("0.1")
 _MOST = 1000  # points; more is a slip of the pen
@@ -22,11 +23,16 @@ _MOST = 1000  # points; more is a slip of the pen
 class Point:
     """A point of a sweep. ``n`` sublayers or blocks are dropped, or weights are pruned to ``sparsity`` or a ``pattern`` N:M."""
 
-    series: str  # dense, a target of drop, or a method of sparsify (with N:M behind it for patterns)
+    series: str  # dense, a target of drop, or a method of sparsify (with N:M after it for patterns)
     n: int | None = None
     method: str | None = None
     sparsity: float | None = None
     pattern: str | None = None
+
+    @property
+    def goal(self) -> Goal:
+        """What its matrices shall lose."""
+        return Goal.parse(self.pattern or self.sparsity or 0.0)
 
     @property
     def name(self) -> str:
@@ -121,18 +127,25 @@ def read_points(
             if any(not 0 <= share < 1 for share in shares):
                 raise UserError(f"--sparsity {sparsity}: give shares from 0 up to, not including, 1")
             points += [Point(name, method=name, sparsity=float(share)) for share in shares if share]
-        for one in str(pattern).split(",") if pattern is not None else ():
-            found = re.fullmatch(r"\s*(\d+):(\d+)\s*", one)
-            if found is None or not 0 < int(found[1]) < int(found[2]):
-                raise UserError(
-                    f"--pattern {pattern}: cannot read {one.strip()!r}; write N:M with N below M, such as 2:4,4:8"
-                )
-            keep, of = int(found[1]), int(found[2])
-            points.append(Point(f"{name} N:M", method=name, sparsity=1 - keep / of, pattern=f"{keep}:{of}"))
+        for goal in _patterns(str(pattern)) if pattern is not None else ():
+            points.append(Point(f"{name} N:M", method=name, sparsity=goal.sparsity, pattern=str(goal)))
     points = list(dict.fromkeys(points))
     if len(points) == 1:
         raise UserError("the sweep has no point but the dense model; raise --n or --sparsity")
     return points
+
+
+def _patterns(text: str) -> list[Goal]:
+    found = []
+    for one in text.split(","):
+        try:
+            goal = Goal.parse(one)
+        except UserError:
+            goal = Goal(0.0)
+        if not goal.of:
+            raise UserError(f"--pattern {text}: cannot read {one.strip()!r}; write N:M with N below M, such as 2:4,4:8")
+        found.append(goal)
+    return found
 
 
 def _listed(text: str, option: str, known: Sequence[str]) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from prunescope.errors import UserError
-from prunescope.sweep.bench import Bench, Plan
+from prunescope.errors import UserError, first_line
+from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.points import Point
 from prunescope.sweep.tables import Measured
 
-__all__ = ["measure_spread", "require_ray"]
+__all__ = ["measure_on_workers", "require_ray"]
 
 _STORE = 200 * 2**20  # bytes of Ray's object store on a cluster of our own; a plan has a few
 
@@ -32,22 +32,21 @@ def require_ray() -> Any:
 class _Worker:
     """Lives in a process of its own."""
 
-    def __init__(self, model: dict[str, Any], plan: Plan, threads: int) -> None:
+    def __init__(self, model: dict[str, Any], plan: SweepPlan, threads: int) -> None:
         from prunescope.models.loading import load_model
 
         if threads:
             torch.set_num_threads(threads)
         self.bench = Bench(load_model(**model), plan)
 
-    def measure(self, point: Point) -> tuple[Point, dict[str, Any], Any]:
-        found = self.bench.measure(point)
-        return point, found.info, found.items
+    def measure(self, point: Point) -> tuple[Point, Measured]:
+        return point, self.bench.measure(point)
 
 
-def measure_spread(
+def measure_on_workers(
     points: Sequence[Point],
     model: dict[str, Any],
-    plan: Plan,
+    plan: SweepPlan,
     *,
     workers: int,
     address: str | None,
@@ -63,24 +62,21 @@ def measure_spread(
         UserError: no Ray, no such cluster, or what a worker complained about.
     """
     ray = require_ray()
+    from ray.util import ActorPool
+
+    if not points:
+        return
     workers = min(workers, len(points))
     with _cluster(ray, workers, address):
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         threads = max(1, torch.get_num_threads() // workers) if address is None and not gpus else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
         shared = ray.put(plan)
-        idle = [remote.remote(model, shared, threads) for _ in range(workers)]
-        waiting: list[Point] = list(points)
-        running: dict[Any, Any] = {}
+        actors = [remote.remote(model, shared, threads) for _ in range(workers)]
+        pool = ActorPool(actors)
         try:
-            while waiting or running:
-                while waiting and idle:
-                    worker = idle.pop()
-                    running[worker.measure.remote(waiting.pop(0))] = worker
-                for result in ray.wait(list(running))[0]:
-                    idle.append(running.pop(result))
-                    point, info, items = ray.get(result)
-                    done(point, Measured(info, items))
+            for found in pool.map_unordered(lambda actor, point: actor.measure.remote(point), points):
+                done(*found)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UserError):
@@ -89,8 +85,8 @@ def measure_spread(
                 f"a worker of the sweep died ({str(error).strip().splitlines()[-1]}); continue with --resume, perhaps with fewer --workers"
             ) from error
         finally:
-            for worker in [*idle, *running.values()]:
-                ray.kill(worker)
+            for actor in actors:
+                ray.kill(actor)
 
 
 @contextmanager
@@ -101,9 +97,8 @@ def _cluster(ray: Any, workers: int, address: str | None) -> Any:
     try:
         ray.init(**options, logging_level="error")
     except Exception as error:  # of many kinds, none of them ours
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"--ray-address {address}: no Ray cluster there ({first}); start it with ray start --head"
+            f"--ray-address {address}: no Ray cluster there ({first_line(error)}); start it with ray start --head"
         ) from error
     try:
         yield

@@ -9,36 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from prunescope.data.tokens import check_tokens, tokens_with_options
 from prunescope.errors import UserError
 from prunescope.models.generating import end_tokens
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.stats import wilson
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer
+from prunescope.tasks.scores import ITEMS_SCHEMA, score
 
-__all__ = ["FLOOR", "ITEMS_SCHEMA", "Evaluation", "at_floor", "evaluate_model", "expand_tasks", "score"]
-
-FLOOR = 0.05  # a generative task of which the dense model gets less says nothing
-ITEMS_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("kind", pa.string()),  # generative or choice
-        ("item", pa.int32()),
-        ("key", pa.string()),  # of the document, the same in every run
-        ("metric", pa.string()),
-        ("score", pa.float64()),
-        ("prediction", pa.string()),
-        ("gold", pa.string()),
-    ]
-)
+__all__ = ["Evaluation", "evaluate_model", "expand_tasks"]
 
 
 @dataclass
@@ -133,39 +119,6 @@ def evaluate_model(
     return Evaluation(table, {name: scores[name] for name in sorted(scores, key=order.__getitem__)}, harness)
 
 
-def score(
-    values: Sequence[float], metric: str, kind: str, chance: float | None, shots: int | None, note: str | None = None
-) -> dict[str, Any]:
-    """Mean, its standard error and 95 % interval: Wilson's where every item is right or wrong, else mean +- 1.96 standard errors."""
-    x = np.asarray(values, float)
-    mean, stderr = float(x.mean()), float(x.std(ddof=1) / sqrt(len(x))) if len(x) > 1 else None
-    if set(np.unique(x)) <= {0.0, 1.0}:
-        interval = wilson(int(x.sum()), len(x))
-    else:
-        interval = None if stderr is None else [mean - 1.96 * stderr, mean + 1.96 * stderr]
-    return {
-        "metric": metric,
-        "kind": kind,
-        "value": mean,
-        "stderr": stderr,
-        "ci95": interval,
-        "n": len(x),
-        "chance": chance,
-        "shots": shots,
-        "note": note,
-    }
-
-
-def at_floor(dense: dict[str, Any]) -> str | None:
-    """Why the dense model's score says nothing about pruning, None if it does say something."""
-    if dense["kind"] == "generative":
-        return f"the dense model gets {dense['value']:.2f}, nothing to lose" if dense["value"] < FLOOR else None
-    low = dense["ci95"][0] if dense["ci95"] else None
-    if dense["chance"] is not None and low is not None and low <= dense["chance"]:
-        return f"the dense model's interval reaches down to chance ({dense['chance']:.2f})"
-    return None
-
-
 @contextmanager
 def _advancing(stage: str, count: int, advance: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
     if advance is not None:
@@ -228,11 +181,8 @@ def _quick_pair(
 
 
 def _asking(loaded: LoadedModel, prompt: str, options: Sequence[str]) -> Asking:
-    """Tokens of a prompt, and of each option those that the tokenizer makes of prompt + option behind the prompt's."""
-    tokens: list[int] = loaded.tokenizer(prompt)["input_ids"]
-    behind = [loaded.tokenizer(prompt + option)["input_ids"][len(tokens) :] for option in options]
-    if not tokens or not all(behind) or max(max(tokens), *map(max, behind)) >= loaded.anatomy.vocab_size:
-        raise UserError(
-            f"{loaded.ref}: its tokenizer gives no tokens, or unknown ones, for {prompt[-30:]!r}; quick tasks need letters, digits and brackets"
-        )
-    return Asking(tokens, behind)
+    """Tokens of a prompt, and of each option those that the tokenizer makes of prompt + option after the prompt's."""
+    tokens, after = tokens_with_options(loaded, prompt, options)
+    where = f"{loaded.ref}: {prompt[-30:]!r}"
+    check_tokens(loaded, where, tokens, *after, empty=" gives no tokens; quick tasks need letters, digits and brackets")
+    return Asking(tokens, after)

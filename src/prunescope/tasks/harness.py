@@ -13,7 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -23,10 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
-from prunescope.tasks.local_data import read_dataset, read_rows
+from prunescope.data.jsonl import holds_rows
+from prunescope.errors import UserError, first_line
+from prunescope.models.hub import one_try
+from prunescope.models.loaded import LoadedModel
+from prunescope.stats import normal_interval
+from prunescope.tasks.local_data import dataset_of, read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
+from prunescope.tasks.scores import score
 
 __all__ = ["check_tasks", "evaluate_harness", "file_name", "write_harness"]
 
@@ -36,8 +40,8 @@ _GUESSED = ("acc_norm", "acc")  # what is quoted of a task that has both
 def check_tasks(tasks: Sequence[str], data: Path | None, allow_code_execution: bool) -> None:
     """Say before a model is loaded what is wrong with the names. Raises UserError."""
     for task in tasks:
-        if task.endswith(".jsonl"):
-            _own_file(task, data)
+        if holds_rows(Path(task)):
+            _own_rows(_own_file(task, data))
             continue
         entry = _manager().task_index.get(task)
         if entry is None:
@@ -90,7 +94,7 @@ def evaluate_harness(
                 **seeds,
             )
         except (AssertionError, ValueError) as error:
-            raise UserError(f"task {task} on {loaded.ref}: {_first_line(error)}") from error
+            raise UserError(f"task {task} on {loaded.ref}: {first_line(error)}") from error
     rows: list[dict[str, Any]] = []
     scores: dict[str, dict[str, Any]] = {}
     for name, samples in found["samples"].items():
@@ -150,7 +154,7 @@ def _load(
 
         return type("LocalTask", (ConfigurableTask,), {"download": download})(config=config)
 
-    if task.endswith(".jsonl"):
+    if holds_rows(Path(task)):
         return [_own_task(task, data, with_dataset)]
 
     class Factory(TaskFactory):
@@ -168,12 +172,13 @@ def _load(
     manager = copy.copy(_manager())
     manager._factory = Factory(meta={})
     try:
-        built = manager.load([task])
+        with one_try() if data is None else nullcontext():
+            built = manager.load([task])
     except UserError:
         raise
     except Exception as error:  # the hub, a script, a missing package: each fails in a way of its own
         raise UserError(
-            f"task {task}: its data cannot be had: {_first_line(error)}; give --data DIR, or check the network"
+            f"task {task}: its data cannot be had: {first_line(error)}; give --data DIR, or check the network"
         ) from error
     return list(built["groups"].values())[:1] if built.get("groups") else list(built["tasks"].values())
 
@@ -201,23 +206,35 @@ def _own_file(task: str, data: Path | None) -> Path:
 
 
 def _own_task(task: str, data: Path | None, with_dataset: Callable[..., Any]) -> Any:
-    """A JSONL file of the user's: ``choices`` make it multiple choice, else the answer is written."""
+    """A file of the user's: ``choices`` make it multiple choice, else the answer is written."""
     import yaml
-    from datasets import Dataset
 
     file = _own_file(task, data)
-    rows = read_rows(file)
+    rows = _own_rows(file)
     kind = "choices" if "choices" in rows[0] else "answers"
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in ("question", "answer", *(["choices"] if kind == "choices" else [])) if key not in row]
-        if missing:
-            raise UserError(f"{file}, item {number}: no {missing[0]!r}; write question and answer, and choices if any")
-        if kind == "answers":
-            row["answer"] = str(row["answer"]).strip()
-        elif not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(row["choices"]):
-            raise UserError(f"{file}, item {number}: the answer must be the index of a choice")
     config = yaml.safe_load((files("prunescope.tasks") / "yaml" / f"{kind}.yaml").read_text("utf-8"))
-    return with_dataset(config | {"task": Path(task).stem}, {"test": Dataset.from_list(rows)})
+    return with_dataset(config | {"task": Path(task.removesuffix(".gz")).stem}, {"test": dataset_of(file, rows)})
+
+
+def _own_rows(file: Path) -> list[dict[str, Any]]:
+    """Checked rows of such a file."""
+    rows = read_rows(file)
+    keys = ("question", "answer", *(["choices"] if "choices" in rows[0] else []))
+    for number, row in enumerate(rows, 1):
+        place = f"{file}, item {number}"
+        missing = [key for key in keys if row.get(key) is None]
+        if missing:
+            raise UserError(f"{place}: no {missing[0]!r}; write question and answer, and choices if any")
+        answer, choices = row["answer"], row.get("choices")
+        if not isinstance(row["question"], str):
+            raise UserError(f"{place}: the question is no text")
+        if len(keys) == 2:
+            row["answer"] = str(answer).strip()
+        elif not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"{place}: choices must be a list of texts")
+        elif isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise UserError(f"{place}: the answer must be the index of a choice")
+    return rows
 
 
 def _check_code(task: str, config: dict[str, Any], allowed: bool) -> None:
@@ -272,8 +289,6 @@ def _read_samples(
     task: str, samples: list[dict[str, Any]], found: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and score of a task: of its first filter, and of acc_norm where it has that, else of its first metric."""
-    from prunescope.tasks.evaluate import score
-
     config = found["configs"][task]
     kind = "generative" if config["output_type"] == "generate_until" else "choice"
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
@@ -335,16 +350,12 @@ def _group(name: str, found: dict[str, Any], inside: list[dict[str, Any]]) -> di
         "kind": inside[0]["kind"],
         "value": value,
         "stderr": stderr,
-        "ci95": [value - 1.96 * stderr, value + 1.96 * stderr],
+        "ci95": normal_interval(value, stderr),
         "n": total,
         "chance": chance,
         "shots": inside[0]["shots"],
         "note": None,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def write_harness(folder: Path, name: str, label: str, found: dict[str, Any]) -> None:

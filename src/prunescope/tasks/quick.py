@@ -1,6 +1,6 @@
 """Built-in quick tasks: small, made by us from a seed, in matched pairs that differ only in how they are answered.
 
-Every item is a line whose end is missing, behind a few solved ones. ``NAME-gen`` lets the model write the end (exact match), ``NAME-mc``
+Every item is a line whose end is missing, after a few solved ones. ``NAME-gen`` lets the model write the end (exact match), ``NAME-mc``
 compares the log-likelihoods of four ends, of which one is right. Prompts and items of a pair are the same.
 """
 

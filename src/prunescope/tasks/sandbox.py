@@ -116,7 +116,7 @@ class CodeEval:
         """pass@k (Chen et al. 2021, the unbiased estimate) over problems, and what became of every candidate.
 
         Args:
-            references: a test a problem, run behind the candidate.
+            references: a test a problem, run after the candidate.
             predictions: candidates of each problem.
         """
         outcomes: dict[int, list[tuple[int, dict[str, Any]]]] = {}

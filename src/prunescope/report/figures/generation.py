@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prunescope.report.figures.layerwise import ESTIMATE, FLOOR, SPACES, by, drawable, save, short, style
+from prunescope.report.figures.style import ESTIMATE, FLOOR, SPACES, by, drawable, save, style
+from prunescope.report.names import short
 
 if TYPE_CHECKING:
     import pyarrow as pa

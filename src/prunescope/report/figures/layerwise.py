@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
-from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 from pyarrow import array as pa_array
 
 from prunescope.report import KIND_NAMES
+from prunescope.report.figures.style import ESTIMATE, FLOOR, SPACES, TRUTH, by, save, style
+from prunescope.report.names import short
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-__all__ = ["also_pdf", "by", "draw_layerwise", "drawable", "save", "short", "style"]
+__all__ = ["draw_layerwise"]
 
-SPACES = {
-    "h": ("#0072B2", "hidden state h", "o"),
-    "z": ("#E69F00", "logits z", "s"),
-    "p": ("#009E73", "probabilities p", "^"),
-}  # Okabe-Ito
-TRUTH, ESTIMATE, FLOOR = "#0072B2", "#D55E00", "#888888"
 ESTIMATES = {  # truth -> (estimate, what it is, theorem)
     "h_cos_dev": ("h_cos_dev_est", "1 - cos(h)", "Theorem 1"),
     "z_cos_dev": ("z_cos_dev_est", "1 - cos(z)", "Theorem 1"),
@@ -46,7 +36,9 @@ _MULTIPLES = (
 )
 
 
-def draw_layerwise(table: pa.Table, info: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw_layerwise(
+    table: pa.Table, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path
+) -> list[Path]:
     """Draw Figs. 4, 5, 6 and 14-19 of the paper from the rows of a layerwise run into ``folder``; returns what was written.
 
     Sublayers that the target leaves as they are (deviation exactly zero) have nothing to show beside Fig. 4 and are left out.
@@ -217,17 +209,6 @@ def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: flo
             axes.set_ylim(min(bottom, floor / 10), max(top, floor * 10))
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
-
-
-def by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Values of ``key`` with the smallest, mean and largest ``column`` of each."""
-    found = rows.group_by(key).aggregate([(column, "min"), (column, "mean"), (column, "max")]).sort_by(key)
-    names = (key, f"{column}_min", f"{column}_mean", f"{column}_max")
-    low_to_high = tuple(found[name].to_numpy().astype(float) for name in names)
-    return low_to_high
-
-
 def _layer_to_show(rows: pa.Table, changed: list[int]) -> int:
     """The changed layer whose KL is the median one: neither the mildest nor the worst."""
     layers, _, mean, _ = by(rows, "layer", "kl_dense_target")
@@ -239,58 +220,3 @@ def _title(info: Mapping[str, Any], kind: str) -> str:
     config = info["config"]
     against = f"against {short(config['target'])}" if config["target"] else "dropped one at a time"
     return f"{short(config['dense'])}: {KIND_NAMES[kind]} sublayers {against}; lens {config['lens']}, T = {config['metric_temperature']:g}"
-
-
-def short(name: str) -> str:
-    """A name that fits into a title, with nothing in it that matplotlib would read as mathematics."""
-    name = Path(name).name if name.startswith(("/", ".", "~")) else name
-    name = name if len(name) <= 40 else "..." + name[-37:]
-    return name.replace("$", r"\$")
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
-
-
-def drawable(text: str) -> str:
-    """With a sign for every character that DejaVu Sans Mono lacks, and for line breaks."""
-    signs = {"\n": "\u21b5", "\t": " "}
-    return "".join(signs.get(c, c if c.isprintable() and ord(c) in _glyphs() else "\u00b7") for c in text)
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """The look of all figures, for the length of a ``with`` block."""
-    with mpl.rc_context(
-        {
-            "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
-            "lines.linewidth": 1.2, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "prunescope", "figure.dpi": 100,
-        }
-    ):  # fmt: skip
-        yield
-
-
-_PDF = ContextVar("_PDF", default=False)
-
-
-@contextmanager
-def also_pdf() -> Iterator[None]:
-    """Inside this ``with`` block `save` writes PDF too."""
-    token = _PDF.set(True)
-    try:
-        yield
-    finally:
-        _PDF.reset(token)
-
-
-def save(figure: Figure, path: Path) -> list[Path]:
-    """As SVG and as PNG, and as PDF inside `also_pdf`; returns the paths. A dot in the name is no suffix."""
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png", *(["pdf"] if _PDF.get() else []))]
-    figure.savefig(files[0], metadata={"Date": None})
-    figure.set_layout_engine("none")  # the places are found; finding them again takes longer than drawing
-    figure.savefig(files[1], dpi=200)
-    for file in files[2:]:
-        figure.savefig(file, metadata={"CreationDate": None})
-    return files

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from prunescope.report.figures.layerwise import FLOOR, drawable, save, short, style
+from prunescope.report.figures.style import FLOOR, drawable, save, style
+from prunescope.report.names import short
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,9 +21,11 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from prunescope.errors import UserError
 from prunescope.report import KIND_NAMES
 from prunescope.report.figures.generation import draw_generation, draw_targets
-from prunescope.report.figures.layerwise import FLOOR, also_pdf, by, draw_layerwise, save, short, style
+from prunescope.report.figures.layerwise import draw_layerwise
 from prunescope.report.figures.mcq import draw_mcq
+from prunescope.report.figures.style import FLOOR, also_pdf, by, save, style
 from prunescope.report.figures.sweep import draw_sweep
+from prunescope.report.names import short
 from prunescope.runs import folder as results
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def _draw(
             place.mkdir(exist_ok=True)
             table, info = run.table(), run.info
             if run.command == "layerwise":
-                written += draw_layerwise(table, info, place)
+                written += draw_layerwise(table, info, [], place)
                 with style():
                     for column, name in _HEAT.items():
                         written += save(_heatmap(table, info, column, name), place / f"heatmap_{column}")

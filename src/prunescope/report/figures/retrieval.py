@@ -1,4 +1,4 @@
-"""What a retrieve run says: the table in the terminal, and figures of every query under both models. No torch, no transformers."""
+"""Figures of a retrieve run: every query under both models. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -8,73 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from prunescope.report.figures.layerwise import FLOOR, drawable, save, short, style
+from prunescope.report.figures.style import FLOOR, drawable, save, style
+from prunescope.report.names import measure_name, short
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["draw_retrieval", "show_retrieval"]
+__all__ = ["draw_retrieval"]
 
 _COLOUR = "#0072B2"
-
-
-def show_retrieval(info: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the measures of both models with the interval of their difference, and how alike rankings and embeddings are."""
-    console = console or Console()
-    target = short(str(info["config"]["target"]))
-    title = f"{target} against {short(str(info['config']['dense']))}: {info['queries']} queries, {info['passages']} passages"
-    console.print(Text(title, style="bold"))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("mean", no_wrap=True)
-    for name in ("dense", "target", "change (95 % interval)", "up / down", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in info["measures"].items():
-        table.add_row(
-            label(name),
-            *(f"{row[side]:.3f}" for side in ("dense", "target")),
-            f"{row['diff']:+.3f} {_interval(row['diff_ci95'])}",
-            f"{row['better']} / {row['worse']}",
-            f"{row['sign_test_p']:.2g}",
-        )
-    console.print(table)
-    console.print("up / down: queries; p: sign test of them", markup=False)
-    alike = info["summary"]["retrieval"]
-    console.print(
-        f"rankings: Kendall's tau {_mean(alike, 'kendall')}, shared top 10 {_mean(alike, 'overlap_10')}, same first passage "
-        f"{_mean(alike, 'top1_same')}",
-        markup=False,
-        highlight=False,
-    )
-    moved, floor = info["summary"]["h"].get("h_cos_dev"), info["noise_floor"]["floor"]["h_cos_dev"]
-    if moved:
-        passages = info["passages_moved"]["h_cos_dev"]["mean"]
-        console.print(
-            f"embeddings: 1 - h-cosine {moved['mean']:.3g} of queries, {passages:.3g} of passages (noise floor {floor:.1g})",
-            markup=False,
-            highlight=False,
-        )
-    else:
-        console.print("embeddings: the models differ in width, so there is no h-cosine between them", markup=False)
-
-
-def _mean(columns: Mapping[str, Any], name: str) -> str:
-    return f"{columns[name]['mean']:.3f} {_interval(columns[name]['ci95'])}" if name in columns else "not defined"
-
-
-def _interval(pair: Sequence[float | None]) -> str:
-    return "" if pair[0] is None else f"({pair[0]:.3f} to {pair[1]:.3f})"
-
-
-def label(name: str) -> str:
-    """``ndcg_10`` -> ``nDCG@10``."""
-    kind, _, cut = name.partition("_")
-    word = {"ndcg": "nDCG", "ap": "MAP", "rr": "MRR"}.get(kind, kind)
-    return f"{word}@{cut}" if cut else word
 
 
 def draw_retrieval(
@@ -106,7 +49,7 @@ def _scores(table: pa.Table, info: Mapping[str, Any]) -> Figure:
             right.plot([low, high], [place, place], color=_COLOUR, linewidth=1.5)
         right.plot(row["diff"], place, "o", color=_COLOUR)
     right.axvline(0, color=FLOOR, linewidth=0.8)
-    right.set_yticks(range(len(names)), [label(name) for name in names])
+    right.set_yticks(range(len(names)), [measure_name(name) for name in names])
     right.invert_yaxis()
     right.set(xlabel="target - dense, mean and 95 % interval", title="over all queries")
     figure.suptitle(_title(info), parse_math=False)

@@ -5,30 +5,28 @@ As SVG and PNG, from the tables of a run alone. Imports neither torch nor transf
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from prunescope.report.figures.layerwise import FLOOR, save, short, style
+from prunescope.report.figures.style import FLOOR, save, style
+from prunescope.report.names import short
+from prunescope.stats import Z95
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
-    from prunescope.runs.folder import Run
 
-__all__ = ["draw_sweep", "sweep_section"]
+__all__ = ["KINDS", "Rows", "draw_sweep", "mean_over_tasks", "of_kind"]
 
 KINDS = {"generative": ("#D55E00", "written", "o"), "choice": ("#0072B2", "chosen", "s")}
 _SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _NAMES = {"attn": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks", "all": "sublayers of both kinds"}
-_Z95 = 1.959963984540054
 _SCATTERED = (
     ("h_cos_dev", "1 - cos(h)", "log"),
     ("z_cos_dev", "1 - cos(z)", "log"),
@@ -66,57 +64,6 @@ def draw_sweep(
     return written
 
 
-def sweep_section(run: Run) -> dict[str, Any]:
-    """What the page shows of a sweep, finished or not."""
-    info = run.info
-    rows: Rows = run.table().to_pylist()
-    says = [row for row in rows if row["informative"]] or rows
-    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in says)]
-    name = short(info["config"]["model"])
-    images = [
-        {"data": base64.b64encode(content).decode("ascii"), "alt": f"{name}: {stem.replace('_', ' ')}"}
-        for stem, content in _pictures(run).items()
-    ]
-    return {
-        "model": name,
-        "folder": run.folder.name,
-        "complete": info["complete"],
-        "done": len(info["points_done"]),
-        "asked": len(info["points_asked"]),
-        "kinds": kinds,
-        "left_out": list(dict.fromkeys(row["task"] for row in rows if not row["informative"])),
-        "rows": [_shown(point, [row for row in says if row["point"] == point], kinds) for point in _points(rows)],
-        "images": images,
-        "foretells": [
-            (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
-            for outcome, best in info["summary"]["foretells"].items()
-        ],
-    }
-
-
-def _pictures(run: Run) -> dict[str, bytes]:
-    """SVG by name: those of the run's folder, or drawn now where it was not finished."""
-    there = sorted((run.folder / "figures").glob("*.svg")) if run.info["complete"] else []
-    if there:
-        return {path.stem: path.read_bytes() for path in there}
-    with TemporaryDirectory(prefix="prunescope-") as folder:
-        tables = (run.table(), run.table("metrics"), run.table("correlations"))
-        drawn = draw_sweep(*tables, run.info, Path(folder))
-        return {path.stem: path.read_bytes() for path in drawn if path.suffix == ".svg"}
-
-
-def _points(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(row["point"] for row in rows))
-
-
-def _shown(point: str, rows: Rows, kinds: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"point": point, "removed": rows[0]["weights_removed"]}
-    for kind in kinds:
-        means = {column: _mean(_of_kind(rows, kind, False), column) for column in ("score", "kept")}
-        found[kind] = {column: "-" if mean is None else f"{mean[0]:.3f}" for column, mean in means.items()}
-    return found
-
-
 # --- picking rows ------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +94,7 @@ def _patterns(rows: Rows, name: str) -> list[tuple[float, str, Rows]]:
     return [(float(mine[0]["sparsity"]), pattern, mine) for pattern, mine in points.items()]
 
 
-def _mean(rows: Rows, column: str) -> tuple[float, float, float] | None:
+def mean_over_tasks(rows: Rows, column: str) -> tuple[float, float, float] | None:
     """Mean over tasks with its 95 % interval, from the tasks' own, which are taken for independent."""
     known = [row for row in rows if row[column] is not None]
     if not known:
@@ -156,7 +103,7 @@ def _mean(rows: Rows, column: str) -> tuple[float, float, float] | None:
     if len(known) == 1 and column == "score" and known[0]["ci_low"] is not None:
         return mean, known[0]["ci_low"], known[0]["ci_high"]  # its own, which is not symmetric
     if column == "score":
-        halves = [(_Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
+        halves = [(Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
     else:
         halves = [
             (row[f"{column}_ci_high"] - row[f"{column}_ci_low"]) / 2 if row[f"{column}_ci_low"] is not None else np.nan
@@ -166,7 +113,7 @@ def _mean(rows: Rows, column: str) -> tuple[float, float, float] | None:
     return mean, mean - half, mean + half
 
 
-def _of_kind(rows: Rows, kind: str, only: bool) -> Rows:
+def of_kind(rows: Rows, kind: str, only: bool) -> Rows:
     return [row for row in rows if row["kind"] == kind and (row["informative"] or not only)]
 
 
@@ -180,7 +127,7 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
     grid = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
     for axes, name in zip(grid.T, names, strict=True):
         for kind, (colour, word, marker) in KINDS.items():
-            mine = _of_kind(rows, kind, only)
+            mine = of_kind(rows, kind, only)
             if not mine:
                 continue
             dense = [row for row in mine if row["point"] == "dense"]
@@ -189,7 +136,7 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
             _band(axes[1], _line(mine, name, by), "kept", colour, marker, word)
             for number, (x, pattern, there) in enumerate(_patterns(mine, name)):
                 for axis, column in zip(axes, ("score", "kept"), strict=True):
-                    if (found := _mean(there, column)) is not None:
+                    if (found := mean_over_tasks(there, column)) is not None:
                         axis.errorbar(
                             [x],
                             [found[0]],
@@ -223,7 +170,7 @@ def _by_amount(rows: Rows, names: Sequence[str], title: str, by: str) -> Figure:
 def _band(
     axes: Axes, line: Sequence[tuple[float, Rows]], column: str, colour: str, marker: str, label: str, **how: Any
 ) -> None:
-    found = [(x, mean) for x, mine in line if (mean := _mean(mine, column)) is not None]
+    found = [(x, mean) for x, mine in line if (mean := mean_over_tasks(mine, column)) is not None]
     if not found:
         return
     x = np.array([point for point, _ in found])
@@ -252,13 +199,13 @@ def _tasks(rows: Rows, name: str, title: str, by: str) -> Figure:
     for axes, (panel, mine) in zip(grid, panels.items(), strict=False):
         says = all(row["informative"] for row in mine)
         for kind, (colour, word, marker) in KINDS.items():
-            of_kind = _of_kind(mine, kind, False)
-            if not of_kind:
+            chosen = of_kind(mine, kind, False)
+            if not chosen:
                 continue
             shown = colour if says else "#999999"
-            _band(axes, _line(of_kind, name, by), "score", shown, marker, word)
-            _references(axes, [row for row in of_kind if row["point"] == "dense"], shown)
-            for x, pattern, there in _patterns(of_kind, name):
+            _band(axes, _line(chosen, name, by), "score", shown, marker, word)
+            _references(axes, [row for row in chosen if row["point"] == "dense"], shown)
+            for x, pattern, there in _patterns(chosen, name):
                 axes.plot([x], [there[0]["score"]], "*", color=shown, markersize=7)
                 axes.annotate(pattern, (x, there[0]["score"]), (4, 3), textcoords="offset points", fontsize=6)
         axes.set_title(panel if says else f"{panel}: at floor, says nothing", color="black" if says else "#777777")

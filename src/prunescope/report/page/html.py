@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -24,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prunescope.errors import UserError
-from prunescope.report.figures.sweep import sweep_section
+from prunescope.errors import UserError, first_line
+from prunescope.files import replacing
 from prunescope.report.page import payload
+from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.verdict import Verdict, judge, warnings_of
 from prunescope.runs import folder as results
 
@@ -98,16 +98,11 @@ def write_report(opened: Sequence[results.Run | Checkpoint], out: Path) -> Path:
         UserError: a run whose files do not fit together, or ``out`` cannot be written.
     """
     page = render(opened)
-    beside = out.with_name(out.name + ".writing")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(page)
-        beside.replace(out)
-    except BaseException as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        with replacing(out) as beside:
+            beside.write_bytes(page)
+    except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
     return out
 
@@ -159,7 +154,7 @@ def _guarded(folder: Path, make: Any, *arguments: Any) -> Any:
         return make(*arguments)
     except _DAMAGED as error:
         raise UserError(
-            f"{folder}: its files do not fit together ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}); "
+            f"{folder}: its files do not fit together ({type(error).__name__}: {first_line(error)}); "
             "the folder is damaged or of an older version, make it again"
         ) from error
 

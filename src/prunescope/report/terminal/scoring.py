@@ -1,4 +1,4 @@
-"""What an evaluate run says, as lines of Markdown and on the terminal. Made from run.json alone."""
+"""What `evaluate` and `speed` print, and `summary.md` of an evaluate run. Numbers come from rows and run.json alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["score_rows", "show_scores_of_tasks", "summary_page"]
+__all__ = ["score_rows", "show_scores_of_tasks", "show_speed", "summary_page"]
 
 _HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "change", "95 % of it", "lost", "won", "p")
 
@@ -88,3 +88,64 @@ def _interval(bounds: Any, signed: bool = False) -> str:
         return ""
     low, high = bounds
     return f"{low:+.2f} .. {high:+.2f}" if signed else f"{low:.2f} .. {high:.2f}"
+
+
+def show_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Console | None = None) -> None:
+    """Sizes, a line a model; then times, a line per model and batch size; then what saves nothing."""
+    console = console or Console()
+    rates, config = info["rates"], info["config"]
+    console.print(
+        Text(
+            f"{info['device']}, {info['dtype']}: {rates['bytes_per_s'] / 1e9:.4g} GB/s, {rates['operations_per_s'] / 1e12:.3g} TFLOP/s measured; prompts of {config['length']} tokens, {config['max_new_tokens']} new ones, median of {config['repeats']}",
+            style="bold",
+        )
+    )
+    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    sizes.add_column("model", min_width=16)
+    for heading in ("para-\nmeters", "not\nzero", "dropped", "on disk", "in\nmemory", "read\na step", "cache\na token"):
+        sizes.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row["batch_size"] == rows[0]["batch_size"]:
+            counts = (row[key] for key in ("parameters", "nonzero_parameters", "dropped_parameters"))
+            stored = (row[key] for key in ("disk_bytes", "memory_bytes", "step_bytes", "cache_bytes_per_token"))
+            sizes.add_row(row["model"], *map(_count, counts), *(_count(size, "B") for size in stored))
+    console.print(sizes)
+    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
+        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
+        times.add_column("model")
+        for heading in ("batch", "tokens/s", "ms", "spread", "over floor", "gain"):
+            times.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            over, middle = row[f"{kind}_over_floor"], row[f"{kind}_s"]
+            spread = (row[f"{kind}_s_max"] - row[f"{kind}_s_min"]) / middle
+            gain = f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
+            times.add_row(
+                row["model"],
+                str(row["batch_size"]),
+                f"{row[f'{kind}_tokens_per_s']:,.0f}",
+                f"{1000 * middle:.4g}",
+                f"{100 * spread:.0f} %",
+                "-" if over is None else f"{over:.2f}",
+                "" if row["model"] == rows[0]["model"] else gain,
+            )
+        console.print(times)
+    for name, notes in info["notes"].items():
+        for note in notes:
+            console.print(Text(f"{name}: {note}"))
+    console.print(
+        Text(
+            "spread: slowest less fastest, over the median; ~ : a difference from the first model that is within the spread, that is, noise. "
+            "floor: the weights that a step reads over the measured bandwidth, the operations of a prefill over the measured rate",
+            style="dim",
+        )
+    )
+
+
+def _count(value: float | None, unit: str = "") -> str:
+    """Three digits and a letter: 135 M, 768 B."""
+    if value is None:
+        return "-"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".strip()

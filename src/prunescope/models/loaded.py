@@ -1,0 +1,128 @@
+"""A model in memory, with what prunescope knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunescope.errors import UserError
+from prunescope.models.anatomy import KINDS, Anatomy
+from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
+
+__all__ = ["LoadedModel"]
+
+
+@dataclass(repr=False)
+class LoadedModel:
+    """A causal LM with its tokenizer and what prunescope knows of it.
+
+    ``model`` is the ordinary transformers model: `generate()` and everything else work on it, dropped or not.
+    """
+
+    ref: str  # as the user wrote it
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    identity: dict[str, str]  # id and revision, or path and content hash
+    layer_map: tuple[int, ...]  # layer of the dense model that each block is
+    dense_layers: int
+    record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
+    stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
+    _drops: list[Dropped] = field(default_factory=list)
+    # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
+    decoding: dict[str, str | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"
+
+    def __str__(self) -> str:
+        return self.ref
+
+    @property
+    def dropped(self) -> DropSpec:
+        """What is missing against the dense model, in the dense model's layer numbers."""
+        gone = [(kind, layer) for layer in range(self.dense_layers) if layer not in self.layer_map for kind in KINDS]
+        if self.record and self.record.get("format") == "zeroed":  # silent, though its modules are there
+            gone += [(kind, layer) for kind in KINDS for layer in self.record[f"drop_{kind}_list"]]
+        live = [(kind, self.layer_map[i]) for drop in self._drops for kind in KINDS for i in drop.spec.layers(kind)]
+        return DropSpec.of([*gone, *live])
+
+    @property
+    def pinned(self) -> bool:
+        """Whether ``identity`` names exactly these weights, so that what was found for them may be kept."""
+        return bool(self.identity.get("content_hash") or self.identity.get("revision"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.head.weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model's positions allow, None where its config names none."""
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def drop(self, spec: DropSpec | str) -> None:
+        """Drop sublayers in place; a string is read as `DropSpec.parse` does. One drop at a time: `restore` first."""
+        if self._drops:
+            raise UserError(f"{self.ref} has sublayers dropped already ({self._drops[0].spec}); restore it first")
+        self._drops.append(
+            drop_sublayers(self.model, self.anatomy, DropSpec.parse(spec) if isinstance(spec, str) else spec)
+        )
+
+    def restore(self) -> None:
+        """Undo `drop`: the very same modules are back in their places."""
+        while self._drops:
+            self._drops.pop().restore()
+
+    @contextmanager
+    def dropping(self, spec: DropSpec) -> Iterator[None]:
+        """The model with ``spec`` dropped as well, for the length of a ``with`` block; an empty spec changes nothing."""
+        before = [drop.spec for drop in self._drops]
+        self.restore()
+        try:
+            total = spec
+            for earlier in before:
+                total = total.union(earlier)
+            if total:
+                self.drop(total)
+            yield
+        finally:
+            self.restore()
+            for earlier in before:
+                self.drop(earlier)
+
+    def taken_out(self) -> list[nn.Module]:
+        """The modules of the sublayers that are dropped in place; they stay in memory, so that `restore` can put them back."""
+        return [module for drop in self._drops for module in drop.modules()]
+
+    def sparsity(self) -> float:
+        """Share of zero weights in the matrices of the blocks that are left."""
+        matrices = [p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
+        zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
+        return zeros / max(1, sum(matrix.numel() for matrix in matrices))
+
+    def describe(self) -> dict[str, Any]:
+        """What a run folder records of the model."""
+        dropped = self.dropped
+        return {
+            **self.identity,
+            "architecture": type(self.model).__name__,
+            "blocks": self.dense_layers,
+            "hidden_size": self.anatomy.hidden_size,
+            "vocab_size": self.anatomy.vocab_size,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sparsity": self.sparsity(),
+            "drop_attn_list": list(dropped.attn),
+            "drop_mlp_list": list(dropped.mlp),
+        }

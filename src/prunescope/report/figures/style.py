@@ -1,0 +1,84 @@
+"""What all figures share: the look, names that fit, SVG beside PNG. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["ESTIMATE", "FLOOR", "SPACES", "TRUTH", "also_pdf", "by", "drawable", "save", "style"]
+
+SPACES = {
+    "h": ("#0072B2", "hidden state h", "o"),
+    "z": ("#E69F00", "logits z", "s"),
+    "p": ("#009E73", "probabilities p", "^"),
+}  # Okabe-Ito
+TRUTH, ESTIMATE, FLOOR = "#0072B2", "#D55E00", "#888888"
+
+
+def by(rows: pa.Table, key: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Values of ``key`` with the smallest, mean and largest ``column`` of each."""
+    found = rows.group_by(key).aggregate([(column, "min"), (column, "mean"), (column, "max")]).sort_by(key)
+    names = (key, f"{column}_min", f"{column}_mean", f"{column}_max")
+    low_to_high = tuple(found[name].to_numpy().astype(float) for name in names)
+    return low_to_high
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """With a sign for every character that DejaVu Sans Mono lacks, and for line breaks."""
+    signs = {"\n": "\u21b5", "\t": " "}
+    return "".join(signs.get(c, c if c.isprintable() and ord(c) in _glyphs() else "\u00b7") for c in text)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The look of all figures, for the length of a ``with`` block."""
+    with mpl.rc_context(
+        {
+            "font.size": 8, "axes.titlesize": 8.5, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
+            "lines.linewidth": 1.2, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "prunescope", "figure.dpi": 100,
+        }
+    ):  # fmt: skip
+        yield
+
+
+_PDF = ContextVar("_PDF", default=False)
+
+
+@contextmanager
+def also_pdf() -> Iterator[None]:
+    """Inside this ``with`` block `save` writes PDF too."""
+    token = _PDF.set(True)
+    try:
+        yield
+    finally:
+        _PDF.reset(token)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """As SVG and as PNG, and as PDF inside `also_pdf`; returns the paths. A dot in the name is no suffix."""
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png", *(["pdf"] if _PDF.get() else []))]
+    figure.savefig(files[0], metadata={"Date": None})
+    figure.set_layout_engine("none")  # the places are found; finding them again takes longer than drawing
+    figure.savefig(files[1], dpi=200)
+    for file in files[2:]:
+        figure.savefig(file, metadata={"CreationDate": None})
+    return files

@@ -1,0 +1,66 @@
+"""What the page shows of a sweep."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prunescope.report.figures.sweep import KINDS, Rows, draw_sweep, mean_over_tasks, of_kind
+from prunescope.report.names import short
+from prunescope.runs.folder import Run
+
+__all__ = ["sweep_section"]
+
+
+def sweep_section(run: Run) -> dict[str, Any]:
+    """What the page shows of a sweep, finished or not."""
+    info = run.info
+    rows: Rows = run.table().to_pylist()
+    says = [row for row in rows if row["informative"]] or rows
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in says)]
+    name = short(info["config"]["model"])
+    images = [
+        {"data": base64.b64encode(content).decode("ascii"), "alt": f"{name}: {stem.replace('_', ' ')}"}
+        for stem, content in _pictures(run).items()
+    ]
+    return {
+        "model": name,
+        "folder": run.folder.name,
+        "complete": info["complete"],
+        "done": len(info["points_done"]),
+        "asked": len(info["points_asked"]),
+        "kinds": kinds,
+        "left_out": list(dict.fromkeys(row["task"] for row in rows if not row["informative"])),
+        "rows": [_shown(point, [row for row in says if row["point"] == point], kinds) for point in _points(rows)],
+        "images": images,
+        "foretells": [
+            (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
+            for outcome, best in info["summary"]["foretells"].items()
+        ],
+    }
+
+
+def _pictures(run: Run) -> dict[str, bytes]:
+    """SVG by name: those of the run's folder, or drawn now where it was not finished."""
+    there = sorted((run.folder / "figures").glob("*.svg")) if run.info["complete"] else []
+    if there:
+        return {path.stem: path.read_bytes() for path in there}
+    with TemporaryDirectory(prefix="prunescope-") as folder:
+        tables = (run.table(), run.table("metrics"), run.table("correlations"))
+        drawn = draw_sweep(*tables, run.info, Path(folder))
+        return {path.stem: path.read_bytes() for path in drawn if path.suffix == ".svg"}
+
+
+def _points(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["point"] for row in rows))
+
+
+def _shown(point: str, rows: Rows, kinds: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"point": point, "removed": rows[0]["weights_removed"]}
+    for kind in kinds:
+        means = {column: mean_over_tasks(of_kind(rows, kind, False), column) for column in ("score", "kept")}
+        found[kind] = {column: "-" if mean is None else f"{mean[0]:.3f}" for column, mean in means.items()}
+    return found

@@ -1,0 +1,67 @@
+"""A sweep in the terminal. Numbers come from its rows and run.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["show_sweep"]
+
+
+def show_sweep(
+    info: Mapping[str, Any], sweep: pa.Table, summary: Mapping[str, Any], console: Console | None = None
+) -> None:
+    """Mean scores by point and kind, then which metrics order the points as the losses do.
+
+    Args:
+        info, sweep, summary: ``run.json``, the rows of ``sweep.parquet`` and the summary of a sweep.
+    """
+    console = console or Console()
+    rows = sweep.to_pylist()
+    says = [row for row in rows if row["informative"]] or rows
+    kinds = [kind for kind in ("generative", "choice") if any(row["kind"] == kind for row in says)]
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(str(info["config"]["model"])), title_justify="left")
+    shown.add_column("point", no_wrap=True)
+    shown.add_column("weights\nremoved", justify="right")
+    for kind in kinds:
+        count = len({row["task"] for row in says if row["kind"] == kind})
+        shown.add_column(f"{kind}, mean\nof {count} tasks", justify="right")
+        shown.add_column("share\nkept", justify="right")
+    more = {row["point"]: row for row in summary["discrepancy"]}
+    if more:
+        shown.add_column("choice keeps\nmore by", justify="right")
+    for point in dict.fromkeys(row["point"] for row in rows):
+        cells = []
+        for kind in kinds:
+            mine = [row for row in says if (row["point"], row["kind"]) == (point, kind)]
+            kept = [row["kept"] for row in mine if row["kept"] is not None]
+            cells.append(f"{sum(row['score'] for row in mine) / len(mine):.3f}")
+            cells.append(f"{sum(kept) / len(kept):.3f}" if kept else "-")
+        if more:
+            cells.append(_more(more.get(point)))
+        removed = next(row["weights_removed"] for row in rows if row["point"] == point)
+        shown.add_row(point, f"{100 * removed:.1f} %", *cells)
+    console.print(shown)
+    left_out = list(dict.fromkeys(row["task"] for row in rows if not row["informative"]))
+    if left_out:
+        console.print(
+            Text(f"at floor in the dense model, alone or as a pair, so of no say here: {', '.join(left_out)}")
+        )
+    for outcome, best in summary["foretells"].items():
+        names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
+        console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
+
+
+def _more(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    half = "" if row["ci95"] is None else f" \u00b1 {(row['ci95'][1] - row['ci95'][0]) / 2:.2f}"
+    return f"{row['choice_keeps_more']:+.2f}{half}"
