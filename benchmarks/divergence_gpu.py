@@ -17,7 +17,7 @@ from layerwise_gpu import build, seconds
 
 from prunescope.compare.context import final_head, read_states
 from prunescope.compare.divergence import Slice, divergence_rows, scored
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 
 
 def passes(models: list[LoadedModel], chunks: torch.Tensor, batch_size: int, kept: int) -> None:

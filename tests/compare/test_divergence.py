@@ -18,7 +18,8 @@ from prunescope.compare import divergence as module
 from prunescope.compare.divergence import COLUMNS, Slice, divergence_key, divergence_rows, read_slices
 from prunescope.compare.divergence_summary import divergence_summary, grouped, kl_table, worst_passages
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.rounding import round_to_nearest
 from prunescope.models.variants import Variant
 

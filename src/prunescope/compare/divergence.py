@@ -25,9 +25,10 @@ from torch import Tensor
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
 from prunescope.compare.context import Transcript, check_memory, check_pair, final_head, read_states, run_key
 from prunescope.compare.generation import most_likely
+from prunescope.data.jsonl import read_text
 from prunescope.data.tokens import check_tokens
-from prunescope.errors import UserError, first_line
-from prunescope.models.loading import LoadedModel
+from prunescope.errors import UserError
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
@@ -97,10 +98,7 @@ def read_slices(loaded: LoadedModel, files: str, *, context: int = 512, chunks: 
 
 
 def _slice(loaded: LoadedModel, name: str, context: int, chunks: int | None) -> Slice:
-    try:
-        text = Path(name).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {name}: cannot be read ({first_line(error)}); give a text file in UTF-8") from error
+    text = read_text(Path(name).expanduser(), "--text", "give a text file in UTF-8")
     ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = start_token(loaded)
     ids = ids if start is None else [start, *ids]

@@ -17,7 +17,7 @@ from prunescope.compare.columns import DEFAULT_MEMORY
 from prunescope.compare.divergence import Slice, divergence_rows
 from prunescope.compare.divergence_summary import kl_table
 from prunescope.errors import UserError
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant
 
 __all__ = ["LADDER", "Likeness", "Rung", "like_rung", "measure_ladder"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.models import ggml
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.rounding import FLOATING, INTEGERS, bits_per_weight, round_to_nearest
 from prunescope.progress import progress

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
-from prunescope.models.loading import LoadedModel
+from prunescope.models.loaded import LoadedModel
 from prunescope.models.quantised import Quantised, QuantSpec
 
 __all__ = ["Variant", "VariantSpec"]

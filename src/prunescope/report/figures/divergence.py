@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from prunescope.report.figures.layerwise import FLOOR, save, short, style
+from prunescope.report.figures.style import FLOOR, save, style
+from prunescope.report.names import short
 
 if TYPE_CHECKING:
     import pyarrow as pa
