@@ -17,6 +17,10 @@ SCRIPTS = ROOT / "benchmarks"
 
 # script -> options of a toy run, and words of its last results; {folder} is a scratch folder with tiny models, texts and a page in it
 TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "divergence_gpu.py": (
+        "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --chunks 2 --context 16",
+        ("against float64 on the same states", "x the passes with logits"),
+    ),
     "generation_cpu.py": (
         "--model {folder}/chars --steps 2 --prompts 2 --rounds 1",
         ("batch 2: two plain generate()", "its floor"),

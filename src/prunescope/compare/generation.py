@@ -202,7 +202,7 @@ class _Batch:
             token = theirs[part].clone()
             at = prompts[part][asked], steps[part][asked]
             token[asked] = choose(z_target[asked.to(z.device)], settings.sampling, draws[at]).cpu()
-            return {"target_token": token, **_most_likely(z, z_target, settings.temperature)}
+            return {"target_token": token, **most_likely(z, z_target, settings.temperature)}
 
         columns = compare_final(
             torch.cat(self.our_states),
@@ -230,7 +230,7 @@ class _Batch:
         return pa.table(arrays | {name: pa.array(columns[name].numpy()) for name in (*COLUMNS, *_CONFIDENCE, _FORCED)})
 
 
-def _most_likely(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
+def most_likely(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
     """The most likely tokens of both models, ``(rows, TOP)``, and their probabilities at T, the most likely first."""
     found: dict[str, Tensor] = {}
     for side, mine in (("dense", z), ("target", z_target)):

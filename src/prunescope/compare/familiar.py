@@ -1,0 +1,100 @@
+"""A KL on a scale that everybody knows: the same model quantised at a ladder of GGUF's types, measured once on the same text.
+
+A rung is one pure type for all matrices of the blocks, by round to nearest, with embeddings, head and norms left as they are. A file that
+llama.cpp calls Q3_K_M is a mixture around q3_k.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prunescope.cache import remembered
+from prunescope.compare.columns import DEFAULT_MEMORY
+from prunescope.compare.divergence import Slice, divergence_rows
+from prunescope.compare.divergence_summary import kl_table
+from prunescope.errors import UserError
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.variants import Variant
+
+__all__ = ["LADDER", "Likeness", "Rung", "like_rung", "measure_ladder"]
+
+LADDER = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One type of the ladder, and the KL(dense || quantised) of the model at it."""
+
+    name: str
+    kl: float
+    error: float  # standard error over tokens
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """The rungs that a KL lies between: ``better`` has a smaller one, ``worse`` a larger one; None past the end of the ladder."""
+
+    kl: float
+    better: str | None
+    worse: str | None
+
+    def __str__(self) -> str:
+        if self.better and self.worse:
+            return f"between {self.better} and {self.worse}"
+        return f"worse than {self.better}" if self.better else f"better than {self.worse}"
+
+
+def like_rung(kl: float, ladder: Sequence[Rung]) -> Likeness:
+    """Place ``kl`` on the ladder. Raises ValueError for an empty one or a KL that is no number."""
+    if not ladder or kl != kl:
+        raise ValueError("a KL is placed on rungs that were measured")
+    rungs = sorted(ladder, key=lambda rung: rung.kl)
+    above = [rung.name for rung in rungs if rung.kl > kl]
+    below = [rung.name for rung in rungs if rung.kl <= kl]
+    return Likeness(kl, below[-1] if below else None, above[0] if above else None)
+
+
+def measure_ladder(
+    dense: LoadedModel,
+    slices: Sequence[Slice],
+    types: Sequence[str] = LADDER,
+    *,
+    batch_size: int = 4,
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    cache: Path | None = None,
+) -> list[Rung]:
+    """The rungs of ``dense`` on the text of ``slices``, each measured once and kept in ``cache``.
+
+    Args:
+        types: formats as `QuantSpec.parse` reads them.
+        cache: folder of what was measured; None keeps nothing. A model without a revision or content hash is measured anew each time.
+    Raises:
+        UserError: a format that is unknown, or whose quantiser is not installed.
+    """
+    if not types:
+        raise UserError("--ladder names no type; write for example q8_0,q4_k,q2_k")
+    text = hashlib.sha256()
+    for piece in slices:
+        text.update(repr(tuple(piece.chunks.shape)).encode() + piece.chunks.numpy().tobytes())
+    found = []
+    for name in types:
+        key = {
+            "what": "rung 1", "model": dense.identity, "dtype": str(dense.dtype), "text": text.hexdigest(), "type": name, "temperature": temperature
+        }  # fmt: skip
+
+        def measure(name: str = name) -> dict[str, Any]:
+            variant = Variant(dense, f"quant:{name}")
+            rows = divergence_rows(
+                dense, variant, slices, batch_size=batch_size, temperature=temperature, memory=memory
+            )
+            mean, error = kl_table(rows.table)["kl_dense_target"]["mean"]
+            return asdict(Rung(name, mean, error, variant.describe()["bits_per_weight"]))
+
+        found.append(Rung(**remembered(cache if dense.pinned else None, key, measure)))
+    return found
