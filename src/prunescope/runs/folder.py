@@ -39,6 +39,7 @@ TABLES = {
     "layerwise": "layerwise.parquet",
     "generate": "generation.parquet",
     "mcq": "mcq.parquet",
+    "divergence": "divergence.parquet",
     "retrieve": "retrieval.parquet",
     "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
