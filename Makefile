@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+QUANT := $(VENV)/.installed-quant
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-quant lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -17,6 +18,9 @@ test: lint
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu
+
+test-quant: $(QUANT)
+	$(BIN)/python -m pytest tests/models/test_quantised.py tests/models/test_packed.py tests/compare/test_divergence_llama_cpp.py
 
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
@@ -46,6 +50,11 @@ $(DEV): $(RUN) requirements-dev.txt
 	command -v chromium chromium-browser > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium fonts-dejavu; }
 	command -v npm > /dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends npm; }
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1
+	touch $@
+
+$(QUANT): $(DEV) requirements-quant.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=80"
+	BUILD_CUDA_EXT=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
 	touch $@
 
 clean:

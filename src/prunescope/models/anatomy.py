@@ -316,7 +316,9 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
     attn_calls = [call for call in calls if call.module is attention[1]]
     norms = [call for call in calls if _is_norm(call.module)]
     rest = [call for call in calls if call.module is not attention[1] and not _is_norm(call.module)]
-    mlp_calls = [call for call in rest if any(p.dim() >= 2 for p in call.module.parameters())]
+    mlp_calls = [
+        call for call in rest if any(t.dim() >= 2 for t in (*call.module.parameters(), *call.module.buffers()))
+    ]  # packed weights may be buffers
     if len(attn_calls) != 1:
         raise unsupported(f"its attention ran {len(attn_calls)} times")
     if not mlp_calls:

@@ -13,6 +13,7 @@ from torch import nn
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
+from prunescope.models.packed import format_of, is_packed
 
 __all__ = ["LoadedModel"]
 
@@ -106,16 +107,19 @@ class LoadedModel:
         return [module for drop in self._drops for module in drop.modules()]
 
     def sparsity(self) -> float:
-        """Share of zero weights in the matrices of the blocks that are left."""
-        matrices = [p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
+        """Share of zero weights in the matrices of the blocks that are left; packed ones are not looked at."""
+        matrices = [
+            p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2 and not is_packed(p)
+        ]
         zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
         return zeros / max(1, sum(matrix.numel() for matrix in matrices))
 
     def describe(self) -> dict[str, Any]:
         """What a run folder records of the model."""
-        dropped = self.dropped
+        dropped, packed = self.dropped, format_of(self.model)
         return {
             **self.identity,
+            **({"quantisation": packed} if packed else {}),
             "architecture": type(self.model).__name__,
             "blocks": self.dense_layers,
             "hidden_size": self.anatomy.hidden_size,

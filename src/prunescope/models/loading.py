@@ -19,6 +19,7 @@ from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import check_head, is_finite
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.runs.folder import NO_SPACE
@@ -131,6 +132,7 @@ def _load_weights(
         model = merge_adapter(ref, model, adapter)
         identity |= adapter.identity
     anatomy = find_anatomy(model)
+    check_head(ref, anatomy.head)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)
     layer_map, dense_layers = layers_of(ref, record, len(anatomy))
@@ -263,7 +265,7 @@ def loading_problem(error: Exception, source: str) -> str:
 def _check_weights(ref: str, model: nn.Module, missing: set[str]) -> None:
     """No weight of the checkpoint may be NaN or infinite; what is missing is looked at by `_check_missing`."""
     for name, parameter in model.named_parameters():
-        if name not in missing and not torch.isfinite(parameter).all():
+        if name not in missing and not is_finite(parameter):
             raise UserError(f"{ref}: {name} holds NaN or infinite weights; the checkpoint is broken")
 
 

@@ -19,6 +19,7 @@ from prunescope.errors import UserError
 from prunescope.models import ggml
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.packed import refuse_packed
 from prunescope.models.rounding import FLOATING, INTEGERS, bits_per_weight, round_to_nearest
 from prunescope.progress import progress
 
@@ -67,14 +68,13 @@ class Quantised:
         Raises:
             UserError: weights that are packed already, a quantiser that is not installed.
         """
+        refuse_packed(loaded.ref, loaded.model, "quant:")
         self.spec = spec
         owners: dict[int, tuple[nn.Parameter, list[Matrix]]] = {}
         where = {id(module): name for name, module in loaded.model.named_modules()}
         for block in loaded.anatomy.blocks:
             for matrix in find_matrices(block, where[id(block.module)]):
                 parameter = getattr(matrix.module, matrix.attribute)
-                if not torch.is_floating_point(parameter) or parameter.dim() < 2 or type(parameter.data) is not Tensor:
-                    raise UserError(f"{loaded.ref}: {matrix.name} is quantised already; quant: needs the dense model")
                 owners.setdefault(id(parameter), (parameter, []))[1].append(matrix)
         self._live = [parameter for parameter, _ in owners.values()]
         self._spare: list[Tensor] = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import refuse_packed
 from prunescope.progress import progress
 from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow
@@ -134,4 +135,5 @@ def _eager_experts(loaded: LoadedModel, fused: bool) -> Iterator[None]:
 
 def check_prunable(loaded: LoadedModel, method: Method, goal: Goal) -> None:
     """Raise UserError if `pruned_in_place` could not do it, before any work is done."""
+    refuse_packed(loaded.ref, loaded.model, f"{method} pruning")
     make_plan(Resident(loaded), method, goal)
