@@ -68,6 +68,16 @@ def test_a_missing_tokenizer_is_said_in_whole_sentences(dense_folder: Path) -> N
         load_model(dense_folder, device="cpu")
 
 
+def test_a_config_that_does_not_fit_is_said_in_whole_sentences(dense_folder: Path) -> None:
+    """transformers puts what is wrong on the line after a colon, or into a report of its own."""
+    rewrite(dense_folder / "config.json", hidden_size="32")
+    with pytest.raises(UserError, match=r"field 'hidden_size': .*expected int, got str"):
+        load_model(dense_folder, device="cpu")
+    rewrite(dense_folder / "config.json", hidden_size=32, vocab_size=1000)
+    with pytest.raises(UserError, match=r"other shapes than its config\.json says"):
+        load_model(dense_folder, device="cpu")
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """The switches of both libraries are thrown within the block, and back after it, whatever happens there."""
     import datasets

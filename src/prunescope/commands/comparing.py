@@ -239,7 +239,7 @@ def divergence(
         context: tokens of a chunk; the second half of each is scored
         chunks: take only the first so many chunks of each file
         scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
-        ladder: types of the ladder, with commas between them; left out, q8_0,q6_k,q5_k,q4_k,q3_k,q2_k
+        ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         seed: of the bootstrap over chunks
         batch_size: chunks at a time

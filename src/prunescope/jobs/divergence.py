@@ -9,9 +9,10 @@ from typing import Any
 from prunescope.cache import cache_folder
 from prunescope.compare.divergence import divergence_key, divergence_rows, read_slices
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
-from prunescope.compare.familiar import LADDER, like_rung, measure_ladder
+from prunescope.compare.familiar import LADDER, LADDER_IN_NUMPY, like_rung, measure_ladder
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
+from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
 from prunescope.report.terminal.divergence import show_divergence
 from prunescope.results import DivergenceResult
@@ -44,14 +45,16 @@ class DivergenceOptions(Options):
     def check(self) -> None:
         super().check()
         for name in self.rungs:
-            QuantSpec.parse(name)
+            ggml.check(QuantSpec.parse(name).scheme)
 
     @property
     def rungs(self) -> list[str]:
         """The types that the model's own ladder is made of; none where the scale is not asked for."""
         if not self.scale:
             return []
-        return list(LADDER) if self.ladder is None else listed(self.ladder)
+        if self.ladder is None:
+            return list(LADDER if ggml.has_library() else LADDER_IN_NUMPY)
+        return listed(self.ladder)
 
 
 def run(options: DivergenceOptions) -> DivergenceResult:

@@ -44,8 +44,16 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def expand_user(ref: str | Path) -> str:
-    """``ref`` with the home folder in the place of ``~``."""
-    return str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
+    """``ref`` with the home folder in the place of ``~``. Raises UserError for what the file system cannot look up."""
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{str(ref)[:60]!r} cannot be looked up: {reason}; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}"
+        ) from error
+    return str(path) if str(ref).startswith("~") else str(ref)
 
 
 def resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:
