@@ -12,7 +12,7 @@ from typing import Any
 from prunescope import commands
 from prunescope.argv import dashed, for_jsonargparse, plain
 from prunescope.demo import demo
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line, shortened
 from prunescope.runs.folder import NO_SPACE
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -89,9 +89,11 @@ def _parse(words: list[str], chosen: Callable[..., Any] | None) -> dict[str, Any
         subcommands.add_subcommand(name, sub, help=text.split("\n")[0])
     try:
         parsed = parser.parse_args(words if chosen is None else [words[0], *for_jsonargparse(chosen, words[1:])])
+    except (UnicodeError, RecursionError) as error:  # of a config file, which jsonargparse lets through
+        raise UserError(f"--config: not a YAML file in UTF-8 ({first_line(error)}); see --print_config") from error
     except ArgumentError as error:
         name = "" if chosen is None else f" {words[0]}"
-        message = str(error).replace(f"{words[0]}." if words else "", "").rstrip(".")
+        message = shortened(str(error).replace(f"{words[0]}." if words else "", "").rstrip("."), 500)
         raise UserError(f"{message}; see prunescope{name} --help") from error
     options: dict[str, Any] = parsed[parsed.command].as_dict()
     options.pop("config", None)

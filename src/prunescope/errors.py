@@ -15,5 +15,9 @@ def first_line(error: BaseException) -> str:
     The error's type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     whole = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
-    text = " ".join(lines[:whole])
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return shortened(" ".join(lines[:whole]))
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """At most so many characters of a text that is not ours."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

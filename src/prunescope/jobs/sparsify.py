@@ -218,7 +218,7 @@ def _overrides(path: str | None) -> dict[str, Goal]:
     try:
         # scalars as they are written: YAML would read 2:4 as a time of day
         content = yaml.load(Path(path).read_text("utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"sparsity map {path} cannot be read ({first_line(error)}); give a YAML file of module patterns and shares"
         ) from error
