@@ -68,7 +68,10 @@ def test_logits_of_a_real_head_against_float64(dtype: torch.dtype) -> None:
 
 def test_a_float32_stream_keeps_all_its_digits() -> None:
     """It is split into three parts of 8 bits. With one weight of 1 in a row nothing is summed, so a lost part would show as a lost digit."""
-    h, chosen = normal(33, WIDTH, seed=8), torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))[:2048].cuda()
+    h, chosen = (
+        normal(33, WIDTH, seed=8),
+        torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))[:2048].cuda(),
+    )
     weight = torch.zeros(2048, WIDTH, device="cuda", dtype=torch.bfloat16)
     weight[torch.arange(2048, device="cuda"), chosen] = 1
     assert on_tensor_cores(h, weight)
