@@ -23,6 +23,7 @@ from prunescope.cli import COMMANDS, main
 def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
         "DemoResult",
+        "DivergenceResult",
         "DropResult",
         "EvaluateResult",
         "GenerateResult",
@@ -35,6 +36,7 @@ def test_the_public_surface_is_pinned() -> None:
         "SweepResult",
         "UserError",
         "demo",
+        "divergence",
         "drop",
         "evaluate",
         "generate",
@@ -56,6 +58,7 @@ def test_the_public_surface_is_pinned() -> None:
             "layerwise",
             "generate",
             "mcq",
+            "divergence",
             "retrieve",
             "evaluate",
             "sweep",

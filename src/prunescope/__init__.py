@@ -8,11 +8,25 @@ from __future__ import annotations
 import prunescope.report
 import prunescope.speed
 import prunescope.sweep  # noqa: F401 (packages first, so that the functions of these names are what stays)
-from prunescope.commands import drop, evaluate, generate, layerwise, load, mcq, report, retrieve, sparsify, speed, sweep
+from prunescope.commands import (
+    divergence,
+    drop,
+    evaluate,
+    generate,
+    layerwise,
+    load,
+    mcq,
+    report,
+    retrieve,
+    sparsify,
+    speed,
+    sweep,
+)
 from prunescope.demo import demo
 from prunescope.errors import UserError
 from prunescope.results import (
     DemoResult,
+    DivergenceResult,
     DropResult,
     EvaluateResult,
     GenerateResult,
@@ -29,6 +43,7 @@ from prunescope.runs.folder import open_run as open
 __version__ = "0.1.0"
 __all__ = [
     "DemoResult",
+    "DivergenceResult",
     "DropResult",
     "EvaluateResult",
     "GenerateResult",
@@ -41,6 +56,7 @@ __all__ = [
     "SweepResult",
     "UserError",
     "demo",
+    "divergence",
     "drop",
     "evaluate",
     "generate",

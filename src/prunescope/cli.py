@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "layerwise": commands.layerwise,
     "generate": commands.generate,
     "mcq": commands.mcq,
+    "divergence": commands.divergence,
     "retrieve": commands.retrieve,
     "evaluate": commands.evaluate,
     "sweep": commands.sweep,

@@ -11,6 +11,9 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message that says something, at most 300 characters; its type where it says nothing."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if len(line) <= 300 else f"{line[:297]}..."
+    """The first line of another library's message that says something, and the next one where it ends with a colon; at most 300 characters.
+    The error's type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    whole = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    text = " ".join(lines[:whole])
+    return text if len(text) <= 300 else f"{text[:297]}..."

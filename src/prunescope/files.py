@@ -1,13 +1,15 @@
-"""Write a file so that whatever bears its name is whole: beside it first, then renamed."""
+"""Write a file so that whatever bears its name is whole: beside it first, then renamed. Read JSON of strangers."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replacing"]
+__all__ = ["parse_json", "replacing"]
 
 
 @contextmanager
@@ -24,3 +26,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """As `json.loads`, but everything that is no JSON raises ValueError: what is nested too deeply as well."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DemoResult",
+    "DivergenceResult",
     "DropResult",
     "EvaluateResult",
     "GenerateResult",
@@ -71,6 +72,19 @@ class McqResult(RunResult):
         from prunescope.report.figures.mcq import draw_mcq
 
         return draw_mcq
+
+
+class DivergenceResult(RunResult):
+    """What `divergence` found: a row per scored token, with every column and the five most likely tokens of both models.
+
+    ``summary`` is per column; llama.cpp's table is ``info["table"]``, the same by groups of tokens ``info["by"]``, and ``samples()`` are the
+    passages that diverge most.
+    """
+
+    def drawing(self) -> Draw:
+        from prunescope.report.figures.divergence import draw_divergence
+
+        return draw_divergence
 
 
 @dataclass

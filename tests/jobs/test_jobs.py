@@ -20,7 +20,7 @@ from prunescope.jobs.options import LoadOptions, OutputOptions
 from prunescope.runs.result import Result
 
 JOBS = [name for name in COMMANDS if name != "demo"]
-RESUMABLE = ("layerwise", "generate", "mcq", "retrieve", "evaluate", "sweep")
+RESUMABLE = ("layerwise", "generate", "mcq", "divergence", "retrieve", "evaluate", "sweep")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     characters_folder(folder / "model")
     (folder / "prompts.txt").write_text("cat dog\n2 + 3 = 5\n", "utf-8")
+    (folder / "text.txt").write_text("a cat and a dog and 12 birds\n" * 3, "utf-8")
     question = {"question": "2 + 2", "choices": ["3", "4"], "answer": 1}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n", "utf-8")
     (folder / "beir" / "qrels").mkdir(parents=True)
@@ -50,6 +51,10 @@ def options_of(command: str, place: Path) -> dict[str, Any]:
         "layerwise": writing,
         "generate": writing,
         "mcq": {"dense": dense, "target": drop, "questions": str(place / "questions.jsonl")},
+        "divergence": {
+            **{"dense": dense, "target": "quant:int8", "text": str(place / "text.txt"), "context": 8},
+            **{"ladder": "q8_0,q4_0", "cache": False},
+        },
         "retrieve": {"dense": dense, "target": drop, "corpus": str(place / "beir"), "depth": 2, "recall_at": "1,2"},
         "evaluate": {"models": [dense, drop], "tasks": "reversal-mc", "limit": 2, "shots": 1},
         "sweep": {
@@ -129,7 +134,7 @@ def test_a_result_is_what_its_folder_holds_and_home_is_found(
         return
     assert str(saved.table().to_pylist()) == str(found.table().to_pylist())  # as text, so that NaN equals NaN
     assert saved.samples() == json.loads(json.dumps(found.samples()))
-    assert bool(found.samples()) == (command in ("layerwise", "generate", "mcq", "retrieve"))
+    assert bool(found.samples()) == (command in ("layerwise", "generate", "mcq", "divergence", "retrieve"))
     assert prunescope.open("~/saved").info == saved.info
     with pytest.raises(prunescope.UserError, match="exists"):
         found.save("~/saved")

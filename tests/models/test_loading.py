@@ -24,7 +24,8 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
-from prunescope.models.references import is_drop, read_target
+from prunescope.models.references import is_drop
+from prunescope.models.variants import VariantSpec, read_variant
 
 IDS = torch.arange(4, 14)[None]
 
@@ -40,12 +41,13 @@ def plain(folder: Path) -> Any:
 
 
 def test_a_target_is_read_once_for_all_commands(dense: LoadedModel) -> None:
-    assert read_target("drop:attn=1;mlp=0-2") == DropSpec((1,), (0, 1, 2))
-    assert read_target("org/model") == "org/model"
-    assert read_target(dense) is dense and read_target(None) is None
+    assert read_variant("drop:attn=1;mlp=0-2") == DropSpec((1,), (0, 1, 2))
+    assert read_variant("drop:attn=1+quant:int8") == VariantSpec.parse("drop:attn=1+quant:int8")
+    assert read_variant("org/model") is None
+    assert read_variant(dense) is None and read_variant(None) is None
     assert is_drop("drop:") and not is_drop("./drop:attn=1") and not is_drop(dense)
     with pytest.raises(UserError, match="cannot read 'head=3'"):
-        read_target("drop:head=3")
+        read_variant("drop:head=3")
 
 
 def test_the_identity_of_a_folder_is_a_hash_of_its_weights_and_config(dense_folder: Path) -> None:
@@ -63,6 +65,16 @@ def test_a_missing_tokenizer_is_said_in_whole_sentences(dense_folder: Path) -> N
     for path in dense_folder.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match=r"its tokenizer cannot be loaded: no tokenizer\.json, .* is there; put"):
+        load_model(dense_folder, device="cpu")
+
+
+def test_a_config_that_does_not_fit_is_said_in_whole_sentences(dense_folder: Path) -> None:
+    """transformers puts what is wrong on the line after a colon, or into a report of its own."""
+    rewrite(dense_folder / "config.json", hidden_size="32")
+    with pytest.raises(UserError, match=r"field 'hidden_size': .*expected int, got str"):
+        load_model(dense_folder, device="cpu")
+    rewrite(dense_folder / "config.json", hidden_size=32, vocab_size=1000)
+    with pytest.raises(UserError, match=r"other shapes than its config\.json says"):
         load_model(dense_folder, device="cpu")
 
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from prunescope.commands.comparing import generate, layerwise, mcq, retrieve
+from prunescope.commands.comparing import divergence, generate, layerwise, mcq, retrieve
 from prunescope.commands.pruning import drop, load, sparsify
 from prunescope.commands.scoring import evaluate, report, speed, sweep
 
 __all__ = [
+    "divergence",
     "drop",
     "evaluate",
     "generate",

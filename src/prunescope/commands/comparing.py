@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from prunescope.jobs.options import DType, LoadOptions, OutputOptions
-from prunescope.results import GenerateResult, LayerwiseResult, McqResult, RetrieveResult
+from prunescope.results import DivergenceResult, GenerateResult, LayerwiseResult, McqResult, RetrieveResult
 
 if TYPE_CHECKING:
     from prunescope.jobs.options import Model
 else:
     Model = str  # what it is on the command line
 
-__all__ = ["generate", "layerwise", "mcq", "retrieve"]
+__all__ = ["divergence", "generate", "layerwise", "mcq", "retrieve"]
 
 
 def layerwise(
@@ -44,7 +44,7 @@ def layerwise(
 
     Args:
         dense: the base model
-        target: a model, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model; left out, every sublayer is dropped in turn
+        target: a model, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +; left out, every sublayer is dropped in turn
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
         chat: put each prompt into the model's chat template
@@ -110,7 +110,7 @@ def generate(
 
     Args:
         dense: the base model
-        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
         chat: put each prompt into the model's chat template
@@ -173,7 +173,7 @@ def mcq(
 
     Args:
         dense: the base model
-        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
         questions: JSONL with question, choices and answer, an MMLU CSV file, or a folder of them; left out, the 72 shipped ones
         template: cue ends in "Answer:", paper is question and options only, chat is the model's chat template
@@ -201,6 +201,67 @@ def mcq(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def divergence(
+    dense: Model,
+    target: Model,
+    *,
+    text: str,
+    out: str | None = None,
+    context: int = 512,
+    chunks: int | None = None,
+    scale: bool = True,
+    ladder: str | None = None,
+    metric_temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 4,
+    memory_mb: int = 512,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> DivergenceResult:
+    """Measure both models over a text, token by token: the table of llama.cpp's --kl-divergence, with no file of logits.
+
+    Args:
+        dense: the base model
+        target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
+        text: text files in UTF-8, with commas between them; each is a slice of its own
+        out: run folder to write
+        context: tokens of a chunk; the second half of each is scored
+        chunks: take only the first so many chunks of each file
+        scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
+        ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
+        metric_temperature: temperature T of p = softmax(z / T) in the metrics
+        seed: of the bootstrap over chunks
+        batch_size: chunks at a time
+        memory_mb: memory that the metrics may use, in MB
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id (of the dense model)
+        adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep the ladder's measurements for the next call
+        resume: continue an interrupted run
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import divergence as job
+
+    return job.run(
+        job.DivergenceOptions(
+            dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, ladder=ladder,
+            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -235,7 +296,7 @@ def retrieve(
 
     Args:
         dense: the base model, or an embedding model made of one (weights without an output head load too)
-        target: a model with the same vocabulary, a checkpoint, or drop:attn=3,5;mlp=7 on the dense model
+        target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
         corpus: BEIR folder with corpus.jsonl, queries.jsonl and qrels/, or the corpus file alone; left out, the shipped corpus
         queries: queries.jsonl, where it is not in the folder

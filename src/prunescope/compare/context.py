@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
+from prunescope.models.variants import Variant
 
 __all__ = [
+    "Changed",
     "TargetModel",
     "Transcript",
     "at_least_float32",
@@ -34,9 +37,11 @@ __all__ = [
     "read_states",
     "run_key",
     "step_index",
+    "switched",
 ]
 
-TargetModel = LoadedModel | DropSpec | None  # None: every sublayer of the dense model is dropped in turn
+Changed = LoadedModel | DropSpec | Variant  # a model of its own, or the dense one changed in memory
+TargetModel = Changed | None  # None: every sublayer of the dense model is dropped in turn
 
 
 @dataclass(frozen=True)
@@ -129,17 +134,31 @@ def final_head(loaded: LoadedModel) -> Head:
     return Head(anatomy.head.weight.detach(), bias, anatomy.logit_scale, anatomy.logit_softcap)  # type: ignore[operator]
 
 
-def check_pair(dense: LoadedModel, target: LoadedModel | DropSpec) -> None:
+def check_pair(dense: LoadedModel, target: Changed) -> None:
     """Raise UserError if two models cannot be compared at their heads: a dense side that is not whole, another vocabulary."""
-    if isinstance(target, DropSpec):
+    if not isinstance(target, LoadedModel):
         return check_comparable(dense, target)
     check_comparable(dense, None)
     check_vocabulary(dense, target)
 
 
-def check_memory(memory: int, dtype: torch.dtype, *heads: Head) -> None:
-    """Raise UserError if ``memory`` bytes are too few for the columns of one pair of logits of these heads; ``dtype`` is the model's."""
-    least = max(least_memory(head, at_least_float32(dtype)) for head in heads)
+@contextmanager
+def switched(dense: LoadedModel, target: Changed) -> Iterator[LoadedModel]:
+    """The target's model for the length of a ``with`` block: one of its own, or the dense one changed."""
+    if isinstance(target, LoadedModel):
+        yield target
+    elif isinstance(target, Variant):
+        with target.applied() as model:
+            yield model
+    else:
+        with dense.dropping(target):
+            yield dense
+
+
+def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) -> None:
+    """Raise UserError if ``memory`` bytes are too few for the columns of one pair of logits of these models."""
+    models = [dense, *([target] if isinstance(target, LoadedModel) else [])]
+    least = max(least_memory(final_head(model), at_least_float32(dense.dtype)) for model in models)
     if memory < least:
         raise UserError(f"--memory-mb {memory // 2**20}: this vocabulary needs at least {least // 2**20 + 1}")
 

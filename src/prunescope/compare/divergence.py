@@ -12,7 +12,6 @@ Both models read a batch of chunks, their final states go through `compare_final
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,21 @@ import torch
 from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
-from prunescope.compare.context import Transcript, check_memory, check_pair, final_head, read_states, run_key
+from prunescope.compare.context import (
+    Changed,
+    Transcript,
+    check_memory,
+    check_pair,
+    final_head,
+    read_states,
+    run_key,
+    switched,
+)
 from prunescope.compare.generation import most_likely
 from prunescope.data.jsonl import read_text
 from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.variants import Variant
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
 
@@ -120,16 +127,15 @@ def start_token(loaded: LoadedModel) -> int | None:
     return start if start is not None and loaded.tokenizer("a")["input_ids"][:1] == [start] else None
 
 
-def divergence_key(dense: LoadedModel, target: LoadedModel | Variant, slices: Sequence[Slice], *settings: Any) -> str:
+def divergence_key(dense: LoadedModel, target: Changed, slices: Sequence[Slice], *settings: Any) -> str:
     """A hash of everything that decides the rows of a run."""
-    described = target if isinstance(target, LoadedModel) else target.spec
     texts = [[piece.name, piece.chunks.tolist()] for piece in slices]
-    return run_key(dense, described, texts, "divergence", *settings)  # type: ignore[arg-type]
+    return run_key(dense, target, texts, "divergence", *settings)  # type: ignore[arg-type]
 
 
 def divergence_rows(
     dense: LoadedModel,
-    target: LoadedModel | Variant,
+    target: Changed,
     slices: Sequence[Slice],
     *,
     batch_size: int = 4,
@@ -155,10 +161,8 @@ def divergence_rows(
         UserError: models that cannot be compared, or parts of another run.
         FloatingPointError: a NaN or infinite logit.
     """
-    check_pair(dense, target if isinstance(target, LoadedModel) else target.spec.drop)
-    check_memory(
-        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
-    )
+    check_pair(dense, target)
+    check_memory(memory, dense, target)
     begin(parts, key)
     sources = [(piece.name, chunk) for piece in slices for chunk in piece.chunks]
     both = _Pair(dense, target, temperature, memory)
@@ -185,7 +189,7 @@ class _Pair:
     """Both models, and how their final states are compared."""
 
     dense: LoadedModel
-    target: LoadedModel | Variant
+    target: Changed
     temperature: float
     memory: int
 
@@ -193,7 +197,7 @@ class _Pair:
         """Rows of a batch of chunks ``(batch, context)``, the first of which is number ``first``; and the dense states."""
         texts = scored(chunks)
         states = torch.cat(read_states(self.dense, texts))
-        with nullcontext(self.target) if isinstance(self.target, LoadedModel) else self.target.applied() as target:
+        with switched(self.dense, self.target) as target:
             theirs, head = torch.cat(read_states(target, texts)), final_head(target)
         steps = len(texts[0].continuation)
         tokens = chunks[:, -steps:].flatten()

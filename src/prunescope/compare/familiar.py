@@ -20,9 +20,10 @@ from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant
 
-__all__ = ["LADDER", "Likeness", "Rung", "like_rung", "measure_ladder"]
+__all__ = ["LADDER", "LADDER_IN_NUMPY", "Likeness", "Rung", "like_rung", "measure_ladder"]
 
 LADDER = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+LADDER_IN_NUMPY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # where ggml's library is not installed
 
 
 @dataclass(frozen=True)

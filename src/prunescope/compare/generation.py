@@ -13,7 +13,6 @@ the rest of the free-running one is what its own history adds (the paper, Eq. 67
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
 from prunescope.compare.context import (
+    Changed,
     TargetModel,
     Transcript,
     check_memory,
@@ -33,10 +33,10 @@ from prunescope.compare.context import (
     mark_under_floor,
     read_states,
     run_key,
+    switched,
 )
 from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.texts import first_difference
-from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
@@ -112,14 +112,12 @@ class _Batch:
     def __init__(
         self,
         dense: LoadedModel,
-        target: LoadedModel | DropSpec,
+        target: Changed,
         prompts: Sequence[list[int]],
         first: int,
         settings: _Settings,
     ) -> None:
         self.dense, self.first, self.settings = dense, first, settings
-        self.of_target = target if isinstance(target, LoadedModel) else dense
-        self.dropping = nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target)
         how = (first, settings.max_new_tokens, settings.sampling, settings.stop)
         self.decoding = {"dense": decoding_way(dense)}
         written = _write(dense, prompts, *how)
@@ -127,7 +125,7 @@ class _Batch:
         self.our_states = self.written_states = _of_sequences(written)
         self.theirs: list[Transcript] | None = None
         self.their_states: list[Tensor] = []
-        with self.dropping:
+        with switched(dense, target) as self.of_target:
             if settings.regime != TEACHER:
                 self.decoding["target"] = decoding_way(self.of_target)
                 written = _write(self.of_target, prompts, *how)
@@ -263,7 +261,7 @@ def generation_key(dense: LoadedModel, target: TargetModel, prompts: Sequence[li
 
 def generation_rows(
     dense: LoadedModel,
-    target: LoadedModel | DropSpec,
+    target: Changed,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 64,
@@ -280,7 +278,7 @@ def generation_rows(
 
     Args:
         dense: the dense model, nothing dropped.
-        target: a loaded model of the same vocabulary, or a `DropSpec` on the dense model.
+        target: a loaded model of the same vocabulary, or the dense model changed: a `DropSpec` or a `Variant`.
         prompts: token ids, from `encode`.
         max_new_tokens: steps at most; a text ends earlier at an end-of-text token if ``stop``.
         sampling: how both choose their tokens; step t of prompt i uses the same uniform number in both.
@@ -294,9 +292,7 @@ def generation_rows(
         FloatingPointError: a NaN or infinite logit.
     """
     check_pair(dense, target)
-    check_memory(
-        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
-    )
+    check_memory(memory, dense, target)
     settings = _Settings(max_new_tokens, sampling, stop, regime, temperature, memory)
     begin(parts, key)
 

@@ -31,11 +31,13 @@ from prunescope.compare.context import (
     padded,
     run_key,
     step_index,
+    switched,
 )
 from prunescope.compare.head import Head, on_tensor_cores
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
+from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
@@ -126,7 +128,7 @@ class _Kept(NamedTuple):
 def _streams(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transcript]) -> _Streams:
     layers = len(dense.anatomy)
     places = [(layer, kind) for layer in range(layers) for kind in KINDS]
-    if not isinstance(target, LoadedModel):
+    if target is None or isinstance(target, DropSpec):
         rows = _dense_streams(dense, sequences, None)
         # a drop leaves the stream as it was before; a sublayer that is not dropped leaves the dense stream
         pairs = [
@@ -136,7 +138,20 @@ def _streams(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transc
         return _Streams(rows, torch.tensor(pairs))
     kept: dict[tuple[int, Kind], _Kept] = {}
     rows = _dense_streams(dense, sequences, kept, spare=len(places))
-    index = step_index(sequences, dense.device)
+    with switched(dense, target) as model:
+        return _target_streams(model, rows, kept, sequences, layers, places)
+
+
+def _target_streams(
+    target: LoadedModel,
+    rows: Tensor,
+    kept: dict[tuple[int, Kind], _Kept],
+    sequences: Sequence[Transcript],
+    layers: int,
+    places: list[tuple[int, Kind]],
+) -> _Streams:
+    """The target's streams into the spare slots of ``rows``, each of its branches fed with the dense stream of its place."""
+    index = step_index(sequences, rows.device)
     slot_of_target = {place: 2 * layers + 1 + i for i, place in enumerate(places)}
     for place, slot in slot_of_target.items():  # a sublayer that the target lacks leaves the stream as it was before
         rows[:, slot] = rows[:, _slot(*place) - 1]
@@ -230,7 +245,7 @@ def layerwise_rows(
 
     Args:
         dense: the dense model, nothing dropped.
-        target: a loaded model; a `DropSpec` on the dense model; or None, every sublayer dropped in turn (paper Fig. 4).
+        target: a loaded model; the dense model changed (a `DropSpec` or a `Variant`); or None, every sublayer dropped in turn (paper Fig. 4).
         prompts: token ids, from `encode`.
         max_new_tokens: steps at most; a text ends earlier at an end-of-text token if ``stop``.
         batch_size: prompts at a time; changes nothing but speed and memory (the noise floor says by how much).
@@ -243,7 +258,7 @@ def layerwise_rows(
     """
     check_comparable(dense, target)
     head = lens_head(dense, lens)
-    check_memory(memory, dense.dtype, head)
+    check_memory(memory, dense)
     settings = (max_new_tokens, sampling, stop, batch_size, lens, temperature)
     key = run_key(dense, target, prompts, *settings)
     state = resume_state(parts, key)

@@ -9,7 +9,6 @@ sequence log-likelihood stands for its logit (``scoring`` says which it was).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final
 from prunescope.compare.context import (
+    Changed,
     Transcript,
     at_least_float32,
     check_memory,
@@ -28,12 +28,12 @@ from prunescope.compare.context import (
     largest,
     mark_under_floor,
     read_states,
+    switched,
 )
 from prunescope.compare.metrics import COLUMNS, compare_logits
 from prunescope.data.questions import Question, Template, cue_prompt, option_strings, question_text
 from prunescope.data.tokens import chat_text, check_tokens, tokens_with_options
 from prunescope.errors import UserError
-from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
@@ -134,15 +134,12 @@ class _Settings:
     memory: int
 
 
-def _batch(
-    dense: LoadedModel, target: LoadedModel | DropSpec, asked: Sequence[Asked], first: int, settings: _Settings
-) -> pa.Table:
+def _batch(dense: LoadedModel, target: Changed, asked: Sequence[Asked], first: int, settings: _Settings) -> pa.Table:
     """Two rows a question; the most likely tokens of both models are in the table's metadata."""
-    other = target if isinstance(target, LoadedModel) else dense
     prompts = [Transcript(question.tokens, [0]) for question in asked]
     by_sequence = [question for question in asked if not question.by_token]
     h, sequence_scores = torch.cat(read_states(dense, prompts)), _likelihoods(dense, by_sequence)
-    with nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target):
+    with switched(dense, target) as other:
         h_target, sequence_scores_target = torch.cat(read_states(other, prompts)), _likelihoods(other, by_sequence)
     gold = torch.tensor([q.option_tokens[q.question.answer][0] if q.by_token else -1 for q in asked])
     most = max(len(question.options) for question in asked)
@@ -252,7 +249,7 @@ class McqRows:
 
 def mcq_rows(
     dense: LoadedModel,
-    target: LoadedModel | DropSpec,
+    target: Changed,
     asked: Sequence[Asked],
     *,
     batch_size: int = 8,
@@ -277,9 +274,7 @@ def mcq_rows(
         FloatingPointError: a NaN or infinite logit.
     """
     check_pair(dense, target)
-    check_memory(
-        memory, dense.dtype, final_head(dense), *([final_head(target)] if isinstance(target, LoadedModel) else [])
-    )
+    check_memory(memory, dense, target)
     settings = _Settings(temperature, memory)
     begin(parts, key)
 

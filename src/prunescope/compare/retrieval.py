@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -20,11 +19,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from prunescope.compare.context import Changed, switched
 from prunescope.compare.embedding import Pooling, embed
 from prunescope.compare.metrics import H_COLUMNS, compare_hidden
 from prunescope.data.beir import Collection
 from prunescope.errors import UserError
-from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import resume_state, save_state
@@ -120,7 +119,7 @@ class RetrievalRows:
 
 def retrieval_rows(
     dense: LoadedModel,
-    target: LoadedModel | DropSpec,
+    target: Changed,
     collection: Collection,
     queries: Sequence[Sequence[int]],
     passages: Sequence[Sequence[int]],
@@ -148,8 +147,8 @@ def retrieval_rows(
 
     def both(sequences: Sequence[Sequence[int]], advance: Any) -> tuple[Tensor, Tensor]:
         ours = embed(dense, sequences, pooling, batch_size, advance)
-        with nullcontext() if isinstance(target, LoadedModel) else dense.dropping(target):
-            return ours, embed(other, sequences, pooling, batch_size, advance)
+        with switched(dense, target) as model:
+            return ours, embed(model, sequences, pooling, batch_size, advance)
 
     names, ids = list(collection.queries), list(collection.passages)
     order = sorted(range(len(passages)), key=lambda i: (-len(passages[i]), i))

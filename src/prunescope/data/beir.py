@@ -114,6 +114,8 @@ def _judgements(path: Traversable, passages: dict[str, str], queries: dict[str, 
         place = f"{path}, line {number}"
         try:
             query, passage, grade = row[0], row[1], int(row[2])
+            if abs(grade) >= 2**31:
+                raise ValueError("trec_eval has grades of 32 bits")
         except (IndexError, ValueError) as error:
             raise UserError(f"{place}: not query-id, corpus-id and a whole score with tabs between them") from error
         if query not in queries:

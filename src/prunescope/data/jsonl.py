@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from prunescope.errors import UserError
+from prunescope.files import parse_json
 
 __all__ = ["check_new", "holds_rows", "quoted", "read_rows", "read_text"]
 
@@ -68,7 +69,7 @@ def _whole(text: str, file: Traversable) -> list[tuple[str, Any]] | None:
     if not text.lstrip().startswith("[") and not (text.strip() and re.search(r"\.json(\.gz)?$", file.name)):
         return None
     try:
-        value = _parse(text)
+        value = parse_json(text, parse_constant=_refuse)
     except ValueError as error:
         if "Extra data" in str(error):
             return None
@@ -85,17 +86,10 @@ def _lines(text: str, file: Traversable) -> Iterator[tuple[str, Any]]:
         if line.strip():
             place = f"{file}, line {number}"
             try:
-                row = _parse(line)
+                row = parse_json(line, parse_constant=_refuse)
             except ValueError as error:
                 raise _not_json(place, error) from error
             yield place, row
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _refuse(constant: str) -> None:

@@ -126,7 +126,7 @@ def _examples(folder: Path, subjects: Sequence[str], shots: int) -> dict[str, li
 
 def _csv_rows(path: Path, subject: str) -> Iterator[Question]:
     try:
-        rows = list(csv.reader(read_text(path, _WHAT, _FORM).splitlines(keepends=True)))
+        rows = list(filter(None, csv.reader(read_text(path, _WHAT, _FORM).splitlines(keepends=True))))
     except csv.Error as error:
         raise UserError(f"{path} is not CSV ({error}); give an MMLU CSV file") from error
     header = bool(rows) and rows[0][0] == "question" and rows[0][-1] == "answer"
@@ -176,7 +176,7 @@ def _answer(where: str, answer: object, count: int) -> int:
         ascii_uppercase.find(text.upper())
         if len(text) == 1 and text.isalpha()
         else int(text)
-        if text.isdecimal()
+        if text.isdecimal() and len(text) < 4
         else -1
     )
     if isinstance(answer, bool) or not 0 <= index < count:

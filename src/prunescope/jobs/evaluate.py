@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from prunescope.compare.context import switched
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
-from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.references import is_drop, read_target
+from prunescope.models.variants import Variant, VariantSpec, read_variant
 from prunescope.progress import console
 from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
@@ -55,10 +55,10 @@ class EvaluateOptions(Options):
     def check(self) -> None:
         if not self.models:
             raise UserError("evaluate needs a model: prunescope evaluate MODEL... --tasks quick")
-        if is_drop(self.models[0]):
-            raise UserError(f"{self.models[0]}: the first model is the dense one; a drop: goes behind it")
+        if VariantSpec.names(self.models[0]):
+            raise UserError(f"{self.models[0]}: the first model is the dense one; a drop: or quant: goes after it")
         for ref in self.models[1:]:
-            read_target(ref)
+            read_variant(ref)
         super().check()
         if self.data is not None and not Path(self.data).expanduser().is_dir():
             raise UserError(f"--data {self.data}: no such folder")
@@ -154,11 +154,11 @@ def _model(dense: LoadedModel, ref: Model, number: int, loading: LoadOptions) ->
     """The dense model, the dense one with sublayers dropped, or another, which is freed when the block ends."""
     if number == 0:
         yield dense
-    elif isinstance(target := read_target(ref), DropSpec):
-        with dense.dropping(target):
+    elif (spec := read_variant(ref)) is not None:
+        with switched(dense, Variant(dense, spec) if isinstance(spec, VariantSpec) else spec):
             yield dense
     else:
-        loaded = loading.load_other(target)
+        loaded = loading.load_other(ref)
         yield loaded
         del loaded
         gc.collect()

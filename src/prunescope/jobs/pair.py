@@ -1,4 +1,4 @@
-"""The two sides of a comparison: a dense model, and a target that is a model of its own or the dense one with sublayers dropped."""
+"""The two sides of a comparison: a dense model, and a target that is a model of its own or the dense one changed in memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prunescope.compare.context import check_comparable, check_pair
+from prunescope.compare.context import Changed, TargetModel, check_comparable, check_pair, switched
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model
-from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.references import read_target
+from prunescope.models.variants import Variant, VariantSpec, read_variant
 
 __all__ = ["Pair"]
 
@@ -22,7 +21,7 @@ class Pair:
     """``target`` is None where every sublayer of the dense model is dropped in turn."""
 
     dense: LoadedModel
-    target: LoadedModel | DropSpec | None
+    target: TargetModel
 
     @classmethod
     def load(
@@ -36,14 +35,21 @@ class Pair:
         Raises:
             UserError: whatever is wrong with either, or the two do not go together.
         """
-        spec = read_target(target)  # complains before anything is loaded
+        spec = read_variant(target)  # complains before anything is loaded
         base = options.load(dense, headless=headless)
-        other = spec if spec is None or isinstance(spec, DropSpec) else options.load_other(spec, headless=headless)
+        other: TargetModel
+        if isinstance(spec, VariantSpec):
+            check_comparable(base, None)
+            other = Variant(base, spec)
+        elif spec is not None or target is None:
+            other = spec
+        else:
+            other = options.load_other(target, headless=headless)
         (check_comparable if blocks else check_pair)(base, other)  # type: ignore[arg-type]
         return cls(base, other)
 
     @property
-    def pruned(self) -> LoadedModel | DropSpec:
+    def pruned(self) -> Changed:
         """The target of a command that cannot do without."""
         assert self.target is not None
         return self.target
@@ -55,11 +61,12 @@ class Pair:
 
     def describe(self) -> dict[str, Any]:
         """What a run folder records of the two; the target is None where every sublayer is dropped in turn."""
-        if isinstance(self.target, DropSpec):
-            with self.dense.dropping(self.target):
-                target: dict[str, Any] | None = self.dense.describe()
-        else:
-            target = None if self.target is None else self.target.describe()
+        if self.target is None:
+            return {"dense": self.dense.describe(), "target": None}
+        with switched(self.dense, self.target) as model:
+            target = model.describe()
+        if isinstance(self.target, Variant):
+            target |= self.target.describe()
         return {"dense": self.dense.describe(), "target": target}
 
     @contextmanager

@@ -11,8 +11,9 @@ import pyarrow as pa
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.dropping import DropSpec
-from prunescope.models.references import is_drop, read_target
+from prunescope.models.references import is_drop
 from prunescope.models.semistructured import check_kernels
+from prunescope.models.variants import VariantSpec, read_variant
 from prunescope.progress import progress
 from prunescope.report.terminal.scoring import show_speed
 from prunescope.results import SpeedResult
@@ -44,6 +45,11 @@ class SpeedOptions(Options):
         names = self.names
         if is_drop(names[0]):
             raise UserError(f"{names[0]}: sublayers are dropped from the first model; name that model first")
+        rounded = next((name for name in names if isinstance(read_variant(name), VariantSpec)), None)
+        if rounded is not None:
+            raise UserError(
+                f"{rounded}: quant: rounds weights in memory and runs at the dense speed; give a quantised checkpoint"
+            )
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise UserError(f"{twice} is named twice; name every model once")
@@ -83,7 +89,7 @@ def run(options: SpeedOptions) -> SpeedResult:
     device, dtype = first.device, first.dtype
     if options.sparse_kernels:
         check_kernels(device, dtype)
-    specs = {i: spec for i, ref in enumerate(options.models) if isinstance(spec := read_target(ref), DropSpec)}
+    specs = {i: spec for i, ref in enumerate(options.models) if isinstance(spec := read_variant(ref), DropSpec)}
     for spec in specs.values():
         spec.check(len(first.anatomy))
     with options.output.staged() as staging, progress(f"{len(names)} models", len(names)) as advance:

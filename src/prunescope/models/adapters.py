@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunescope.errors import UserError, first_line
+from prunescope.files import parse_json
 from prunescope.models.record import read_record
 from prunescope.models.references import ADAPTER_CONFIG, content_hash, expand_user, is_adapter, not_on_hub
 from prunescope.progress import console
@@ -77,7 +77,7 @@ def _read(ref: str) -> Adapter:
         fix = "pickled weights are never read, convert them to safetensors" if pickled else "fetch it again"
         raise UserError(f"{ref}: no {_WEIGHTS} in this adapter's folder; {fix}")
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+        base = parse_json((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read ({first_line(error)}); fetch it again") from error
     return Adapter(ref, folder, base if isinstance(base, str) else None)

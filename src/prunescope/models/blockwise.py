@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.files import parse_json
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
 from prunescope.models.gguf import dequantise
@@ -238,7 +239,7 @@ def _open(
     from accelerate.hooks import remove_hook_from_submodules
 
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = parse_json((folder / "config.json").read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:

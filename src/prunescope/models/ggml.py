@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunescope.errors import UserError
 
-__all__ = ["TYPES", "bits_per_weight", "fitting", "round_trip"]
+__all__ = ["TYPES", "bits_per_weight", "check", "fitting", "has_library", "round_trip"]
 
 _IN_NUMPY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "tq1_0", "tq2_0")
 _IN_LIBRARY = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq3_s")
@@ -76,10 +76,25 @@ def _packed(exact: Any, kind: Any) -> Any:
     return packed
 
 
+def check(name: str) -> None:
+    """Raise UserError if a type needs ggml's library, and that is not installed."""
+    if name in _IN_LIBRARY:
+        _library()
+
+
+def has_library() -> bool:
+    """Whether ggml's own library is installed, which has every type."""
+    return bool(_files())
+
+
+def _files() -> list[Path]:
+    spec = importlib.util.find_spec("libggml")
+    return sorted(Path(spec.origin).parent.glob("lib*/libggml-base.so")) if spec and spec.origin else []
+
+
 @cache
 def _library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("libggml")
-    found = sorted(Path(spec.origin).parent.glob("lib*/libggml-base.so")) if spec and spec.origin else []
+    found = _files()
     if not found:
         raise UserError(
             "types of GGUF with blocks of 256 (q2_k to q6_k, iq...) need ggml's quantisers; install them with: pip install libggml-python==0.20.2.post1"

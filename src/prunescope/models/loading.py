@@ -257,6 +257,8 @@ def loading_problem(error: Exception, source: str) -> str:
         return f"no such local folder, and the Hugging Face hub does not give it: {text}; check the id and the network"
     if "model type" in text or "Unrecognized model" in text or "Unrecognized configuration class" in text:
         return f"transformers knows no causal language model of this architecture: {text}"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says; the folder is not that of one model"
     if isinstance(error, ImportError):
         return f"a package that this model needs is missing: {text}"
     return f"cannot be loaded: {type(error).__name__}: {text}"

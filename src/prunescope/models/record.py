@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prunescope.errors import UserError
+from prunescope.files import parse_json
 from prunescope.models.anatomy import KINDS
 from prunescope.models.dropping import DropSpec
 
@@ -21,7 +21,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = parse_json(path.read_text("utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
             raise ValueError("no schema_version")
         if record["schema_version"] > 1:

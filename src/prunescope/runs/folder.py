@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunescope.errors import UserError, first_line
-from prunescope.files import replacing
+from prunescope.files import parse_json, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +39,7 @@ TABLES = {
     "layerwise": "layerwise.parquet",
     "generate": "generation.parquet",
     "mcq": "mcq.parquet",
+    "divergence": "divergence.parquet",
     "retrieve": "retrieval.parquet",
     "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
@@ -110,7 +111,7 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     if not (path / "run.json").is_file():
         raise UserError(f"{path} is not a finished run (no run.json); run it again, or continue it with --resume")
     try:
-        info = json.loads((path / "run.json").read_text("utf-8"))
+        info = parse_json((path / "run.json").read_text("utf-8"))
         version, command = info["schema_version"], info["command"]
         newer = version > SCHEMA_VERSION
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -226,7 +226,7 @@ def _own_rows(file: Path) -> list[dict[str, Any]]:
         if missing:
             raise UserError(f"{place}: no {missing[0]!r}; write question and answer, and choices if any")
         answer, choices = row["answer"], row.get("choices")
-        if not isinstance(row["question"], str):
+        if not isinstance(row["question"], str) or not row["question"].strip():
             raise UserError(f"{place}: the question is no text")
         if len(keys) == 2:
             row["answer"] = str(answer).strip()

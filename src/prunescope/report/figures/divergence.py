@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ _DIRECTIONS = (
 )
 
 
-def draw_divergence(table: pa.Table, info: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw_divergence(
+    table: pa.Table, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path
+) -> list[Path]:
     """Draw the figures of one divergence run into ``folder``; returns what was written."""
     with style():
         written = save(_spread(table, info), folder / "divergence_spread")
