@@ -97,8 +97,11 @@ def compressed_tensors(dense: Path, folder: Path, preset: str) -> None:
             parts = w.reshape(groups)
             scale, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), args)
             module.weight_scale.data.copy_(scale.view_as(module.weight_scale))
-            if hasattr(module, "weight_zero_point"):
-                module.weight_zero_point.data.zero_()
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("zero_point"):
+                    parameter.data.zero_()
+                elif name == "input_scale":  # static, and left uninitialised: without text nothing has observed it
+                    parameter.data.fill_(0.05)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)

@@ -52,6 +52,6 @@ def test_everything_is_shown(info: dict[str, Any]) -> None:
 
 
 def test_figures_are_drawn(info: dict[str, Any], tmp_path: Path) -> None:
-    written = draw_divergence(made_up(), info, tmp_path)
+    written = draw_divergence(made_up(), info, [], tmp_path)
     assert {path.stem for path in written} == {"divergence_spread", "divergence_groups"}
     assert {path.suffix for path in written} == {".svg", ".png"} and all(path.stat().st_size > 5000 for path in written)
