@@ -290,7 +290,7 @@ def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, fo
         if missing:
             raise missing_weights(ref, missing)
         _check_plain(ref, model.config.to_dict())
-        beside = folder.with_name(f"{folder.name}.writing")
+        beside = folder.with_name(f"{folder.name}.beside")
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
         merge_adapter(ref, model, adapter).save_pretrained(beside)
         tokenizer.save_pretrained(beside)
