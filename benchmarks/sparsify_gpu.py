@@ -174,8 +174,9 @@ def blocks(options: argparse.Namespace) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from prunescope.models.blockwise import stream_model
-    from prunescope.prune import blocks as sparsify
+    from prunescope.prune.blocks import prune_block
     from prunescope.prune.calibrate import Text
+    from prunescope.prune.plan import make_plan
 
     big = options.shape == "7b"
     config = Qwen2Config(
@@ -214,10 +215,8 @@ def blocks(options: argparse.Namespace) -> None:
                         if method == "alone":
                             work = lambda: text.run(layer, keep=False, advance=quiet)  # noqa: E731
                         else:
-                            plan = sparsify.make_plan(
-                                streamed, method, Goal.parse(case if ":" in case else float(case))
-                            )  # type: ignore[arg-type]
-                            work = lambda: sparsify.prune_block(streamed, plan, layer, text, quiet)  # type: ignore[assignment]  # noqa: E731
+                            plan = make_plan(streamed, method, Goal.parse(case if ":" in case else float(case)))  # type: ignore[arg-type]
+                            work = lambda: prune_block(streamed, plan, layer, text, quiet)  # type: ignore[assignment]  # noqa: E731
                         gathering = seconds(work, 1, warm=False)
                         found[f"{method} {case}"] = gathering + seconds(
                             lambda: text.run(layer, keep=True, advance=quiet), 1, warm=False

@@ -18,6 +18,11 @@ def first_line(error: BaseException) -> str:
     return shortened(" ".join(lines[:whole]))
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of a message that carries a traceback of another process; at most 300 characters."""
+    return shortened(str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__)
+
+
 def shortened(text: str, most: int = 300) -> str:
     """At most so many characters of a text that is not ours."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -16,6 +16,7 @@ import prunescope
 from families import tiny_folder, tiny_model, tiny_tokenizer
 from prunescope.cli import main
 from prunescope.errors import UserError
+from prunescope.jobs import speed as speed_job
 from prunescope.models import semistructured
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.loaded import LoadedModel
@@ -34,7 +35,7 @@ SMALL = {"length": 6, "max_new_tokens": 4, "batch_size": "1,2", "repeats": 2, "d
 def known_rates() -> Iterator[None]:
     """No test needs the device's own rates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed_module, "measure_rates", lambda device, dtype: RATES)
+        patch.setattr(speed_job, "measure_rates", lambda device, dtype: RATES)
         yield
 
 

@@ -473,10 +473,8 @@ def test_recipes_of_tables_show_the_papers_values_or_say_that_they_are_not_at_ha
         "complete": True,
         "summary": found.summary,
     }
-    from prunescope.sweep.tables import write_tables
-
     (tmp_path / "run").mkdir()
-    write_tables(tmp_path / "run", info, found)
+    results.write_run(tmp_path / "run", info, found.named())
     rows = _scores(recipe, {"sweep": tmp_path / "run"})
     assert recipe.tasks == "gsm8k" and rows[0]["ours"].startswith("80.0 (") and rows[0]["paper"] == NOT_AT_HAND
     assert [row for row in rows if row["ours"] == "not run" and "48.4" in row["paper"] and row["task"] == "gsm8k"]

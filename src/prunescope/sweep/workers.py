@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunescope.errors import UserError, first_line
+from prunescope.errors import UserError, first_line, last_line
 from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.points import Point
 from prunescope.sweep.tables import Measured
@@ -82,7 +82,7 @@ def measure_on_workers(
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
             raise UserError(
-                f"a worker of the sweep died ({str(error).strip().splitlines()[-1]}); continue with --resume, perhaps with fewer --workers"
+                f"a worker of the sweep died ({last_line(error)}); continue with --resume, perhaps with fewer --workers"
             ) from error
         finally:
             for actor in actors:
