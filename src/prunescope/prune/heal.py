@@ -1,0 +1,349 @@
+"""Heal a pruned model: distil the dense model's distribution into what pruning left, on text that the dense model wrote.
+
+The loss is KL(teacher || student) over the full vocabulary, averaged over the tokens that count (Hinton et al. 2015; on the student's own
+text, arXiv 2306.13649). Weights that are zero stay zero and dropped branches stay dropped. Every step follows from the plan, the texts and
+the step's number alone, so that an interrupted run goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunescope.errors import UserError
+from prunescope.files import replacing
+from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.residual import final_states
+from prunescope.progress import Advance, console
+from prunescope.prune.distil_loss import forward_kl
+from prunescope.prune.trainable import Trainable
+
+__all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order", "padded"]
+
+_STATE, _BEST = "part-state.safetensors", "part-best.safetensors"
+Text = tuple[Sequence[int], Sequence[int]]  # prompt, continuation; the tokens of the continuation count
+
+
+@dataclass(frozen=True)
+class HealPlan:
+    """How a model is healed; see `prunescope.heal`."""
+
+    steps: int
+    batch_size: int = 8
+    micro_batch: int | None = None
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    on_policy: float = 0.0
+    check_every: int = 20
+    patience: int | None = None
+    chunk: int = 1024
+    seed: int = 0
+
+
+@dataclass
+class Healed:
+    """What healing did: a row a step, and the held-out divergence in nats a token before, at its best, and where."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    kl_before: float = math.nan
+    kl_best: float = math.inf
+    best_step: int = 0
+    waited: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+# --- schedule and texts --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(plan: HealPlan, step: int) -> float:
+    """Of step 0, 1, ...: linear over the warm-up, then down to zero after the last step (cosine or linear), or constant."""
+    warm = max(1, round(plan.warmup * plan.steps)) if plan.warmup else 0
+    if step < warm:
+        return plan.learning_rate * (step + 1) / warm
+    if plan.decay == "constant":
+        return plan.learning_rate
+    done = (step - warm) / max(1, plan.steps - warm)
+    return plan.learning_rate * (1 - done if plan.decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def order(count: int, plan: HealPlan, step: int) -> list[int]:
+    """Numbers of the texts of a step: every text once before any comes again, each round in an order of its own."""
+    found = []
+    for place in range(step * plan.batch_size, (step + 1) * plan.batch_size):
+        turn = torch.Generator().manual_seed(plan.seed * 1_000_003 + place // count)
+        found.append((place // count, place % count, turn))
+    shuffled = {number: torch.randperm(count, generator=turn).tolist() for number, _, turn in found}
+    return [shuffled[number][at] for number, at, _ in found]
+
+
+def padded(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids ``(texts, length)``, right-padded, and which of them count; no real token sees the padding of a causal model."""
+    width = max(len(prompt) + len(continuation) for prompt, continuation in texts)
+    tokens = torch.zeros(len(texts), width, dtype=torch.int64)
+    counts = torch.zeros(len(texts), width, dtype=torch.bool)
+    for row, (prompt, continuation) in enumerate(texts):
+        ids = [*prompt, *continuation]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        counts[row, max(1, len(prompt)) : len(ids)] = True  # nothing predicts the first token of all
+    return tokens.to(device), counts.to(device)
+
+
+def _is_own(plan: HealPlan, step: int) -> bool:
+    """Whether the student writes the text of this step: evenly spread, ``on_policy`` of all steps."""
+    return math.floor((step + 1) * plan.on_policy) > math.floor(step * plan.on_policy)
+
+
+def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step: int) -> list[Text]:
+    """The prompts of ``texts``, continued by the student itself at temperature 1."""
+    most = max(len(continuation) for _, continuation in texts)
+    sampling = Sampling(1.0, seed=plan.seed + 1)
+    written = continue_texts(
+        student, [list(prompt) for prompt, _ in texts], most, batch_size=len(texts), sampling=sampling,
+        first=step * plan.batch_size,
+    )  # fmt: skip
+    return [(prompt, own) for (prompt, _), own in zip(texts, written, strict=True)]
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------
+
+
+def _states(loaded: LoadedModel, tokens: Tensor, counts: Tensor) -> Tensor:
+    """What the head reads where the next token counts, ``(places, d)``."""
+    found: list[Tensor] = []
+    with final_states(loaded, found.append):
+        loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    return found[0][:, :-1][counts[:, 1:]]
+
+
+def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan) -> Tensor:
+    """The sum over counted tokens of KL(teacher || student)."""
+    tokens, counts = padded(texts, student.device)
+    with torch.no_grad():
+        teacher_h = _states(teacher, tokens, counts)
+    h = _states(student, tokens, counts)
+    trained = [p for p in student.anatomy.head.parameters() if p.requires_grad]
+    return forward_kl(student.anatomy.project, h, teacher.anatomy.project, teacher_h, chunk=plan.chunk, weights=trained)
+
+
+def _counted(texts: Sequence[Text]) -> int:
+    return sum(len(continuation) - (not prompt) for prompt, continuation in texts)
+
+
+def _micro(texts: Sequence[Text], size: int) -> Iterator[Sequence[Text]]:
+    """Texts in groups of ``size``, long ones together, so that little is padded."""
+    falling = sorted(texts, key=lambda text: -len(text[0]) - len(text[1]))
+    for start in range(0, len(falling), size):
+        yield falling[start : start + size]
+
+
+@torch.no_grad()
+def held_out_kl(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan) -> float:
+    """KL(teacher || student) in nats, averaged over the counted tokens of texts that nothing is trained on."""
+    size = plan.micro_batch or plan.batch_size
+    with _mixed(student):
+        total = sum(float(_divergence(student, teacher, part, plan)) for part in _micro(texts, size))
+    return total / _counted(texts)
+
+
+def _mixed(student: LoadedModel) -> AbstractContextManager[Any]:
+    """bfloat16 products on a GPU with float32 weights; elsewhere nothing changes."""
+    gpu = student.device.type == "cuda" and student.dtype == torch.float32
+    return torch.autocast("cuda", torch.bfloat16, enabled=gpu, cache_enabled=True)
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------------
+
+
+def heal(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    trained: Trainable,
+    texts: Sequence[Text],
+    held_out: Sequence[Text],
+    plan: HealPlan,
+    *,
+    folder: Path | None = None,
+    key: str = "",
+    advance: Advance | None = None,
+) -> Healed:
+    """Train ``trained``, parameters of ``student``, in place; they are left as they were at the best held-out divergence.
+
+    Args:
+        teacher: the dense model; it is only read.
+        texts, held_out: to train on and to check on, apart from one another.
+        folder: where the state of the run is kept at every check (``part-*``, safetensors), and found by a later call with the same ``key``.
+    Raises:
+        UserError: the state in ``folder`` is of another run; the loss is not finite.
+    """
+    advance = advance or Advance()
+    optimiser = torch.optim.AdamW(
+        list(trained.parameters.values()), lr=plan.learning_rate, weight_decay=plan.weight_decay,
+        fused=student.device.type == "cuda",
+    )  # fmt: skip
+    done = _resume(trained, optimiser, folder, key)
+    advance(len(done.rows))
+    started = time.monotonic() - done.seconds
+    if not done.rows and math.isnan(done.kl_before):
+        done.kl_before = done.kl_best = held_out_kl(student, teacher, held_out, plan)
+        _keep(folder, _BEST, _weights(trained), {"key": key})
+        _say(plan, done, 0, None, done.kl_before)
+    best = None if folder is not None else _weights(trained, copy=True)
+    stopped = done.waited >= (plan.patience or math.inf)
+    for step in range(len(done.rows), plan.steps):
+        if stopped:
+            break
+        chosen = [texts[number] for number in order(len(texts), plan, step)]
+        own = _is_own(plan, step)
+        if own:
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else _nothing():
+                chosen = [text for text in _own_texts(student, chosen, plan, step) if text[1]]
+        row = _step(student, teacher, trained, optimiser, chosen, plan, step)
+        done.tokens += row["tokens"]
+        done.seconds = time.monotonic() - started
+        done.rows.append(row | {"on_policy": own, "seconds": done.seconds, "held_out_kl": None})
+        advance(1)
+        if (step + 1) % plan.check_every and step + 1 < plan.steps:
+            continue
+        kl = held_out_kl(student, teacher, held_out, plan)
+        done.rows[-1]["held_out_kl"] = kl
+        done.waited += 1
+        if kl < done.kl_best:
+            done.kl_best, done.best_step, done.waited = kl, step + 1, 0
+            best = None if folder is not None else _weights(trained, copy=True)
+            _keep(folder, _BEST, _weights(trained), {"key": key})
+        stopped = done.waited >= (plan.patience or math.inf)
+        _save_state(folder, trained, optimiser, done, key)
+        advance.note(_say(plan, done, step + 1, row["loss"], kl))
+    if folder is not None:
+        best = _read(folder / _BEST)[0]
+    assert best is not None
+    _put(trained, best)
+    return done
+
+
+def _step(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    trained: Trainable,
+    optimiser: torch.optim.Optimizer,
+    texts: Sequence[Text],
+    plan: HealPlan,
+    step: int,
+) -> dict[str, Any]:
+    """One step of the optimiser; what the curves say of it."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(plan, step)
+    optimiser.zero_grad(set_to_none=True)
+    count, total = _counted(texts), torch.zeros((), device=student.device, dtype=torch.float64)
+    for part in _micro(texts, plan.micro_batch or plan.batch_size):
+        with _mixed(student):
+            loss = _divergence(student, teacher, part, plan) / count
+        loss.backward()
+        total += loss.detach()
+    trained.mask_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), plan.clip or math.inf)
+    found, length = float(total), float(norm)
+    if not math.isfinite(found + length):
+        raise UserError(
+            f"{student.ref}: the loss is not finite at step {step + 1}; give a lower --learning-rate, or --dtype float32"
+        )
+    optimiser.step()
+    trained.keep_zeros()
+    rate = optimiser.param_groups[0]["lr"]
+    return {"step": step + 1, "tokens": count, "loss": found, "gradient_norm": length, "learning_rate": rate}
+
+
+def _on_gpu(student: LoadedModel) -> bool:
+    return student.device.type == "cuda" and student.dtype == torch.float32
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _say(plan: HealPlan, done: Healed, step: int, loss: float | None, kl: float) -> str:
+    """One line for a log, at every check; gives the short form for the progress bar."""
+    short = f"held-out KL {kl:.4f}" if loss is None else f"loss {loss:.4f} held-out KL {kl:.4f}"
+    if loss is None:
+        console.print(f"heal: before, {short}", markup=False)
+        return short
+    left = done.seconds / step * (plan.steps - step)
+    rate = done.tokens / max(done.seconds, 1e-9)
+    console.print(f"heal: step {step} of {plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left", markup=False)
+    return short
+
+
+# --- state ---------------------------------------------------------------------------------------------------------------
+
+
+def _weights(trained: Trainable, copy: bool = False) -> dict[str, Tensor]:
+    return {name: p.detach().clone() if copy else p.detach() for name, p in trained.parameters.items()}
+
+
+@torch.no_grad()
+def _put(trained: Trainable, weights: dict[str, Tensor]) -> None:
+    for name, parameter in trained.parameters.items():
+        parameter.copy_(weights[name])
+
+
+def _keep(folder: Path | None, name: str, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Tensors and what belongs to them in one file, beside it first and then renamed, so that the two cannot be of different steps."""
+    if folder is None:
+        return
+    with replacing(folder / name) as beside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, metadata={"notes": json.dumps(notes)})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        notes: dict[str, Any] = json.loads((file.metadata() or {}).get("notes", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (no mapping)
+
+
+def _save_state(
+    folder: Path | None, trained: Trainable, optimiser: torch.optim.Optimizer, done: Healed, key: str
+) -> None:
+    tensors = {f"weight {name}": p.detach() for name, p in trained.parameters.items()}
+    for name, parameter in trained.parameters.items():
+        for what, value in optimiser.state.get(parameter, {}).items():
+            tensors[f"{what} {name}"] = value
+    _keep(folder, _STATE, tensors, {"key": key, "done": vars(done)})
+
+
+def _resume(trained: Trainable, optimiser: torch.optim.Optimizer, folder: Path | None, key: str) -> Healed:
+    """The state that an interrupted run left, put into the parameters and the optimiser; else a fresh beginning."""
+    if folder is None or not (folder / _STATE).is_file():
+        return Healed()
+    tensors, notes = _read(folder / _STATE)
+    if notes.get("key") != key:
+        raise UserError(
+            f"{folder} was begun with other models, texts or options; go on with those, or start anew with --overwrite"
+        )
+    _put(trained, {name: tensors[f"weight {name}"] for name in trained.parameters})
+    for name, parameter in trained.parameters.items():
+        held = {
+            what: tensors[f"{what} {name}"] for what in ("step", "exp_avg", "exp_avg_sq") if f"{what} {name}" in tensors
+        }
+        if held:
+            on_device = {what: value.to(parameter.device) for what, value in held.items()}
+            if not optimiser.defaults["fused"]:
+                on_device["step"] = held["step"]  # plain AdamW counts on the CPU
+            optimiser.state[parameter] = on_device
+    return Healed(**notes["done"])
