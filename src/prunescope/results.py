@@ -26,6 +26,7 @@ __all__ = [
     "DropResult",
     "EvaluateResult",
     "GenerateResult",
+    "HealResult",
     "LayerwiseResult",
     "McqResult",
     "RetrieveResult",
@@ -34,6 +35,8 @@ __all__ = [
     "SweepResult",
 ]
 
+
+CURVES = "curves.parquet"  # of a healed checkpoint
 
 # --- run folders -------------------------------------------------------------------------------------------------------
 
@@ -267,6 +270,40 @@ class SparsifyResult(Result):
         assert self.folder is not None
         for path in self.folder.iterdir():
             shutil.copyfile(path, folder / path.name)
+
+
+@dataclass
+class HealResult(Result):
+    """What `heal` did: a row per step with tokens, loss, learning rate, length of the gradient and, at checks, the held-out divergence.
+    ``info`` is the record of the checkpoint.
+
+    ``summary`` has the held-out divergence before, at its best and as written, the step of the best, and the tokens that were read.
+    """
+
+    folder: Path
+    """Of the checkpoint, kept only as long as this object where no ``out`` was given."""
+    _curves: pa.Table = field(repr=False)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.info
+
+    def table(self) -> pa.Table:
+        return self._curves
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {key: self.info[key] for key in ("kl", "best_step", "steps", "tokens")}
+
+    def save(self, folder: StrPath, *, overwrite: bool = False) -> Path:
+        """Copy the checkpoint to another folder. Raises UserError if it exists."""
+        require_space(folder, sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
+        with staged(folder, overwrite=overwrite) as staging:
+            self.write(staging)
+        return Path(folder).expanduser()
+
+    def write(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
 
 @dataclass

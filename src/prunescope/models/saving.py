@@ -1,4 +1,4 @@
-"""Write a dropped model in the three formats of a checkpoint: `recipe`, `zeroed`, `compact`.
+"""Write a dropped model in the three formats of a checkpoint (`recipe`, `zeroed`, `compact`), or a healed one in the form that it has.
 
 Every folder carries `prunescope.json`, which says what was done to which model. None of them loads as the dense model in
 plain transformers: a recipe has no weights at all, the other two hold the dropped model itself.
@@ -26,7 +26,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 
-__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_dropped"]
+__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_changed", "save_dropped"]
 
 Format = Literal["recipe", "zeroed", "compact"]
 FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
@@ -75,6 +75,40 @@ def save_dropped(
         **(details or {}),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def save_changed(loaded: LoadedModel, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a model whose weights have changed since it was loaded into the existing ``folder``, in the form that it has: whole, `compact` or
+    with silent branches. Sublayers that are dropped in memory become silent ones (`zeroed`).
+
+    Args:
+        record: what `prunescope.json` says beside the layers.
+    Returns:
+        The record that was written.
+    Raises:
+        UserError: no output projection to silence can be found.
+    """
+    gone, before = loaded.dropped, loaded.record or {}
+    live = DropSpec.of((kind, layer) for drop in loaded._drops for kind in KINDS for layer in drop.spec.layers(kind))
+    loaded.restore()
+    try:
+        with _zeroed(loaded, live):
+            _save_plain(loaded, loaded.model.config, folder)
+    finally:
+        if live:
+            loaded.drop(live)
+    written = {
+        "schema_version": 1,
+        "format": "zeroed" if live else before.get("format", "whole"),
+        "architecture": type(loaded.model).__name__,
+        "dense_layers": loaded.dense_layers,
+        "kept_layers": list(loaded.layer_map),
+        "drop_attn_list": list(gone.attn),
+        "drop_mlp_list": list(gone.mlp),
+        **record,
+    }
+    (folder / RECORD).write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+    return written
 
 
 def checkpoint_bytes(loaded: LoadedModel, form: Format) -> int:

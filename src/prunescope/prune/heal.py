@@ -42,7 +42,7 @@ class HealPlan:
 
     steps: int
     batch_size: int = 8
-    micro_batch: int | None = None
+    micro_batch: int | None = None  # texts that are in memory at a time; changes no number but in rounding
     learning_rate: float = 1e-4
     warmup: float = 0.05
     decay: Literal["cosine", "linear", "constant"] = "cosine"

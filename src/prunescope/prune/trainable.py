@@ -21,7 +21,10 @@ class Trainable:
     """The parameters that are trained, by their names in the model, and where weights must stay zero."""
 
     parameters: dict[str, nn.Parameter]
-    zeros: dict[str, Tensor] = field(default_factory=dict)  # True where the weight of that name is zero and stays it
+    zeros: dict[str, Tensor] = field(default_factory=dict)  # True where the parameter of that name is zero and stays it
+    pruned: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the same of the model's own weights, trained as they are or not
     low_rank: list[tuple[nn.Module, str]] = field(default_factory=list)  # modules whose weight has a low-rank change
 
     def mask_gradients(self) -> None:
@@ -115,7 +118,7 @@ def make_trainable(
         parameter.requires_grad_(True)
     if not chosen:
         raise UserError(f"{student.ref} has no weights left to train")
-    return Trainable(chosen, zeros)
+    return Trainable(chosen, zeros, zeros)
 
 
 def zeros_of(weight: Tensor) -> Tensor | None:
@@ -131,14 +134,17 @@ def _low_rank(student: LoadedModel, chosen: dict[str, nn.Parameter], rank: int, 
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, nn.Parameter] = {}
     changed = []
+    pruned: dict[str, Tensor] = {}
     for name, parameter in chosen.items():
         if parameter.dim() != 2:  # norms and biases, and experts in one tensor
             continue
         owner, _, attribute = name.rpartition(".")
-        change = _LowRank(parameter, zeros_of(parameter), min(rank, *parameter.shape), alpha, generator)
+        zeros = zeros_of(parameter)
+        pruned |= {} if zeros is None else {name: zeros}
+        change = _LowRank(parameter, zeros, min(rank, *parameter.shape), alpha, generator)
         parametrize.register_parametrization(modules[owner], attribute, change, unsafe=True)
         changed.append((modules[owner], attribute))
         found |= {f"{name}.{factor}": getattr(change, factor) for factor in ("a", "b")}
     if not changed:
         raise UserError(f"{student.ref}: none of its blocks holds a matrix that can take --lora; heal all weights")
-    return Trainable(found, {}, changed)
+    return Trainable(found, {}, pruned, changed)
