@@ -29,6 +29,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
         ("the same bits", "ratio", "generate with all columns"),
     ),
+    "heal_gpu.py": (
+        "--device cpu --layers 2 --width 32 --inner 48 --heads 2 --kv-heads 2 --vocab 256 --batch 2 --length 8 --steps 1",
+        ("s a million tokens", "x the floor"),
+    ),
     "layerwise_cpu.py": ("--steps 1 --layers 2 --width 32 --vocab 512", ("floor of bytes", "x floor of operations")),
     "layerwise_gpu.py": (
         "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",

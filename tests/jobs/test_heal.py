@@ -88,7 +88,7 @@ def test_every_zero_of_a_sparse_model_is_in_the_files(
 
 def test_a_killed_run_goes_on_with_the_same_curve(dense_path: Path, tmp_path: Path) -> None:
     """SIGKILL from outside, whatever was being written; then --resume."""
-    options = SMALL | {"teacher": str(dense_path), "steps": 120, "patience": 999, "new_tokens": 4}
+    options = SMALL | {"teacher": str(dense_path), "steps": 60, "patience": 999, "new_tokens": 4}
     argv = ["heal", "drop:attn=1", *words(options)]
     job = subprocess.Popen(
         [sys.executable, "-m", "prunescope", *argv, "--out", str(tmp_path / "cut")],
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(dense_path: Path, tmp_path: Pa
     assert main([*argv, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     curves = [pq.read_table(tmp_path / name / "curves.parquet").drop_columns("seconds") for name in ("whole", "cut")]
-    assert curves[0].equals(curves[1]) and curves[0].num_rows == 120
+    assert curves[0].equals(curves[1]) and curves[0].num_rows == 60
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 

@@ -96,6 +96,25 @@ def test_the_loss_of_half_precision_logits_is_taken_in_float32() -> None:
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_against_float64(dtype: torch.dtype) -> None:
+    """Rows that end within a block, one word that is certain, equal rows; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    from prunescope.prune.distil_kernels import rows_divergence
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    z, teacher_z = (torch.randn(4, 4100, generator=generator).mul(5).to(dtype) for _ in range(2))
+    z[0, 7], teacher_z[1, 4099], teacher_z[2] = 80, 80, z[2]
+    exact, exact_gradient = divergence_and_gradient(z.double(), teacher_z.double())
+    divergence, gradient = rows_divergence(z.to(device), teacher_z.clone().to(device))
+    assert float(divergence) == pytest.approx(float(exact), rel=1e-5)
+    assert (
+        float((gradient.double().cpu() - exact_gradient).norm() / exact_gradient.norm())
+        < {2: 4e-3, 4: 1e-5}[z.element_size()]
+    )
+
+
 @pytest.mark.parametrize("family", ["gemma2", "granite", "gpt2", "opt", "falcon", "mixtral"])
 def test_held_out_divergence_of_every_family(family: str, tmp_path: Path) -> None:
     """A norm, scale or softcap in front of the head that is left out; a place that is one off."""

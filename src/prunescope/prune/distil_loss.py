@@ -45,8 +45,12 @@ def forward_kl(
 def divergence_and_gradient(z: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) summed over places, and its gradient q - p in the student's logits, both from logits ``(places, V)``.
 
-    In float64 for float64 logits, else in float32, whatever the dtype of the logits.
+    In float64 for float64 logits, else in float32, whatever the dtype of the logits. On a GPU ``teacher_z`` is overwritten.
     """
+    if z.is_cuda and z.dtype == teacher_z.dtype != torch.float64 and z.is_contiguous() and teacher_z.is_contiguous():
+        from prunescope.prune.distil_kernels import rows_divergence
+
+        return rows_divergence(z, teacher_z)
     dtype = torch.promote_types(torch.promote_types(z.dtype, teacher_z.dtype), torch.float32)
     log_q, log_p = torch.log_softmax(z, -1, dtype=dtype), torch.log_softmax(teacher_z, -1, dtype=dtype)
     p = log_p.exp()
