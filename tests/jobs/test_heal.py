@@ -175,3 +175,31 @@ def test_out_is_asked_for_and_the_record_says_how(dense_path: Path, capfd: pytes
     assert json.loads((found.folder / "prunescope.json").read_text("utf-8")) == json.loads(json.dumps(found.record))
     assert found.table()["on_policy"].to_pylist() == [False, True, False, True, False]
     assert {"teacher", "base", "traces", "config", "versions", "key"} <= set(found.record)
+
+
+def test_dense_pruned_and_healed_stand_side_by_side(
+    dense_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the terminal, in summary.md and on the page; the difference of healed and pruned is of the items themselves, not of two differences
+    from the dense model with their own intervals."""
+    dense, healed, run = str(dense_path), str(tmp_path / "healed"), tmp_path / "scores"
+    prunescope.heal("drop:attn=1", teacher=dense, out=healed, **SMALL)
+    found = prunescope.evaluate(
+        [dense, "drop:attn=1", healed], tasks="reversal-mc,brackets-mc", limit=12, shots=1, device="cpu", out=str(run)
+    )
+    said = capsys.readouterr().out
+    assert "against the model before it" in said and "3 - 2" in said
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in found.table().to_pylist():
+        scores.setdefault(row["model"], {}).setdefault(row["task"], []).append(row["score"])
+    steps = found.info["paired_with_previous"]
+    assert list(steps) == [healed]
+    for task, entry in steps[healed].items():
+        after, before = scores[healed][task], scores["drop:attn=1"][task]
+        assert entry["difference"] == pytest.approx(sum(after) / 12 - sum(before) / 12)
+        assert entry["wrong_to_right"] == sum(a > b for a, b in zip(after, before, strict=True))
+        assert entry["right_to_wrong"] == sum(a < b for a, b in zip(after, before, strict=True))
+    assert "## Against the model before it" in (run / "summary.md").read_text("utf-8")
+    prunescope.report([str(run), healed], out=str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "Differences from the model before it" in page and 'id="scores"' in page and "held-out KL" in page

@@ -280,6 +280,7 @@ def _record(
         "traces": traces.describe(),
         "kl": {"before": healed.kl_before, "best": healed.kl_best},
         "best_step": healed.best_step,
+        "checks": _checks(healed),
         "steps": len(healed.rows),
         "tokens": healed.tokens,
         "seconds": round(healed.seconds, 3),
@@ -288,6 +289,17 @@ def _record(
         "versions": versions(),
         "device": device_name(student.device),
     }
+
+
+def _checks(healed: Healed) -> list[dict[str, Any]]:
+    """The held-out divergence of every measurement, over the tokens that were trained on; the first before any."""
+    found: list[dict[str, Any]] = [{"step": 0, "tokens": 0, "loss": None, "held_out_kl": healed.kl_before}]
+    tokens = 0
+    for row in healed.rows:
+        tokens += row["tokens"]
+        if row["held_out_kl"] is not None:
+            found.append({"step": row["step"], "tokens": tokens, **{k: row[k] for k in ("loss", "held_out_kl")}})
+    return found
 
 
 def _same(options: HealOptions, folder: Path) -> dict[str, Any]:
