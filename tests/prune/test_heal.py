@@ -17,8 +17,10 @@ from families import VOCAB, tiny_folder, tiny_model
 from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.models.residual import watching
 from prunescope.prune.distil_loss import divergence_and_gradient, forward_kl
 from prunescope.prune.heal import HealPlan, Text, heal, held_out_kl, learning_rate, order, padded
+from prunescope.prune.reconstruct import reconstruction_error
 from prunescope.prune.trainable import make_trainable
 
 PLAN = HealPlan(steps=3, batch_size=4, learning_rate=0.01, warmup=0.5, check_every=1, weight_decay=0.1, chunk=7)
@@ -180,6 +182,51 @@ def test_what_counts_is_what_was_written() -> None:
     tokens, counts = padded([([5, 6], [7]), ([], [8, 9, 10, 11])], torch.device("cpu"))
     assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert counts.tolist() == [[False, False, True, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_reconstruction_is_local_and_leads_to_the_dense_stream(family: str, tmp_path: Path) -> None:
+    """Sublayer by sublayer with the block's own modules: the target is where the next kept sublayer begins, and no gradient passes a sublayer."""
+    student, teacher = pair(tmp_path, family, drop="attn=2;mlp=2,5", dtype="float64")
+    tokens = torch.randint(4, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+    read = torch.arange(7) < torch.tensor([[7], [4]])
+    found = reconstruction_error(student, teacher, tokens, read)
+    streams: dict[str, list[Any]] = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        with watching(model, streams.setdefault(name, []).append), torch.no_grad():
+            model.model(input_ids=tokens, use_cache=False)
+    dense = {(one.layer, one.kind): one for one in streams["teacher"]}
+    gone = {(2, "attn"), (2, "mlp"), (5, "mlp")}
+    kept = [place for place in dense if place not in gone]
+    errors = []
+    for one in streams["student"]:
+        place = (one.layer, one.kind)
+        if place in gone:
+            continue
+        later = kept[kept.index(place) + 1 :]
+        target = dense[later[0]].before if later else dense[5, "mlp"].after
+        errors.append(((one.after - target)[read] ** 2).sum() / ((target - dense[place].before)[read] ** 2).sum())
+    assert float(found.detach()) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-9)
+    found.backward()
+    first = next(student.anatomy.blocks[0].attn.modules[0].parameters()).grad
+    student.model.zero_grad()
+    with torch.no_grad():
+        for parameter in student.anatomy.blocks[4].module.parameters():
+            parameter.mul_(1.5)
+    reconstruction_error(student, teacher, tokens, read).backward()
+    again = next(student.anatomy.blocks[0].attn.modules[0].parameters()).grad
+    assert first is not None and again is not None and bool(first.any())
+    torch.testing.assert_close(first, again)
+
+
+def test_a_first_stage_of_reconstruction_comes_before(tmp_path: Path) -> None:
+    student, teacher = pair(tmp_path, drop="attn=2")
+    plan = dataclasses.replace(PLAN, reconstruct=4, steps=2, check_every=3)
+    healed = heal(student, teacher, make_trainable(student), some_texts(10), some_texts(3, 9), plan)
+    assert [row["stage"] for row in healed.rows] == ["reconstruct"] * 4 + ["distil"] * 2
+    assert [row["step"] for row in healed.rows if row["held_out_kl"] is not None] == [3, 4, 6]
+    assert healed.rows[3]["loss"] < healed.rows[0]["loss"]
+    assert [row["learning_rate"] for row in healed.rows[4:]] == [0.01, 0.01]
 
 
 # --- zeros ---------------------------------------------------------------------------------------------------------------

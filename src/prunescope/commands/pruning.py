@@ -217,6 +217,7 @@ def heal(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     on_policy: float = 0.0,
+    reconstruct: int = 0,
     lora: int | None = None,
     embeddings: bool = False,
     check_every: int = 20,
@@ -251,6 +252,7 @@ def heal(
         weight_decay: of AdamW
         clip: longest gradient, longer ones are shortened to it; 0 is off
         on_policy: share of the steps whose texts the target itself writes, after the same prompts
+        reconstruct: steps of a cheap stage before the others, in which every sublayer by itself learns to lead to the teacher's stream
         lora: train a low-rank change of each matrix, of this rank, merged at the end; left out, all weights of the blocks are trained
         embeddings: train embedding and head too
         check_every: steps between two measurements on the held-out texts, where the run can be resumed too
@@ -274,7 +276,7 @@ def heal(
         job.HealOptions(
             target=target, teacher=teacher, traces=traces, samples=samples, new_tokens=new_tokens, temperature=temperature,
             held_out=held_out, steps=steps, batch_size=batch_size, micro_batch=micro_batch, learning_rate=learning_rate, warmup=warmup,
-            decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, lora=lora, embeddings=embeddings,
+            decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings,
             check_every=check_every, patience=patience, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )

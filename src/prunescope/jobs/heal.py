@@ -44,7 +44,13 @@ __all__ = ["HealOptions", "run"]
 _FREE = ("out", "overwrite", "resume", "cache", "micro_batch")  # options that do not decide the result
 _CURVES = pa.schema(
     [
-        *(("step", pa.int32()), ("tokens", pa.int64()), ("loss", pa.float64()), ("held_out_kl", pa.float64())),
+        *(
+            ("step", pa.int32()),
+            ("stage", pa.string()),
+            ("tokens", pa.int64()),
+            ("loss", pa.float64()),
+            ("held_out_kl", pa.float64()),
+        ),
         *(("learning_rate", pa.float64()), ("gradient_norm", pa.float64())),
         *(("on_policy", pa.bool_()), ("seconds", pa.float64())),
     ]
@@ -71,6 +77,7 @@ class HealOptions(Options):
     weight_decay: float
     clip: float
     on_policy: float
+    reconstruct: int
     lora: int | None
     embeddings: bool
     check_every: int
@@ -87,7 +94,10 @@ class HealOptions(Options):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
-        for name, least, most in (("warmup", 0, 1), ("on_policy", 0, 1), ("weight_decay", 0, None), ("clip", 0, None)):
+        for name, least, most in (
+            *(("warmup", 0, 1), ("on_policy", 0, 1), ("reconstruct", 0, None)),
+            *(("weight_decay", 0, None), ("clip", 0, None)),
+        ):
             value = getattr(self, name)
             if not value >= least or (most is not None and value > most):
                 bounds = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -113,7 +123,7 @@ class HealOptions(Options):
         return HealPlan(
             steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch, warmup=self.warmup, decay=self.decay,
             learning_rate=self.learning_rate or (1e-4 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
-            on_policy=self.on_policy, check_every=self.check_every, patience=self.patience, seed=self.seed,
+            on_policy=self.on_policy, reconstruct=self.reconstruct, check_every=self.check_every, patience=self.patience, seed=self.seed,
             chunk=max(16, logits // student.anatomy.vocab_size),
         )  # fmt: skip
 
@@ -161,7 +171,7 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     key = _key(options, plan, student, teacher, traces)
     if student.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(student.device)
-    with progress("healing", plan.steps) as advance, _blaming(options):
+    with progress("healing", plan.reconstruct + plan.steps) as advance, _blaming(options):
         healed = heal(student, teacher, trained, texts, held_out, plan, folder=staging, key=key, advance=advance)
     trained.merge()
     student.model.requires_grad_(True)

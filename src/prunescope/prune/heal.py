@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import Advance, console
 from prunescope.prune.distil_loss import forward_kl
+from prunescope.prune.reconstruct import reconstruction_error
 from prunescope.prune.trainable import Trainable
 
 __all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order", "padded"]
@@ -49,6 +50,7 @@ class HealPlan:
     weight_decay: float = 0.0
     clip: float = 1.0
     on_policy: float = 0.0
+    reconstruct: int = 0  # steps of the first stage, before ``steps``
     check_every: int = 20
     patience: int | None = None
     chunk: int = 1024
@@ -141,6 +143,13 @@ def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text
     return forward_kl(student.anatomy.project, h, teacher.anatomy.project, teacher_h, chunk=plan.chunk, weights=trained)
 
 
+def _reconstruction(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text]) -> Tensor:
+    tokens, _ = padded(texts, student.device)
+    lengths = torch.tensor([[len(prompt) + len(continuation)] for prompt, continuation in texts], device=student.device)
+    read = torch.arange(tokens.shape[1], device=student.device) < lengths
+    return reconstruction_error(student, teacher, tokens, read)
+
+
 def _counted(texts: Sequence[Text]) -> int:
     return sum(len(continuation) - (not prompt) for prompt, continuation in texts)
 
@@ -205,11 +214,14 @@ def heal(
         _say(plan, done, 0, None, done.kl_before)
     best = None if folder is not None else _weights(trained, copy=True)
     stopped = done.waited >= (plan.patience or math.inf)
-    for step in range(len(done.rows), plan.steps):
+    last = plan.reconstruct + plan.steps
+    for step in range(len(done.rows), last):
         if stopped:
             break
+        if step == plan.reconstruct:  # gradients of another size: its means begin anew
+            optimiser.state.clear()
         chosen = [texts[number] for number in order(len(texts), plan, step)]
-        own = _is_own(plan, step)
+        own = step >= plan.reconstruct and _is_own(plan, step - plan.reconstruct)
         if own:
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else _nothing():
                 chosen = [text for text in _own_texts(student, chosen, plan, step) if text[1]]
@@ -218,11 +230,11 @@ def heal(
         done.seconds = time.monotonic() - started
         done.rows.append(row | {"on_policy": own, "seconds": done.seconds, "held_out_kl": None})
         advance(1)
-        if (step + 1) % plan.check_every and step + 1 < plan.steps:
+        if (step + 1) % plan.check_every and step + 1 not in (plan.reconstruct, last):
             continue
         kl = held_out_kl(student, teacher, held_out, plan)
         done.rows[-1]["held_out_kl"] = kl
-        done.waited += 1
+        done.waited += step >= plan.reconstruct
         if kl < done.kl_best:
             done.kl_best, done.best_step, done.waited = kl, step + 1, 0
             best = None if folder is not None else _weights(trained, copy=True)
@@ -247,13 +259,20 @@ def _step(
     step: int,
 ) -> dict[str, Any]:
     """One step of the optimiser; what the curves say of it."""
+    first = step < plan.reconstruct
+    rate = learning_rate(
+        replace(plan, steps=plan.reconstruct) if first else plan, step - plan.reconstruct * (not first)
+    )
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(plan, step)
+        group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     count, total = _counted(texts), torch.zeros((), device=student.device, dtype=torch.float64)
     for part in _micro(texts, plan.micro_batch or plan.batch_size):
         with _mixed(student):
-            loss = _divergence(student, teacher, part, plan) / count
+            if first:
+                loss = _reconstruction(student, teacher, part) * (len(part) / len(texts))
+            else:
+                loss = _divergence(student, teacher, part, plan) / count
         loss.backward()
         total += loss.detach()
     trained.mask_gradients()
@@ -265,8 +284,15 @@ def _step(
         )
     optimiser.step()
     trained.keep_zeros()
-    rate = optimiser.param_groups[0]["lr"]
-    return {"step": step + 1, "tokens": count, "loss": found, "gradient_norm": length, "learning_rate": rate}
+    stage = "reconstruct" if first else "distil"
+    return {
+        "step": step + 1,
+        "stage": stage,
+        "tokens": count,
+        "loss": found,
+        "gradient_norm": length,
+        "learning_rate": rate,
+    }
 
 
 def _on_gpu(student: LoadedModel) -> bool:
@@ -284,9 +310,12 @@ def _say(plan: HealPlan, done: Healed, step: int, loss: float | None, kl: float)
     if loss is None:
         console.print(f"heal: before, {short}", markup=False)
         return short
-    left = done.seconds / step * (plan.steps - step)
+    left = done.seconds / step * (plan.reconstruct + plan.steps - step)
     rate = done.tokens / max(done.seconds, 1e-9)
-    console.print(f"heal: step {step} of {plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left", markup=False)
+    console.print(
+        f"heal: step {step} of {plan.reconstruct + plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left",
+        markup=False,
+    )
     return short
 
 

@@ -25,7 +25,11 @@ def draw_healing(curves: pa.Table, record: Mapping[str, Any], folder: Path) -> l
         axes = figure.subplots()
         tokens = np.cumsum(curves["tokens"].to_numpy()) / 1e3
         loss, own = curves["loss"].to_numpy(), curves["on_policy"].to_numpy(zero_copy_only=False)
-        for chosen, marker, label in ((~own, "-", "text of the dense model"), (own, "--", "its own text")):
+        distils = np.array(curves["stage"].to_pylist()) == "distil"  # the loss of the first stage is no divergence
+        for chosen, marker, label in (
+            (distils & ~own, "-", "text of the dense model"),
+            (distils & own, "--", "its own text"),
+        ):
             if chosen.any():
                 axes.plot(tokens[chosen], loss[chosen], marker, color=FLOOR, linewidth=0.7, label=f"loss, {label}")
         held_out = curves["held_out_kl"].to_numpy().astype(float)
