@@ -18,6 +18,7 @@ import torch
 from layerwise_gpu import build
 
 import prunescope.prune.heal as engine
+from prunescope.data.traces import padded
 from prunescope.models.loaded import LoadedModel
 from prunescope.prune.heal import HealPlan, Text
 from prunescope.prune.trainable import make_trainable
@@ -75,7 +76,7 @@ def main() -> None:
     def passes(model: LoadedModel) -> None:
         with torch.no_grad(), engine._mixed(student):
             for part in engine._micro(texts[: options.batch], plan.micro_batch or plan.batch_size):
-                engine._states(model, *engine.padded(part, device))
+                engine._states(model, *(found.to(device) for found in padded(part)))
 
     name = torch.cuda.get_device_name() if gpu else "cpu"
     print(

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from families import VOCAB, tiny_folder, tiny_model
+from prunescope.data.traces import padded
 from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 from prunescope.models.residual import watching
 from prunescope.prune.distil_loss import divergence_and_gradient, forward_kl
-from prunescope.prune.heal import HealPlan, Text, heal, held_out_kl, learning_rate, order, padded
+from prunescope.prune.heal import HealPlan, Text, heal, held_out_kl, learning_rate, order
 from prunescope.prune.reconstruct import reconstruction_error
 from prunescope.prune.trainable import make_trainable
 
@@ -179,7 +180,7 @@ def test_learning_rates(decay: Any, last: float) -> None:
 
 
 def test_what_counts_is_what_was_written() -> None:
-    tokens, counts = padded([([5, 6], [7]), ([], [8, 9, 10, 11])], torch.device("cpu"))
+    tokens, counts = padded([([5, 6], [7]), ([], [8, 9, 10, 11])])
     assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert counts.tolist() == [[False, False, True, False], [False, True, True, True]]
 

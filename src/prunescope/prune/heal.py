@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prunescope.data.traces import padded
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.models.generating import Sampling, continue_texts
@@ -31,7 +32,7 @@ from prunescope.prune.distil_loss import forward_kl
 from prunescope.prune.reconstruct import reconstruction_error
 from prunescope.prune.trainable import Trainable
 
-__all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order", "padded"]
+__all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order"]
 
 _STATE, _BEST = "part-state.safetensors", "part-best.safetensors"
 Text = tuple[Sequence[int], Sequence[int]]  # prompt, continuation; the tokens of the continuation count
@@ -94,18 +95,6 @@ def order(count: int, plan: HealPlan, step: int) -> list[int]:
     return [shuffled[number][at] for number, at, _ in found]
 
 
-def padded(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids ``(texts, length)``, right-padded, and which of them count; no real token sees the padding of a causal model."""
-    width = max(len(prompt) + len(continuation) for prompt, continuation in texts)
-    tokens = torch.zeros(len(texts), width, dtype=torch.int64)
-    counts = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, (prompt, continuation) in enumerate(texts):
-        ids = [*prompt, *continuation]
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        counts[row, max(1, len(prompt)) : len(ids)] = True  # nothing predicts the first token of all
-    return tokens.to(device), counts.to(device)
-
-
 def _is_own(plan: HealPlan, step: int) -> bool:
     """Whether the student writes the text of this step: evenly spread, ``on_policy`` of all steps."""
     return math.floor((step + 1) * plan.on_policy) > math.floor(step * plan.on_policy)
@@ -135,7 +124,7 @@ def _states(loaded: LoadedModel, tokens: Tensor, counts: Tensor) -> Tensor:
 
 def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan) -> Tensor:
     """The sum over counted tokens of KL(teacher || student)."""
-    tokens, counts = padded(texts, student.device)
+    tokens, counts = (found.to(student.device) for found in padded(texts))
     with torch.no_grad():
         teacher_h = _states(teacher, tokens, counts)
     h = _states(student, tokens, counts)
@@ -144,7 +133,7 @@ def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text
 
 
 def _reconstruction(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text]) -> Tensor:
-    tokens, _ = padded(texts, student.device)
+    tokens = padded(texts)[0].to(student.device)
     lengths = torch.tensor([[len(prompt) + len(continuation)] for prompt, continuation in texts], device=student.device)
     read = torch.arange(tokens.shape[1], device=student.device) < lengths
     return reconstruction_error(student, teacher, tokens, read)
