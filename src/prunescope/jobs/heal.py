@@ -217,18 +217,22 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:
     """Texts to train on, and texts of other prompts to check on, drawn by the seed."""
-    rows: list[Text] = [(row.prompt, row.continuation) for row in traces.rows if row.continuation]
-    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
-    shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    number = {prompts[place]: i for i, place in enumerate(shuffled)}
-    rows.sort(key=lambda text: number[tuple(text[0])])
-    last = tuple(rows[min(options.held_out, len(rows)) - 1][0]) if rows else ()
-    cut = max((i + 1 for i, (prompt, _) in enumerate(rows) if tuple(prompt) == last), default=0)
-    if cut >= len(rows):
+    rows = [row for row in traces.rows if row.continuation]
+    groups: dict[tuple[int, ...], list[Text]] = {}
+    for number, row in enumerate(rows):  # a lone start token is no prompt that two texts could have in common
+        name = row.prompt if len(row.prompt) > 1 else (-1, number)
+        groups.setdefault(name, []).append((row.prompt, row.continuation))
+    shuffled = torch.randperm(len(groups), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    together = list(groups.values())
+    held_out: list[Text] = []
+    train: list[Text] = []
+    for place in shuffled:
+        (held_out if len(held_out) < options.held_out else train).extend(together[place])
+    if not train:
         raise UserError(
-            f"{len(rows)} texts of {len(prompts)} prompts, and --held-out {options.held_out} of them to check on: none is left to train on; give more --samples, or more prompts"
+            f"{len(rows)} texts of {len(groups)} prompts, and --held-out {options.held_out} of them to check on: none is left to train on; give more --samples, or more prompts"
         )
-    return rows[cut:], rows[:cut]
+    return train, held_out
 
 
 @contextmanager
