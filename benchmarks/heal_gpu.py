@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--lora", type=int)
     parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--drop", default="mlp=1")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
@@ -63,10 +64,12 @@ def main() -> None:
         (row[:1], row[1:])
         for row in torch.randint(0, options.vocab, (2 * options.batch, options.length), generator=generator).tolist()
     ]
-    plan = HealPlan(steps=10**6, batch_size=options.batch, micro_batch=options.micro_batch, warmup=0, learning_rate=1e-5,
+    plan = HealPlan(steps=10**6, batch_size=options.batch, compile=options.compile, micro_batch=options.micro_batch, warmup=0, learning_rate=1e-5,
                     chunk=max(16, (2**27 if gpu else 2**24) // options.vocab))  # fmt: skip
     trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings)
     optimiser = torch.optim.AdamW(list(trained.parameters.values()), fused=gpu)
+    if options.compile:
+        print("blocks through torch.compile")
     tokens = options.batch * options.length
     counter = iter(range(10**6))
 
@@ -76,7 +79,7 @@ def main() -> None:
     def passes(model: LoadedModel) -> None:
         with torch.no_grad(), engine._mixed(student):
             for part in engine._micro(texts[: options.batch], plan.micro_batch or plan.batch_size):
-                engine._states(model, *(found.to(device) for found in padded(part)))
+                engine._states(model, *(found.to(device) for found in padded(part)), plan.compile)
 
     name = torch.cuda.get_device_name() if gpu else "cpu"
     print(

@@ -220,6 +220,7 @@ def heal(
     reconstruct: int = 0,
     lora: int | None = None,
     embeddings: bool = False,
+    compile: bool = False,
     check_every: int = 20,
     patience: int | None = 5,
     seed: int = 0,
@@ -255,6 +256,7 @@ def heal(
         reconstruct: steps of a cheap stage before the others, in which every sublayer by itself learns to lead to the teacher's stream
         lora: train a low-rank change of each matrix, of this rank, merged at the end; left out, all weights of the blocks are trained
         embeddings: train embedding and head too
+        compile: run the blocks through torch.compile; on a GPU faster, after a minute
         check_every: steps between two measurements on the held-out texts, where the run can be resumed too
         patience: stop after so many measurements without a better one
         seed: of the texts, of their order and of the low-rank changes
@@ -276,7 +278,7 @@ def heal(
         job.HealOptions(
             target=target, teacher=teacher, traces=traces, samples=samples, new_tokens=new_tokens, temperature=temperature,
             held_out=held_out, steps=steps, batch_size=batch_size, micro_batch=micro_batch, learning_rate=learning_rate, warmup=warmup,
-            decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings,
+            decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings, compile=compile,
             check_every=check_every, patience=patience, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )

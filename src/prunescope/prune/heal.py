@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ class HealPlan:
     clip: float = 1.0
     on_policy: float = 0.0
     reconstruct: int = 0  # steps of the first stage, before ``steps``
+    compile: bool = False  # the blocks, with torch.compile
     check_every: int = 20
     patience: int | None = None
     chunk: int = 1024
@@ -114,20 +115,37 @@ def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step
 # --- the loss ------------------------------------------------------------------------------------------------------------
 
 
-def _states(loaded: LoadedModel, tokens: Tensor, counts: Tensor) -> Tensor:
+def _states(loaded: LoadedModel, tokens: Tensor, counts: Tensor, compiled: bool = False) -> Tensor:
     """What the head reads where the next token counts, ``(places, d)``."""
     found: list[Tensor] = []
-    with final_states(loaded, found.append):
+    with final_states(loaded, found.append), _compiled(loaded) if compiled else nullcontext():
         loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
     return found[0][:, :-1][counts[:, 1:]]
+
+
+@contextmanager
+def _compiled(loaded: LoadedModel) -> Iterator[None]:
+    """Blocks run as torch.compile makes them, for the length of a ``with`` block: norms, rotations and activations of a small model take longer
+    than its products, unless they are fused. Blocks of one kind are compiled once."""
+    modules: list[Any] = [block.module for block in loaded.anatomy.blocks]
+    with torch._dynamo.config.patch(recompile_limit=64):  # kinds of blocks, lengths, with a gradient or not
+        for module in modules:
+            if not hasattr(module, "_prunescope_compiled"):
+                module.__dict__["_prunescope_compiled"] = torch.compile(module._call_impl)
+            module._compiled_call_impl = module.__dict__["_prunescope_compiled"]
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._compiled_call_impl = None
 
 
 def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan) -> Tensor:
     """The sum over counted tokens of KL(teacher || student)."""
     tokens, counts = (found.to(student.device) for found in padded(texts))
     with torch.no_grad():
-        teacher_h = _states(teacher, tokens, counts)
-    h = _states(student, tokens, counts)
+        teacher_h = _states(teacher, tokens, counts, plan.compile)
+    h = _states(student, tokens, counts, plan.compile)
     trained = [p for p in student.anatomy.head.parameters() if p.requires_grad]
     return forward_kl(student.anatomy.project, h, teacher.anatomy.project, teacher_h, chunk=plan.chunk, weights=trained)
 
@@ -212,7 +230,7 @@ def heal(
         chosen = [texts[number] for number in order(len(texts), plan, step)]
         own = step >= plan.reconstruct and _is_own(plan, step - plan.reconstruct)
         if own:
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else _nothing():
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
                 chosen = [text for text in _own_texts(student, chosen, plan, step) if text[1]]
         row = _step(student, teacher, trained, optimiser, chosen, plan, step)
         done.tokens += row["tokens"]
@@ -286,11 +304,6 @@ def _step(
 
 def _on_gpu(student: LoadedModel) -> bool:
     return student.device.type == "cuda" and student.dtype == torch.float32
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _say(plan: HealPlan, done: Healed, step: int, loss: float | None, kl: float) -> str:
