@@ -123,6 +123,7 @@ def test_a_complete_folder_is_said_to_be_complete_once(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("command", [name for name in JOBS if name != "report"])
 def test_a_result_is_what_its_folder_holds_and_home_is_found(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

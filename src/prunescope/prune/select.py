@@ -87,7 +87,11 @@ def score_sublayers(
     entering: deque[Tensor] = deque(maxlen=max(run, 1))
 
     def add(name: str, layer: int, x: Tensor, y: Tensor) -> None:
-        sums[name][layer] += cosine_similarity(x.float(), y.float().view_as(x), dim=-1).double().sum().cpu()
+        x, y = x.float(), y.float().view_as(x)
+        cosines = (
+            cosine_similarity(x, y, dim=-1).double().masked_fill((x == y).all(-1), 1.0)
+        )  # not a rounding off it: silent sublayers tie
+        sums[name][layer] += cosines.sum().cpu()
         seen[name][layer] = True
 
     def see(passage: Passage) -> None:
