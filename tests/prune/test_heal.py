@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import warnings
@@ -228,6 +229,20 @@ def test_a_first_stage_of_reconstruction_comes_before(tmp_path: Path) -> None:
     assert [row["step"] for row in healed.rows if row["held_out_kl"] is not None] == [3, 4, 6]
     assert healed.rows[3]["loss"] < healed.rows[0]["loss"]
     assert [row["learning_rate"] for row in healed.rows[4:]] == [0.01, 0.01]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_blocks_give_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through dynamo alone, which is quick. Compiled code that is not taken off again would write with the wrong cache."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    curves = []
+    for chosen in (False, True):
+        student, teacher = pair(tmp_path, drop="attn=2")
+        plan = dataclasses.replace(PLAN, compile=chosen, on_policy=0.5)
+        healed = heal(student, teacher, make_trainable(student), some_texts(10), some_texts(3, 9), plan)
+        curves.append([row["loss"] for row in healed.rows])
+        assert all(block.module._compiled_call_impl is None for block in student.anatomy.blocks)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
 
 
 # --- zeros ---------------------------------------------------------------------------------------------------------------
