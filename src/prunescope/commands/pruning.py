@@ -90,7 +90,7 @@ def drop(
         order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
         iterative: drop one, score again, n times
         score_on: stream compares the residual stream before and after, norm the module's normed input with its output
-        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
         batch_size: samples at a time, by default 32 while the model samples and 8 while it scores
@@ -164,7 +164,7 @@ def sparsify(
         owl_threshold: of owl, how many times the mean score makes an outlier
         block_size: of sparsegpt, columns of a block
         damping: of sparsegpt, relative to the mean of the Hessian's diagonal
-        calibration: self (text that the model samples, for which it is loaded whole), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
+        calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
         batch_size: samples at a time, by default as many as make 2048 tokens (on a GPU 8192); models with fused experts take one at a time
