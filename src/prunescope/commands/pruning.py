@@ -66,6 +66,8 @@ def drop(
     order: Literal["discrete", "consecutive"] = "discrete",
     iterative: bool = False,
     score_on: Literal["stream", "norm"] = "stream",
+    select: str = "cosine",
+    generations: int = 20,
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -90,6 +92,8 @@ def drop(
         order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
         iterative: drop one, score again, n times
         score_on: stream compares the residual stream before and after, norm the module's normed input with its output
+        select: cosine (scores of the stream), kl (greedy: drop what changes the model's predictions least, given what has gone), search (goes on from there over whole sets) or task:NAME (greedy, by the score of a quick task)
+        generations: of search, 8 sets each
         calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
@@ -111,7 +115,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
+            select=select, generations=generations, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
