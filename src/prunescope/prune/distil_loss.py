@@ -5,6 +5,8 @@ each of the two models, and again for the gradient. Here they exist for ``chunk`
 KL(p || q), with p the teacher's and q the student's distribution, in the student's logits is q - p. So it is at hand when the loss is, and the
 head's backward runs chunk by chunk within the forward pass: nothing is kept but the gradient in the hidden states and, where they are trained,
 in the head's weights. Recomputing the logits in the backward pass would give the same numbers for one more product with each head.
+
+What is reported of two models that may be almost equal is `prunescope.models.divergence`, which loses no digits there; here the gradient is what counts.
 """
 
 from __future__ import annotations
