@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from prunescope.report.figures.style import ESTIMATE, FLOOR, TRUTH, drawable, save, style
 from prunescope.report.names import short
@@ -39,6 +40,8 @@ def draw_healing(curves: pa.Table, record: Mapping[str, Any], folder: Path) -> l
         best = int(record["best_step"])
         axes.plot(tokens[best - 1] if best else 0, record["kl"]["best"], "D", color=ESTIMATE, label="kept")
         axes.set(xlabel="tokens trained on, thousands", ylabel="KL(teacher || student), nats a token", yscale="log")
+        for way in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            way(FormatStrFormatter("%g"))
         axes.legend()
         axes.set_title(drawable(f"{short(str(record['config']['target']))}: healing"), parse_math=False)
         return save(figure, folder / "healing")
