@@ -12,12 +12,14 @@ from prunescope.runs.folder import Run, check_free, require_space, staged, write
 from prunescope.runs.result import Draw, Result, RunResult, StrPath
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
     import pyarrow as pa
 
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loaded import LoadedModel
+    from prunescope.prune.compensate import Fold
     from prunescope.sweep.tables import Tables
 
 __all__ = [
@@ -196,6 +198,7 @@ class DropResult(Result):
     rows: list[dict[str, Any]] = field(repr=False)
     spec: DropSpec
     _dense: LoadedModel = field(repr=False)
+    _folds: Sequence[Fold] = field(default=(), repr=False)  # of `--compensate`
 
     @property
     def record(self) -> dict[str, Any]:
@@ -224,9 +227,12 @@ class DropResult(Result):
 
     def write(self, folder: Path, format: Literal["recipe", "zeroed", "compact"] = "recipe") -> None:
         from prunescope.models.saving import save_dropped
+        from prunescope.prune.compensate import check_format, folded
 
+        check_format(bool(self.info.get("compensated")), format)
         write_config(folder, self.info["config"])
-        save_dropped(self._dense, self.spec, folder, format, {**self.info, "scores": self.rows})
+        with folded(self._dense, self._folds):
+            save_dropped(self._dense, self.spec, folder, format, {**self.info, "scores": self.rows})
 
 
 @dataclass

@@ -68,6 +68,7 @@ def drop(
     score_on: Literal["stream", "norm"] = "stream",
     select: str = "cosine",
     generations: int = 20,
+    compensate: bool = False,
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -94,6 +95,7 @@ def drop(
         score_on: stream compares the residual stream before and after, norm the module's normed input with its output
         select: cosine (scores of the stream), kl (greedy: drop what changes the model's predictions least, given what has gone), search (goes on from there over whole sets) or task:NAME (greedy, by the score of a quick task)
         generations: of search, 8 sets each
+        compensate: fold a least-squares map into the sublayer before what is dropped; with format zeroed or compact
         calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
@@ -115,7 +117,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

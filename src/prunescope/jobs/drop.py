@@ -13,6 +13,7 @@ from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.anatomy import KINDS
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.prune.compensate import check_format, fit_maps
 from prunescope.prune.search import choose_jointly
 from prunescope.prune.select import Choice, DropTarget, Order, ScoreOn, check_choice, choose_sublayers
 from prunescope.report.terminal.pruning import show_scores
@@ -36,6 +37,7 @@ class DropOptions(Options):
     score_on: ScoreOn
     select: str
     generations: int
+    compensate: bool
     calibration: str
     samples: int | None
     seq_len: int | None
@@ -49,6 +51,8 @@ class DropOptions(Options):
 def run(options: DropOptions) -> DropResult:
     options.check()
     select, task = _select(options)
+    if options.output.out is not None:
+        check_format(options.compensate, options.format)
     dense = options.loading.load(options.model)
     if dense.dropped:
         raise UserError(f"{options.model} has sublayers dropped already ({dense.dropped}); give its dense model")
@@ -60,6 +64,7 @@ def run(options: DropOptions) -> DropResult:
         batch_size=options.batch_size or 32, cache=cache,
     )  # fmt: skip
     choice = _choose(options, dense, calibration, select, task, cache)
+    folds = fit_maps(dense, choice.spec, calibration, options.batch_size or 8) if options.compensate else []
     before = sum(p.numel() for p in dense.model.parameters())
     with dense.dropping(choice.spec):
         after = sum(p.numel() for p in dense.model.parameters())
@@ -68,11 +73,12 @@ def run(options: DropOptions) -> DropResult:
         "config": options.config(),
         "target": target,
         "select": options.select,
+        **({"compensated": [fold.row() for fold in folds]} if options.compensate else {}),
         "calibration": calibration.describe(),
         "parameters": {"dense": before, "dropped": after},
         **{f"drop_{kind}_list": list(choice.spec.layers(kind)) for kind in KINDS},
     }
-    result = DropResult(record, choice.rows, choice.spec, dense)
+    result = DropResult(record, choice.rows, choice.spec, dense, folds)
     show_scores(
         result.rows, f"{options.model}: {n} of {target} dropped, {before / 1e6:.1f} M -> {after / 1e6:.1f} M parameters"
     )

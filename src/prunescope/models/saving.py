@@ -26,7 +26,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 
-__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_changed", "save_dropped"]
+__all__ = ["FORMATS", "Format", "checkpoint_bytes", "last_projection", "save_changed", "save_dropped"]
 
 Format = Literal["recipe", "zeroed", "compact"]
 FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
@@ -176,7 +176,8 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
-    found = list(_last_projection(loaded, part))
+    last = last_projection(loaded, part)
+    found = [] if last is None else list(last.parameters(recurse=False))
     if not found:
         found = [
             p
@@ -190,8 +191,8 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def _last_projection(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
-    """Parameters of the leaf whose output is the branch's own output: followed by storage in one small forward pass."""
+def last_projection(loaded: LoadedModel, part: Sublayer) -> nn.Module | None:
+    """The leaf whose output is the branch's own output: followed by storage in one small forward pass."""
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():
@@ -201,7 +202,7 @@ def _last_projection(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
         handles.append(part.modules[-1].register_forward_hook(lambda _, __, out: result.append(first_output(out))))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
-    return list(last[-1].parameters(recurse=False)) if last else []
+    return last[-1] if last else None
 
 
 def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
