@@ -244,7 +244,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder blocks, and the list of them; no weights are needed. Raises UserError."""
     config: Any = model.config
     count, name = config.get_text_config(decoder=True).num_hidden_layers, type(model).__name__
-    for module in model.modules():  # outermost first
+    for module in _text_first(model):
         for child in module.children():
             if (
                 isinstance(child, nn.ModuleList)
@@ -255,6 +255,14 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     raise UserError(
         f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported"
     )
+
+
+def _text_first(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, outermost first, those of the text decoder of a multimodal model before its towers."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    if isinstance(decoder, nn.Module):
+        yield from decoder.modules()
+    yield from model.modules()
 
 
 def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:

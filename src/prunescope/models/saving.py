@@ -230,10 +230,16 @@ def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
 
 def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
     """A copy of ``config`` for the kept blocks: per-layer lists cut, layer numbers inside it translated."""
-    if config.get_text_config(decoder=True) is not config:
-        raise UserError(
-            f"--format compact does not support the nested config of {config.model_type}; use --format zeroed"
-        )
+    text = config.get_text_config(decoder=True)
+    if text is not config:  # images and text: only the text decoder's own config is cut
+        inner = [key for key in type(config).sub_configs if getattr(config, key, None) is text]
+        if len(inner) != 1:
+            raise UserError(
+                f"--format compact does not find the text decoder in the config of {config.model_type}; use --format zeroed"
+            )
+        outer = copy.deepcopy(config)
+        setattr(outer, inner[0], _cut_config(text, kept, blocks))
+        return outer
     values = copy.deepcopy(config.to_dict())
     for key, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
