@@ -38,10 +38,10 @@ from prunescope.models.loading import load_model
 from prunescope.models.saving import save_dropped
 
 CHECKS = ("load", "drop attn", "drop mlp", "cache", "layerwise", "zeroed", "compact", "magnitude", "wanda", "sparsegpt", "structured")  # fmt: skip
-SECONDS = 90  # a family; longer is a result too
+SECONDS = 60  # of CPU, a family; longer is a result too
 
 # By hand, and owed to nothing in the code under test: what the children of blocks are called in transformers
-_ATTENTION = r"(self_)?attn|(self_)?attention|linear_attn|mamba|mixer|conv|temporal_block|self_attention|attention_block|shared_mixer|delta_net|short_conv"
+_ATTENTION = r"(self_)?attn|(self_)?attention|multi_head_attention|linear_attn|mamba|mixer|conv|temporal_block|self_attention|attention_block|shared_mixer|delta_net|short_conv"
 _MLP = r"(mlp|feed_forward|block_sparse_moe|moe|ffn|fc2|shared_mlp|feedforward|channel_mixer|mlp_block|mlp_moe|shared_experts?|moe_block|residual_mlp)"
 _SKIPPED = r"vision|visual|image|audio|encoder\.|siglip|qformer|connector|projector|resampler|speech"
 
@@ -189,8 +189,8 @@ class _Family:
         model, info = self.cls.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
             raise AssertionError(f"plain transformers misses {sorted(info['missing_keys'])[:1]}")
-        if set(model.state_dict()) - set(self.plain.state_dict()):
-            raise AssertionError("plain transformers finds other weights")
+        if info["unexpected_keys"]:
+            raise AssertionError(f"plain transformers does not know {sorted(info['unexpected_keys'])[:1]}")
         return _logits(model.eval(), self.ids, use_cache=False)
 
     def saved(self, form: Any) -> str:
@@ -209,7 +209,7 @@ class _Family:
         (self.folder / "text.txt").write_text(" ".join(f"w{4 + i * 7 % 36}" for i in range(400)), "utf-8")
         prunescope.sparsify(
             str(self.folder / "dense"), method=method, sparsity=0.5, out=str(out), calibration=str(self.folder / "text.txt"),
-            samples=4, seq_len=32, device="cpu", cache=False,
+            samples=2, seq_len=24, device="cpu", cache=False,
         )  # fmt: skip
         found = self._reloaded(out)
         again = load_model(out, device="cpu")
@@ -272,13 +272,13 @@ def _within(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise _TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def works(results: dict[str, str]) -> bool:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Sublayer, first_output, hooks
+from prunescope.models.anatomy import KINDS, Sublayer, first_output, given_residual, hooks, layer_attribute
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
@@ -117,6 +117,7 @@ _EXPERT_OUTPUTS = (
     "dense_4h_to_h",
     "c_proj",
     "fc2",
+    "dense",
 )  # last projections of an expert
 
 
@@ -142,9 +143,10 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
-    found = list(_last_projection(loaded, part))
-    if not found:
-        found = [
+    ends = part.modules if part.summed else part.modules[-1:]
+    found = [parameter for end in ends for parameter in _last_projection(loaded, end)]
+    if not found or part.summed:
+        found += [
             p
             for module in part.modules
             for name, p in module.named_parameters()
@@ -156,15 +158,15 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def _last_projection(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
-    """Parameters of the leaf whose output is the branch's own output: followed by storage in one small forward pass."""
+def _last_projection(loaded: LoadedModel, end: nn.Module) -> list[Tensor]:
+    """Parameters of the leaf whose output is the output of ``end``: followed by storage in one small forward pass."""
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():
-        for module in part.modules[-1].modules():
+        for module in end.modules():
             if not list(module.children()) and list(module.parameters(recurse=False)):
                 handles.append(module.register_forward_hook(lambda m, _, out: leaves.append((m, first_output(out)))))
-        handles.append(part.modules[-1].register_forward_hook(lambda _, __, out: result.append(first_output(out))))
+        handles.append(end.register_forward_hook(lambda _, __, out: result.append(first_output(out))))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
     return list(last[-1].parameters(recurse=False)) if last else []
@@ -176,11 +178,13 @@ def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
         for part in loaded.anatomy.sublayers():
             if (part.kind, part.layer) in spec:
 
-                def check(_: nn.Module, __: Any, out: Any, name: str = part.name) -> None:
-                    if first_output(out).count_nonzero():
+                def check(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = part.name) -> None:
+                    residual = given_residual(module, args, kwargs)
+                    if (first_output(out) if residual is None else first_output(out) - residual).count_nonzero():
                         loud.append(name)
 
-                handles.append(part.exit.register_forward_hook(check))
+                for module in part.exits:
+                    handles.append(module.register_forward_hook(check, with_kwargs=True))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     if loud:
         raise UserError(f"zeroing its output projection does not silence the {loud[0]}; use --format recipe")
@@ -212,20 +216,21 @@ def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
     anatomy, model = loaded.anatomy, loaded.model
     config = _cut_config(model.config, kept, len(anatomy))
     name = next(name for name, child in anatomy.decoder.named_children() if child is anatomy.block_list)
-    renumbered: list[tuple[nn.Module, int]] = []
+    renumbered: list[tuple[nn.Module, str, int]] = []
     try:
         setattr(anatomy.decoder, name, nn.ModuleList(anatomy.block_list[layer] for layer in kept))
         for position, layer in enumerate(kept):
             for module in anatomy.block_list[layer].modules():
-                if getattr(module, "layer_idx", None) == layer:
-                    renumbered.append((module, layer))
-                    module.layer_idx = position  # type: ignore[assignment]
+                number = layer_attribute(module)
+                if number and getattr(module, number) == layer:
+                    renumbered.append((module, number, layer))
+                    setattr(module, number, position)
         _check_same_modules(model, config)
         yield config
     finally:
         setattr(anatomy.decoder, name, anatomy.block_list)
-        for module, layer in renumbered:
-            module.layer_idx = layer  # type: ignore[assignment]
+        for module, number, layer in renumbered:
+            setattr(module, number, layer)
 
 
 def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
@@ -244,6 +249,9 @@ def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
     for key, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
             values[key] = [value[layer] for layer in kept]
+        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):  # by layer number
+            by_layer = {int(number): entry for number, entry in value.items()}
+            values[key] = {i: by_layer[layer] for i, layer in enumerate(kept) if layer in by_layer}
     if values.get("mlp_only_layers") is not None:  # Qwen MoE: dense layers by number, or every so many
         step = values.get("decoder_sparse_step") or 1
         dense = {layer for layer in range(blocks) if layer in config.mlp_only_layers or (layer + 1) % step}
