@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import prunescope
 import zoo
-from families import VOCAB
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
@@ -175,7 +174,7 @@ class _Family:
             self.loaded, prompts=str(self.folder / "prompts.txt"), max_new_tokens=1, ignore_eos=True, lens="raw" if self.loaded.anatomy.final_norm is None else "final-norm"
         )  # fmt: skip
         last = list(self.loaded.anatomy.sublayers())[-1]
-        row = [r for r in result.table().to_pylist() if (r["layer"], r["sublayer"]) == (last.layer, last.kind)][0]
+        row = next(r for r in result.table().to_pylist() if (r["layer"], r["sublayer"]) == (last.layer, last.kind))
         ids = torch.tensor([self.loaded.tokenizer((self.folder / "prompts.txt").read_text().strip())["input_ids"]])
         p, q = (
             logits[0, -1].double().log_softmax(-1)
@@ -283,10 +282,13 @@ def _within(seconds: int) -> Iterator[None]:
 
 def works(results: dict[str, str]) -> bool:
     """Whether everything tried works; a structural refusal of `compact` or `structured` says why, and counts."""
-    return all(
-        result == "works" or (name in ("compact", "structured") and result.startswith("refused"))
-        for name, result in results.items()
-    ) and len(results) > 1
+    return (
+        all(
+            result == "works" or (name in ("compact", "structured") and result.startswith("refused"))
+            for name, result in results.items()
+        )
+        and len(results) > 1
+    )
 
 
 def main() -> None:
@@ -309,7 +311,7 @@ def main() -> None:
             except _TooLongError:
                 found[family] = {"load": "not made: took too long"}
         bad = {name: result for name, result in found[family].items() if result != "works"}
-        print(f"{family}: {'works' if not bad else bad}", flush=True)
+        print(f"{family}: {bad if bad else 'works'}", flush=True)
         if options.out:
             options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
     print(f"{sum(map(works, found.values()))} of {len(found)} work")

@@ -58,7 +58,15 @@ _SIZES: list[tuple[str, Any]] = [  # the first pattern that matches the whole na
 ]  # fmt: skip
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-_NEMOTRON = {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8, "n_group": 1, "topk_group": 1}
+_NEMOTRON = {
+    "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "chunk_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}}
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -116,7 +124,12 @@ def _shrunk(values: dict[str, Any], old_layers: int | None, extra: dict[str, Any
             continue
         if isinstance(value, dict) and "mrope_section" in value:
             half = int(4 * value.get("partial_rotary_factor", 1.0))
-            value = {**value, "mrope_section": [half - 2 * (half // 3 or 1), half // 3 or 1, half // 3 or 1] if half > 2 else [1, 1, 0]}
+            value = {
+                **value,
+                "mrope_section": [half - 2 * (half // 3 or 1), half // 3 or 1, half // 3 or 1]
+                if half > 2
+                else [1, 1, 0],
+            }
         result[key] = value
     if "kv_lora_rank" in result and not isinstance(result.get("text_config"), dict):
         result |= {"num_key_value_heads": result.get("num_attention_heads", 4)}

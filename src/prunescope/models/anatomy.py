@@ -16,15 +16,22 @@ A new family usually needs nothing. If it multiplies its branches or its logits,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.models.finding import (
+    attention_of,
+    find_blocks,
+    first_output,
+    first_tensor,
+    given_residual,
+    hooks,
+    sum_of,
+)
 
 __all__ = [
     "KINDS",
@@ -33,17 +40,15 @@ __all__ = [
     "Kind",
     "Sublayer",
     "find_anatomy",
-    "find_blocks",
-    "first_tensor",
-    "hooks",
-    "layer_attribute",
-    "swap_first_tensor",
 ]
 
 Kind = Literal["attn", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attn", "mlp")
 
-RESIDUAL_SCALES = ("residual_multiplier", "residual_scale")  # block attributes that multiply each branch (Granite, MiniCPM3)
+RESIDUAL_SCALES = (
+    "residual_multiplier",
+    "residual_scale",
+)  # block attributes that multiply each branch (Granite, MiniCPM3)
 _PROBE_TOKENS = 7
 
 
@@ -59,7 +64,9 @@ class Sublayer:
     shares_pre: bool  # the other branch reads the same pre-norm
     scale: float
     returns: int  # length of the tuple that the last module returns, 0 for a bare tensor
-    summed: bool = False  # the modules read the same input and their outputs are added (MoE beside a dense MLP), not chained
+    summed: bool = (
+        False  # the modules read the same input and their outputs are added (MoE beside a dense MLP), not chained
+    )
     fused: bool = False  # the last module is given the stream and adds it itself (BLOOM, MPT)
 
     @property
@@ -122,63 +129,7 @@ class Anatomy:
         return len(self.blocks)
 
 
-# --- hooks -------------------------------------------------------------------------------------------------------------
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The stream among a module's arguments: the first positional one, else ``hidden_states``."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise UserError(
-            "a module is called without its hidden states as first argument; this architecture is not supported"
-        )
-    return found
-
-
-def swap_first_tensor(
-    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states among a module's outputs, which may be a tuple."""
-    found = output[0] if isinstance(output, tuple) else output
-    if not isinstance(found, Tensor):
-        raise UserError("a module returns no tensor first; this architecture is not supported")
-    return found
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    """Their sum, from the left."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-@contextmanager
-def hooks() -> Iterator[list[Any]]:
-    """A list for hook handles that are removed however the block ends."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # --- finding -----------------------------------------------------------------------------------------------------------
-
-
-def given_residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The stream that a module is given to add to, where its forward has a ``residual``."""
-    names = list(signature(module.forward).parameters)
-    if "residual" not in names:
-        return None
-    place = names.index("residual")
-    found = kwargs.get("residual", args[place] if len(args) > place else None)
-    return found if isinstance(found, Tensor) else None
 
 
 class _Call(NamedTuple):
@@ -267,53 +218,6 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return _with_logits(anatomy, blocks_io[-1].after, logits, name)
 
 
-def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder blocks, and the list of them; no weights are needed. Raises UserError."""
-    config: Any = model.config
-    count, name = config.get_text_config(decoder=True).num_hidden_layers, type(model).__name__
-    for module in _text_first(model):
-        for child in module.children():
-            if (
-                isinstance(child, nn.ModuleList)
-                and len(child) == count
-                and all(_attention(block) is not None for block in child)
-            ):
-                return module, child
-    raise UserError(
-        f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported"
-    )
-
-
-def _text_first(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, outermost first, those of the text decoder of a multimodal model before its towers."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
-    if isinstance(decoder, nn.Module):
-        yield from decoder.modules()
-    yield from model.modules()
-
-
-def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
-    """The child that writes to the cache: transformers gives it, or a module inside it (GPT-Neo), a ``layer_idx``.
-
-    Where other children carry their layer's number too (HunYuan's MLP), it is the one that takes a cache.
-    """
-    children = list(block.named_children())
-    found = [(name, child) for name, child in children if layer_attribute(child)]
-    found = found or [(n, child) for n, child in children if any(map(layer_attribute, child.modules()))]
-    if len(found) > 1:
-        found = [(name, child) for name, child in found if _takes_cache(child)]
-    return found[0] if len(found) == 1 else None
-
-
-def layer_attribute(module: nn.Module) -> str | None:
-    """The attribute that holds the number of a module's layer in the cache; GPT-Neo has another name for it."""
-    return next((name for name in ("layer_idx", "layer_id") if isinstance(getattr(module, name, None), int)), None)
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    return any("past_key_value" in name or "cache" in name for name in signature(module.forward).parameters)
-
-
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
@@ -363,7 +267,7 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
         return UserError(f"{name}, layer {layer}: {reason}; this architecture is not supported")
 
     before, _, before_value, after_value, returns = stream
-    attention = _attention(module)
+    attention = attention_of(module)
     if attention is None:
         raise unsupported("no single attention module with a layer_idx")
     attn_calls = [call for call in calls if call.module is attention[1]]
@@ -393,7 +297,9 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
         if mlp.post is not None or any(call.returns or call.fused for call in mlp_calls):
             raise unsupported("its MLP has several parts that are not simply added")
         mlp = replace(mlp, summed=True)
-        mlp_out = mlp_out._replace(leaving_value=sum_of([call.leaving_value.view_as(before_value) for call in mlp_calls]))
+        mlp_out = mlp_out._replace(
+            leaving_value=sum_of([call.leaving_value.view_as(before_value) for call in mlp_calls])
+        )
     shared = attn.pre is not None and attn.pre is mlp.pre
     if shared:
         attn, mlp = (replace(part, shares_pre=True) for part in (attn, mlp))
@@ -439,7 +345,12 @@ def _with_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> A
     """The anatomy whose logits are the model's: a wrapper may leave out the scale of its decoder's config (Aya Vision)."""
     errors = []
     for scale, softcap in dict.fromkeys(
-        [(anatomy.logit_scale, anatomy.logit_softcap), (1.0, anatomy.logit_softcap), (anatomy.logit_scale, None), (1.0, None)]
+        [
+            (anatomy.logit_scale, anatomy.logit_softcap),
+            (1.0, anatomy.logit_softcap),
+            (anatomy.logit_scale, None),
+            (1.0, None),
+        ]
     ):
         found = replace(anatomy, logit_scale=scale, logit_softcap=softcap)
         with torch.no_grad():

@@ -20,7 +20,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Anatomy, Kind, Sublayer, layer_attribute
+from prunescope.models.anatomy import KINDS, Anatomy, Kind, Sublayer
+from prunescope.models.finding import layer_attribute
 
 __all__ = ["DropSpec", "Dropped", "drop_sublayers"]
 

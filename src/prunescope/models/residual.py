@@ -9,17 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunescope.models.anatomy import (
-    Block,
-    Kind,
-    Sublayer,
-    first_output,
-    first_tensor,
-    given_residual,
-    hooks,
-    sum_of,
-    swap_first_tensor,
-)
+from prunescope.models.anatomy import Block, Kind, Sublayer
+from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
 
 __all__ = ["Passage", "final_states", "substituting", "watching"]
@@ -140,11 +131,15 @@ def substituting(
             if not block.parallel:
                 handles.append(block.mlp.entry.register_forward_pre_hook(replace_middle, with_kwargs=True))
             for part in (block.attn, block.mlp):
-
                 found: list[Tensor] = []
 
                 def seen(
-                    module: nn.Module, args: Any, kwargs: Any, output: Any, part: Sublayer = part, found: list[Tensor] = found
+                    module: nn.Module,
+                    args: Any,
+                    kwargs: Any,
+                    output: Any,
+                    part: Sublayer = part,
+                    found: list[Tensor] = found,
                 ) -> None:
                     found.append(_added(module, args, kwargs, output))
                     if module is part.exits[-1]:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Sublayer, first_output, given_residual, hooks, layer_attribute
+from prunescope.models.anatomy import KINDS, Sublayer
 from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import first_output, given_residual, hooks, layer_attribute
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 

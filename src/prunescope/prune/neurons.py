@@ -76,10 +76,10 @@ def _check_cut(text: Text, layer: int, expected: Tensor) -> None:
     """Removing neurons must give what silencing them gives: it does not where a matrix is laid out otherwise than is known here."""
     try:
         out = text.first_output(layer)
-    except RuntimeError as error:  # something else in the MLP has as many entries as there were neurons
+    except RuntimeError as why:  # something else in the MLP has as many entries as there were neurons
         raise UserError(
-            f"block {layer}: its MLP does not run with neurons removed ({first_line(error)}); it is not supported by structured"
-        ) from error
+            f"block {layer}: its MLP does not run with neurons removed ({first_line(why)}); it is not supported by structured"
+        ) from why
     scale = expected.float().abs().max().clamp(min=1e-30)
     error = float((out.float() - expected.float()).abs().max() / scale)
     if not error <= 64 * torch.finfo(out.dtype).eps * math.sqrt(out.shape[-1]):
