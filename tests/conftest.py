@@ -24,9 +24,11 @@ torch.set_num_threads(1)  # tests run side by side
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of the real model run in one worker, which loads it once; those that prune it come first, since they take longest."""
     for item in items:
+        if item.get_closest_marker("families") and "families" not in config.getoption("markexpr", ""):
+            item.add_marker(pytest.mark.skip(reason="long; make test-families"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "smollm2" in getattr(item, "fixturenames", ()):

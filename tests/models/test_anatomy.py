@@ -74,7 +74,7 @@ def test_a_new_family_needs_nothing(family: str) -> None:
             "layer 0: stream before",
         ),
         (lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "no MLP ran"),
-        (lambda: transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "no list of 2 decoder blocks"),
+        (lambda: transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "does not read the residual stream"),
     ],
 )  # fmt: skip
 def test_an_architecture_that_does_not_fit_says_why(config: Callable[[], Any], message: str) -> None:
