@@ -80,6 +80,10 @@ def sweep(
     method: str | None = None,
     sparsity: str | None = None,
     pattern: str | None = None,
+    quant: str | None = None,
+    join: str | None = None,
+    sparse_bytes: bool = False,
+    ladder: str | None = None,
     tasks: str = "quick",
     limit: int | None = None,
     shots: int | None = None,
@@ -105,7 +109,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
 ) -> SweepResult:
-    """Task scores against the number of dropped sublayers, or against sparsity, with h, z and p of the same points.
+    """Task scores against the number of dropped sublayers, sparsity or quantised formats, on one axis of bytes, with h, z and p of the same points.
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
@@ -115,6 +119,10 @@ def sweep(
         method: how to prune weights, with commas between: magnitude, wanda, sparsegpt (the default)
         sparsity: shares of weights to prune, such as 0.3..0.7 (in steps of 0.1) or 0.5,0.6
         pattern: N:M patterns to prune to, such as 2:4,4:8
+        quant: formats to quantise to, with commas between, such as int8,int4-g128,q4_0: all that may follow quant: as a target
+        join: formats in which every dropped or pruned point is measured as well, such as int4-g128
+        ladder: types of GGUF to place every KL among, such as q8_0,q4_k,q2_k, measured once on the same texts; left out, those measured before
+        sparse_bytes: leave zeros of pruned weights out of the bytes of a point, not counting them as stored
         tasks: names with commas between; quick are the built-in pairs, quick-gen and quick-mc one half of them
         limit: items of each task
         shots: solved examples before each item; left out, the task's own number
@@ -147,8 +155,8 @@ def sweep(
 
     return job.run(
         job.SweepOptions(
-            model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, tasks=tasks, limit=limit,
-            shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
+            model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, quant=quant, join=join,
+            sparse_bytes=sparse_bytes, ladder=ladder, tasks=tasks, limit=limit, shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
             seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),

@@ -6,7 +6,10 @@ step at the heads, as `prunescope generate` does it. What is kept of the dense m
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,11 +18,14 @@ from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final, least_memory
 from prunescope.compare.context import Transcript, at_least_float32, final_head, read_states
+from prunescope.compare.familiar import Rung, remembered_ladder, usual_ladder
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.variants import Variant
 from prunescope.runs.summary import summarise
+from prunescope.stats import Z95
 
 __all__ = ["DenseReference", "write_texts"]
 
@@ -89,6 +95,20 @@ class DenseReference:
             {"prompt": self._owner.numpy()} | {name: columns[name].numpy() for name in COLUMNS if name in columns}
         )
         return summarise(table, SPACES, seed=self.seed)
+
+    def ladder(self, dense: LoadedModel, types: Sequence[str] | None, cache: Path | None) -> list[Rung]:
+        """The dense model's rungs on these texts: ``types``, measured where the cache lacks them, or the usual ones that it has if that is None."""
+        text = hashlib.sha256(repr([(t.prompt, t.continuation) for t in self.texts]).encode()).hexdigest()
+        known = usual_ladder() if types is None else types
+        measure = None if types is None else self._rung
+        return remembered_ladder(dense, text, known, measure, temperature=self.temperature, cache=cache)
+
+    def _rung(self, variant: Variant) -> tuple[float, float]:
+        """Mean KL over the steps, and its standard error from the interval over prompts."""
+        with variant.applied() as quantised:
+            stats = self.measure(quantised)["p"]["kl_dense_target"]
+        low, high = stats["ci95"]
+        return stats["mean"], (high - low) / (2 * Z95) if low is not None else math.nan
 
     def floor(self, loaded: LoadedModel) -> dict[str, Any]:
         """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""
