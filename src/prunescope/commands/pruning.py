@@ -25,6 +25,7 @@ def load(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
 ) -> LoadedModel:
     """Load a model, optionally with sublayers dropped.
 
@@ -36,6 +37,7 @@ def load(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
 
     Returns:
         An object with `.model` (the ordinary transformers model, `generate()` and all), `.tokenizer`, `.restore()`.
@@ -53,6 +55,7 @@ def load(
         revision=revision,
         adapter=adapter,
         trust_remote_code=trust_remote_code,
+        dequantise=dequantise,
     )
 
 
@@ -76,6 +79,7 @@ def drop(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     overwrite: bool = False,
 ) -> DropResult:
@@ -100,6 +104,7 @@ def drop(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
         overwrite: replace an existing checkpoint folder
 
@@ -112,7 +117,7 @@ def drop(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 
@@ -144,6 +149,7 @@ def sparsify(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     dry_run: bool = False,
     resume: bool = False,
@@ -177,6 +183,7 @@ def sparsify(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep self-sampled calibration text for the next call
         dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
         resume: continue an interrupted run
@@ -193,6 +200,6 @@ def sparsify(
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

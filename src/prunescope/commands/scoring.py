@@ -33,6 +33,7 @@ def evaluate(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> EvaluateResult:
@@ -54,6 +55,7 @@ def evaluate(
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -66,7 +68,7 @@ def evaluate(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
             allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -105,6 +107,7 @@ def sweep(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -144,6 +147,7 @@ def sweep(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep drop scores and self-sampled text for the next call
         resume: continue an interrupted sweep, or add points to a finished one
         overwrite: replace an existing run folder
@@ -159,7 +163,7 @@ def sweep(
             sparse_bytes=sparse_bytes, ladder=ladder, tasks=tasks, limit=limit, shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
             seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -179,6 +183,7 @@ def speed(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     overwrite: bool = False,
 ) -> SpeedResult:
     """Measure what each model costs: parameters, bytes on disk and in memory, cache, prefill and decode tokens a second.
@@ -197,6 +202,7 @@ def speed(
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         overwrite: replace an existing run folder
 
     Raises:
@@ -207,7 +213,7 @@ def speed(
     return job.run(
         job.SpeedOptions(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
-            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

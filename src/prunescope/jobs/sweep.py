@@ -35,7 +35,7 @@ from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record, versions
 from prunescope.sweep.bench import Bench, SweepPlan
-from prunescope.sweep.comparison import write_texts
+from prunescope.sweep.comparison import ladder_of, write_texts
 from prunescope.sweep.points import Point, read_points
 from prunescope.sweep.tables import Measured, assemble, kl_of, split
 from prunescope.sweep.workers import measure_on_workers, require_ray
@@ -135,7 +135,7 @@ def run(options: SweepOptions) -> SweepResult:
         }
 
         asked = None if options.ladder is None else check_rungs(options.ladder)
-        ladder = bench.reference.ladder(dense, asked, options.cache_folder)
+        ladder = ladder_of(dense, plan.texts, asked, temperature=options.metric_temperature, cache=options.cache_folder)
 
         def result(complete: bool) -> SweepResult:
             measured = kept.ordered(points)

@@ -55,7 +55,7 @@ def refuse_packed(ref: str, model: nn.Module, what: str) -> None:
     names = [name for name, tensor in named_tensors(model) if tensor.dim() >= 2 and is_packed(tensor)]
     if names:
         raise UserError(
-            f"{ref}: {names[0]} is quantised already, which {what} cannot work on; give the dense model it was made from"
+            f"{ref}: {names[0]} is quantised already, which {what} cannot work on; give --dequantise to load it as dense floats, or the dense model it was made from"
         )
 
 

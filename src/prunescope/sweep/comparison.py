@@ -27,7 +27,7 @@ from prunescope.models.variants import Variant
 from prunescope.runs.summary import summarise
 from prunescope.stats import Z95
 
-__all__ = ["DenseReference", "write_texts"]
+__all__ = ["DenseReference", "ladder_of", "write_texts"]
 
 _FLOOR_TEXTS = 2
 
@@ -96,14 +96,7 @@ class DenseReference:
         )
         return summarise(table, SPACES, seed=self.seed)
 
-    def ladder(self, dense: LoadedModel, types: Sequence[str] | None, cache: Path | None) -> list[Rung]:
-        """The dense model's rungs on these texts: ``types``, measured where the cache lacks them, or the usual ones that it has if that is None."""
-        text = hashlib.sha256(repr([(t.prompt, t.continuation) for t in self.texts]).encode()).hexdigest()
-        known = usual_ladder() if types is None else types
-        measure = None if types is None else self._rung
-        return remembered_ladder(dense, text, known, measure, temperature=self.temperature, cache=cache)
-
-    def _rung(self, variant: Variant) -> tuple[float, float]:
+    def rung(self, variant: Variant) -> tuple[float, float]:
         """Mean KL over the steps, and its standard error from the interval over prompts."""
         with variant.applied() as quantised:
             stats = self.measure(quantised)["p"]["kl_dense_target"]
@@ -125,3 +118,30 @@ class DenseReference:
             "way": "read alone, against in a batch",
             "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
         }
+
+
+def ladder_of(
+    dense: LoadedModel,
+    texts: Sequence[Transcript],
+    types: Sequence[str] | None,
+    *,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    cache: Path | None = None,
+) -> list[Rung]:
+    """The dense model's rungs on what it wrote: ``types``, measured where the cache lacks them; where that is None, the usual ones that it has.
+
+    Raises:
+        UserError: a type that is unknown or cannot be made here.
+    """
+    text = hashlib.sha256(repr([(t.prompt, t.continuation) for t in texts]).encode()).hexdigest()
+    if types is None:
+        return remembered_ladder(dense, text, usual_ladder(), None, temperature=temperature, cache=cache)
+    reference: list[DenseReference] = []  # read when the first rung is missing
+
+    def measure(variant: Variant) -> tuple[float, float]:
+        if not reference:
+            reference.append(DenseReference(dense, texts, batch_size=batch_size, temperature=temperature))
+        return reference[0].rung(variant)
+
+    return remembered_ladder(dense, text, types, measure, temperature=temperature, cache=cache)

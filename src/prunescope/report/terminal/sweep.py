@@ -44,8 +44,6 @@ def show_sweep(
         shown.add_column("choice keeps\nmore by", justify="right")
     if kls:
         shown.add_column("KL", justify="right")
-    if like:
-        shown.add_column("like")
     for point in dict.fromkeys(row["point"] for row in rows):
         cells = []
         for kind in kinds:
@@ -57,8 +55,6 @@ def show_sweep(
             cells.append(_more(more.get(point)))
         if kls:
             cells.append(f"{kls[point]:.3g}" if point in kls else "-")
-        if like:
-            cells.append(like.get(point, ""))
         size = [f"{sizes[point] / 1e6:.1f}" if point in sizes else "-"] if sizes else []
         removed = next(row["weights_removed"] for row in rows if row["point"] == point)
         shown.add_row(point, f"{100 * removed:.1f} %", *size, *cells)
@@ -68,6 +64,8 @@ def show_sweep(
         console.print(
             Text(f"at floor in the dense model, alone or as a pair, so of no say here: {', '.join(left_out)}")
         )
+    for point, words in like.items():
+        console.print(Text(f"KL of {point}, {kls[point]:.3g}: {words}"))
     for name, points in summary.get("front", {}).items():
         what = {"generative": "what is written", "choice": "what is chosen", "kl": "KL"}[name]
         console.print(Text(f"Pareto front of bytes and {what}: {', '.join(points)}"))
