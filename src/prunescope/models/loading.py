@@ -19,9 +19,10 @@ from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.packed import check_head, is_finite
+from prunescope.models.packed import check_head, format_of, is_finite
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
+from prunescope.models.unpacking import unpack
 from prunescope.runs.folder import NO_SPACE
 
 __all__ = [
@@ -47,6 +48,7 @@ def load_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     headless: bool = False,
+    dequantise: bool = False,
 ) -> LoadedModel:
     """Load ``ref`` in eval mode and check what was found.
 
@@ -61,6 +63,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         headless: take weights without an output head (embedding models, written from `MistralModel` and its like), for callers that read
             no logits; the input embedding then stands where the head would.
+        dequantise: load packed weights as the dense floats that they stand for, see `prunescope.models.unpacking`; others stay what they are.
     Raises:
         UserError: whatever is wrong with the reference, the files, the weights or the architecture, in one line.
     """
@@ -71,7 +74,7 @@ def load_model(
     torch_device = choose_device(device)
     torch_dtype: Any = choose_dtype(dtype, torch_device)
     ref = expand_user(ref)
-    options = _Options(torch_dtype, torch_device, trust_remote_code, headless)
+    options = _Options(torch_dtype, torch_device, trust_remote_code, headless, dequantise)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         loaded = _load_recipe(Path(ref), record, adapter, options)
@@ -91,6 +94,7 @@ class _Options(NamedTuple):
     device: torch.device
     trust_remote_code: bool
     headless: bool
+    dequantise: bool
 
 
 def _load_recipe(folder: Path, record: dict[str, Any], adapter: str | Path | None, options: _Options) -> LoadedModel:
@@ -132,6 +136,11 @@ def _load_weights(
         model = merge_adapter(ref, model, adapter)
         identity |= adapter.identity
     anatomy = find_anatomy(model)
+    if options.dequantise and format_of(model) is not None:
+        settled = options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype
+        if unpack(ref, model, settled):
+            identity["dequantised"] = "true"
+            anatomy = find_anatomy(model)
     check_head(ref, anatomy.head)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)
@@ -178,7 +187,7 @@ def _read_model(
     from safetensors import SafetensorError
 
     model_options = options | placement
-    stored_dtype, quantised = None, None
+    config, stored_dtype, quantised = None, None, None
     try:
         if "gguf_file" in options:
             model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -187,7 +196,7 @@ def _read_model(
             config = transformers.AutoConfig.from_pretrained(source, **options)
             stored_dtype, quantised = config.dtype, getattr(config, "quantization_config", None)
             model_options |= {"use_safetensors": True, **_dequantising(quantised, device)}
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(config).from_pretrained(
             source, dtype=dtype, output_loading_info=True, **model_options
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
@@ -209,6 +218,20 @@ def _read_model(
         if dtype != "auto":  # what was not quantised has the dtype that it has on disk
             model = model.to(dtype)
     return model, set(info["missing_keys"]), stored_dtype
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that gives what was saved: a model of images and text keeps its towers, though its text alone could be read."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind, saved = getattr(config, "model_type", None), getattr(config, "architectures", None) or ()
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    wrapper = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if wrapper is not None and not own_code and (causal is None or (wrapper in saved and causal not in saved)):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _read_tokenizer(ref: str, source: str, options: dict[str, Any]) -> Any:
