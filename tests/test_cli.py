@@ -57,6 +57,7 @@ def test_the_public_surface_is_pinned() -> None:
             "demo",
             "drop",
             "sparsify",
+            "heal",
             "layerwise",
             "generate",
             "mcq",
