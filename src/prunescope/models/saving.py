@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Sublayer, first_output, hooks
+from prunescope.models.anatomy import KINDS, Sublayer
 from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import first_output, given_residual, hooks, layer_attribute
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 
@@ -151,6 +152,7 @@ _EXPERT_OUTPUTS = (
     "dense_4h_to_h",
     "c_proj",
     "fc2",
+    "dense",
 )  # last projections of an expert
 
 
@@ -176,10 +178,11 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
-    last = last_projection(loaded, part)
-    found = [] if last is None else list(last.parameters(recurse=False))
-    if not found:
-        found = [
+    ends = part.modules if part.summed else part.modules[-1:]
+    leaves = [last_projection(loaded, part, end) for end in ends]
+    found = [parameter for leaf in leaves if leaf is not None for parameter in leaf.parameters(recurse=False)]
+    if not found or part.summed:
+        found += [
             p
             for module in part.modules
             for name, p in module.named_parameters()
@@ -191,15 +194,16 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def last_projection(loaded: LoadedModel, part: Sublayer) -> nn.Module | None:
-    """The leaf whose output is the branch's own output: followed by storage in one small forward pass."""
+def last_projection(loaded: LoadedModel, part: Sublayer, end: nn.Module | None = None) -> nn.Module | None:
+    """The leaf whose output is the output of ``end``, by default the branch's last module: followed by storage in one small forward pass."""
+    end = part.modules[-1] if end is None else end
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():
-        for module in part.modules[-1].modules():
+        for module in end.modules():
             if not list(module.children()) and list(module.parameters(recurse=False)):
                 handles.append(module.register_forward_hook(lambda m, _, out: leaves.append((m, first_output(out)))))
-        handles.append(part.modules[-1].register_forward_hook(lambda _, __, out: result.append(first_output(out))))
+        handles.append(end.register_forward_hook(lambda _, __, out: result.append(first_output(out))))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
     return last[-1] if last else None
@@ -211,11 +215,13 @@ def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
         for part in loaded.anatomy.sublayers():
             if (part.kind, part.layer) in spec:
 
-                def check(_: nn.Module, __: Any, out: Any, name: str = part.name) -> None:
-                    if first_output(out).count_nonzero():
+                def check(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = part.name) -> None:
+                    residual = given_residual(module, args, kwargs)
+                    if (first_output(out) if residual is None else first_output(out) - residual).count_nonzero():
                         loud.append(name)
 
-                handles.append(part.exit.register_forward_hook(check))
+                for module in part.exits:
+                    handles.append(module.register_forward_hook(check, with_kwargs=True))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     if loud:
         raise UserError(f"zeroing its output projection does not silence the {loud[0]}; use --format recipe")
@@ -247,32 +253,42 @@ def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
     anatomy, model = loaded.anatomy, loaded.model
     config = _cut_config(model.config, kept, len(anatomy))
     name = next(name for name, child in anatomy.decoder.named_children() if child is anatomy.block_list)
-    renumbered: list[tuple[nn.Module, int]] = []
+    renumbered: list[tuple[nn.Module, str, int]] = []
     try:
         setattr(anatomy.decoder, name, nn.ModuleList(anatomy.block_list[layer] for layer in kept))
         for position, layer in enumerate(kept):
             for module in anatomy.block_list[layer].modules():
-                if getattr(module, "layer_idx", None) == layer:
-                    renumbered.append((module, layer))
-                    module.layer_idx = position  # type: ignore[assignment]
+                number = layer_attribute(module)
+                if number and getattr(module, number) == layer:
+                    renumbered.append((module, number, layer))
+                    setattr(module, number, position)
         _check_same_modules(model, config)
         yield config
     finally:
         setattr(anatomy.decoder, name, anatomy.block_list)
-        for module, layer in renumbered:
-            module.layer_idx = layer  # type: ignore[assignment]
+        for module, number, layer in renumbered:
+            setattr(module, number, layer)
 
 
 def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
     """A copy of ``config`` for the kept blocks: per-layer lists cut, layer numbers inside it translated."""
-    if config.get_text_config(decoder=True) is not config:
-        raise UserError(
-            f"--format compact does not support the nested config of {config.model_type}; use --format zeroed"
-        )
+    text = config.get_text_config(decoder=True)
+    if text is not config:  # images and text: only the text decoder's own config is cut
+        inner = [key for key in type(config).sub_configs if getattr(config, key, None) is text]
+        if len(inner) != 1:
+            raise UserError(
+                f"--format compact does not find the text decoder in the config of {config.model_type}; use --format zeroed"
+            )
+        outer = copy.deepcopy(config)
+        setattr(outer, inner[0], _cut_config(text, kept, blocks))
+        return outer
     values = copy.deepcopy(config.to_dict())
     for key, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
             values[key] = [value[layer] for layer in kept]
+        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):  # by layer number
+            by_layer = {int(number): entry for number, entry in value.items()}
+            values[key] = {i: by_layer[layer] for i, layer in enumerate(kept) if layer in by_layer}
     if values.get("mlp_only_layers") is not None:  # Qwen MoE: dense layers by number, or every so many
         step = values.get("decoder_sparse_step") or 1
         dense = {layer for layer in range(blocks) if layer in config.mlp_only_layers or (layer + 1) % step}

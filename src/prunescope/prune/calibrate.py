@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import first_output, swap_first_tensor
 from prunescope.models.blockwise import StreamedModel
+from prunescope.models.finding import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
 
 __all__ = ["InputStatistic", "Text", "gather", "overflow"]

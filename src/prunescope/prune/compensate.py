@@ -187,10 +187,10 @@ def _matrix(loaded: LoadedModel, host: Sublayer) -> tuple[Tensor, Tensor | None,
         raise UserError(
             f"--compensate: a norm stands between the {host.name} and the stream, so that no map folds into its matrix; leave it out"
         )
-    module = last_projection(loaded, host)
+    module = None if host.summed else last_projection(loaded, host)
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UserError(
-            f"--compensate: the {host.name} has no last matrix of its own (experts have many); leave it out"
+            f"--compensate: the {host.name} has no last matrix of its own (experts have many, summed MLPs several); leave it out"
         )
     if not module.weight.is_floating_point():
         raise UserError(f"--compensate: the last matrix of the {host.name} is packed; give the plain model")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunescope.models.anatomy import Kind, first_tensor, hooks
+from prunescope.models.anatomy import Kind
+from prunescope.models.finding import first_tensor, hooks
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 
