@@ -1,4 +1,4 @@
-"""What is kept between calls: drop scores and self-sampled calibration tokens, as small JSON files under the user's cache folder.
+"""What is kept between calls: drop scores, rungs of the ladder and self-sampled calibration tokens, as small JSON files under the user's cache folder.
 
 An entry is named by a hash of everything that decides its content. A damaged one counts as absent, and a cache that cannot be
 written costs time, never the result.
@@ -18,7 +18,7 @@ from platformdirs import user_cache_dir
 
 from prunescope.files import replacing
 
-__all__ = ["cache_folder", "remembered"]
+__all__ = ["cache_folder", "recalled", "remembered"]
 
 
 def cache_folder() -> Path:
@@ -30,14 +30,24 @@ def remembered(folder: Path | None, key: Mapping[str, Any], compute: Callable[[]
     """What ``compute`` gave for ``key`` before, else what it gives now. Its result must be JSON; NaN is kept."""
     if folder is None:
         return compute()
-    path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
-    try:
-        return json.loads(path.read_text("utf-8"))["value"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with suppress(LookupError):
+        return recalled(folder, key)
+    path = _place(folder, key)
     value = compute()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as beside:
             beside.write_text(json.dumps({"key": key, "value": value}), "utf-8")
     return value
+
+
+def recalled(folder: Path | None, key: Mapping[str, Any]) -> Any:
+    """What `remembered` keeps for ``key``. Raises LookupError where that is nothing."""
+    try:
+        return json.loads(_place(folder, key).read_text("utf-8"))["value"]  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LookupError(str(key)) from error
+
+
+def _place(folder: Path, key: Mapping[str, Any]) -> Path:
+    return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"

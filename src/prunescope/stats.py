@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["RESAMPLES", "Z95", "kendall", "mcnemar", "newcombe", "normal_interval", "paired", "spearman", "wilson"]
+__all__ = [
+    "RESAMPLES",
+    "Z95",
+    "kendall",
+    "mcnemar",
+    "newcombe",
+    "normal_interval",
+    "paired",
+    "pareto_front",
+    "spearman",
+    "wilson",
+]
 
 RESAMPLES = 2000
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a normal 95 % interval
@@ -118,3 +129,13 @@ def kendall(x: ArrayLike, y: ArrayLike) -> float | None:
 
 def _can_be_ordered(*sides: ArrayLike) -> bool:
     return all(np.size(side) > 2 and np.ptp(side) > 0 for side in sides)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points ``(cost, value)`` that no other beats, from the cheapest up: none costs no more and is worth more, or costs less and is worth
+    as much. Of equal points the first one stands."""
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not found or points[i][1] > points[found[-1]][1]:
+            found.append(i)
+    return found

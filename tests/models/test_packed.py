@@ -20,16 +20,19 @@ from test_quantised import packaged
 from torch import Tensor
 
 import families
+import prunescope
 from families import tiny_folder, tiny_tokenizer
 from prunescope.compare.context import Transcript
 from prunescope.compare.divergence import Slice, divergence_rows
 from prunescope.compare.layerwise import batch_rows, lens_head
 from prunescope.errors import UserError
+from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.models.packed import format_of, is_finite, is_packed
 from prunescope.models.quantised import Quantised, QuantSpec
 from prunescope.prune.inplace import check_prunable
 from prunescope.prune.masks import Goal
+from prunescope.sweep.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own
 GROUP = 32
@@ -270,6 +273,72 @@ def test_a_checkpoint_is_the_packages_own_model(name: str, wide: Path, tmp_path:
         table = batch_rows(against, target, texts, lens_head(against, "raw"), 1.0, 2**29, 0)
         largest = table["h_orth_rel"].to_numpy().max()
         assert largest < 1e-5 if zero else largest > 1e-3
+
+
+_ROUNDING = {  # logits of dense floats against the packed layers' own arithmetic: half precision, activations of 8 bits
+    "gptq": 0.05, "awq": 0.05, "bitsandbytes 8": 0.2, "compressed-tensors W8A8": 0.2, "compressed-tensors FP8": 0.5, "compressed-tensors FP8_DYNAMIC": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in _DEQUANTISED])
+def test_dequantised_it_is_a_dense_model_of_the_same_numbers(name: str, wide: Path, tmp_path: Path) -> None:
+    """Logits equal the packed model's within the arithmetic of its layers, and those of the numbers that were packed by hand; then it drops and prunes
+    as any dense model does. Catches a transposed or shifted unpacking, a scale left out, and layers that stay packed."""
+    if name in ("gptq", "awq") and "GPTQMODEL" not in os.environ:
+        pytest.importorskip("gptqmodel", reason="gptqmodel is not installed; `make test-quant` installs it")
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    numbers = FORMATS[name](wide, folder)
+    ids = torch.randint(4, families.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    packed = load_model(folder, device="cpu", dtype="float32")
+    found = load_model(folder, device="cpu", dtype="float32", dequantise=True)
+    with torch.no_grad():
+        expected, logits = packed.model(ids).logits.float(), found.model(ids).logits
+    assert torch.allclose(logits, expected, atol=_ROUNDING.get(name, 1e-5)), (logits - expected).abs().max()
+    assert logits.dtype == torch.float32 and not any(map(is_packed, found.model.parameters()))
+    assert found.describe().get("quantisation") is None and found.identity["dequantised"] == "true"
+    if numbers is not None:
+        for key, value in found.model.state_dict().items():
+            if ".layers." in key and value.dim() == 2:  # scales are kept in half precision
+                assert torch.allclose(value, numbers[key], atol=2e-3 * float(numbers[key].abs().max())), key
+    check_prunable(found, "magnitude", Goal(sparsity=0.5))
+    Quantised(found, QuantSpec("int8"))
+    with found.dropping(DropSpec.parse("attn=1")), torch.no_grad():
+        assert not torch.equal(found.model(ids).logits, logits)
+    if name == "bitsandbytes 4":
+        options: Any = {"method": "magnitude", "sparsity": 0.5, "calibration": "none", "device": "cpu"}
+        with pytest.raises(UserError, match="--dequantise"):
+            prunescope.sparsify(str(folder), out=str(tmp_path / "sparse"), **options)
+        prunescope.sparsify(str(folder), out=str(tmp_path / "sparse"), dequantise=True, **options)
+        assert load_model(tmp_path / "sparse", device="cpu").sparsity() == pytest.approx(0.5, abs=0.02)
+
+
+def test_every_command_takes_a_packed_checkpoint(wide: Path, tmp_path: Path) -> None:
+    """As the target, and alone as the model of sweep and speed. Catches a command that reads packed bytes as numbers: scores, KL or sizes that are not finite."""
+    folder = tmp_path / "packed"
+    bitsandbytes(wide, folder, load_in_4bit=True)
+    dense, target = str(wide), str(folder)
+    how: Any = {"device": "cpu", "seed": 0}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("t5 t6 t7\nt8 t9\n", "utf-8")
+    short: Any = {"prompts": str(prompts), "max_new_tokens": 4}
+    for found, space in (
+        (prunescope.generate(dense, target, **short, **how), "p"),
+        (prunescope.mcq(dense, target, limit=2, **how), "p"),
+    ):
+        assert 0 < found.summary[space]["kl_dense_target"]["mean"] < 5
+    assert len(prunescope.retrieve(dense, target, **how).table())
+    tasks: Any = {"tasks": "arithmetic-mc", "limit": 3, "shots": 0}
+    scores = prunescope.evaluate([dense, target], **tasks, **how).summary
+    assert set(scores) == {dense, target}
+    swept = prunescope.sweep(target, target="attn", n="1", samples=2, seq_len=16, cache=False, **tasks, **short, **how)
+    sizes = dict(zip(swept.table()["point"].to_pylist(), swept.table()["bytes"].to_pylist(), strict=True))
+    assert 0 < sizes["attn-001"] < sizes["dense"] < Storage(load_model(wide, device="cpu")).bytes()
+    with pytest.raises(UserError, match="--dequantise"):
+        prunescope.sweep(target, quant="int8", **tasks, **short, **how)
+    timed = prunescope.speed([dense, target], batch_size="1", length=8, max_new_tokens=4, repeats=1, **how).table()
+    memory = dict(zip(timed["model"].to_pylist(), timed["memory_bytes"].to_pylist(), strict=True))
+    assert memory[target] < memory[dense]
 
 
 def test_packed_weights_are_named_where_they_cannot_be_used(wide: Path, tmp_path: Path) -> None:

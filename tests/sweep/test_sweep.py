@@ -144,6 +144,12 @@ def test_ranges() -> None:
         "wanda 2:4",
     ]
     assert len(read_points()) == 1 + 3 * 12
+    joined = read_points("attn", "1", "wanda", None, "2:4", "int4-g16,Q4_0", "int8")
+    assert [(p.name, p.change) for p in joined] == [
+        ("dense", "dense"), ("attn-001", "drop"), ("wanda-2of4", "sparsify"), ("quant-int4-g16", "quant"), ("quant-q4_0", "quant"),
+        ("attn-001+int8", "joined"), ("wanda-2of4+int8", "joined"),
+    ]  # fmt: skip
+    assert [p.name for p in read_points(quant="int8")] == ["dense", "quant-int8"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,9 @@ def test_ranges() -> None:
         (["--workers", "0"], "at least 1"),
         (["--n", "1", "--tasks", "arithmetic-gen", "--shots", "40"], "context"),
         (["--resume"], "--out"),
+        (["--quant", "int9"], "unknown"),
+        (["--quant", "int8", "--join", "int4"], "no point to join"),
+        (["--quant", "int8", "--ladder", "q9_0"], "unknown"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(

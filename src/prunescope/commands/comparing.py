@@ -37,6 +37,7 @@ def layerwise(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> LayerwiseResult:
@@ -63,6 +64,7 @@ def layerwise(
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -75,7 +77,7 @@ def layerwise(
         job.LayerwiseOptions(
             dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -98,11 +100,14 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
+    ladder: str | None = None,
+    cache: bool = True,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> GenerateResult:
@@ -124,11 +129,14 @@ def generate(
         seed: of the sampling, the same draws for both models, and of the bootstrap
         batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB
+        ladder: types of GGUF to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; left out, those measured before
+        cache: keep the rungs of the ladder for the next call
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -141,7 +149,8 @@ def generate(
         job.GenerateOptions(
             dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -166,6 +175,7 @@ def mcq(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> McqResult:
@@ -189,6 +199,7 @@ def mcq(
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -201,7 +212,7 @@ def mcq(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -225,6 +236,7 @@ def divergence(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -249,6 +261,7 @@ def divergence(
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep the ladder's measurements for the next call
         resume: continue an interrupted run
         overwrite: replace an existing run folder
@@ -262,7 +275,7 @@ def divergence(
         job.DivergenceOptions(
             dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, ladder=ladder,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -289,6 +302,7 @@ def retrieve(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RetrieveResult:
@@ -315,6 +329,7 @@ def retrieve(
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -327,7 +342,7 @@ def retrieve(
         job.RetrieveOptions(
             dense=dense, target=target, corpus=corpus, queries=queries, qrels=qrels, split=split, pooling=pooling,
             instruction=instruction, append_eos=append_eos, max_length=max_length, depth=depth, recall_at=recall_at, seed=seed,
-            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

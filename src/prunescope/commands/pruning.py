@@ -25,6 +25,7 @@ def load(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
 ) -> LoadedModel:
     """Load a model, optionally with sublayers dropped.
 
@@ -36,6 +37,7 @@ def load(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
 
     Returns:
         An object with `.model` (the ordinary transformers model, `generate()` and all), `.tokenizer`, `.restore()`.
@@ -53,6 +55,7 @@ def load(
         revision=revision,
         adapter=adapter,
         trust_remote_code=trust_remote_code,
+        dequantise=dequantise,
     )
 
 
@@ -79,6 +82,7 @@ def drop(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     overwrite: bool = False,
 ) -> DropResult:
@@ -106,6 +110,7 @@ def drop(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
         overwrite: replace an existing checkpoint folder
 
@@ -118,7 +123,7 @@ def drop(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
             select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 
@@ -150,6 +155,7 @@ def sparsify(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     dry_run: bool = False,
     resume: bool = False,
@@ -183,6 +189,7 @@ def sparsify(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep self-sampled calibration text for the next call
         dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
         resume: continue an interrupted run
@@ -199,7 +206,7 @@ def sparsify(
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ def evaluate(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> EvaluateResult:
@@ -54,6 +55,7 @@ def evaluate(
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         resume: continue an interrupted run
         overwrite: replace an existing run folder
 
@@ -66,7 +68,7 @@ def evaluate(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
             allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -80,6 +82,10 @@ def sweep(
     method: str | None = None,
     sparsity: str | None = None,
     pattern: str | None = None,
+    quant: str | None = None,
+    join: str | None = None,
+    sparse_bytes: bool = False,
+    ladder: str | None = None,
     tasks: str = "quick",
     limit: int | None = None,
     shots: int | None = None,
@@ -101,11 +107,12 @@ def sweep(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
 ) -> SweepResult:
-    """Task scores against the number of dropped sublayers, or against sparsity, with h, z and p of the same points.
+    """Task scores against the number of dropped sublayers, sparsity or quantised formats, on one axis of bytes, with h, z and p of the same points.
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
@@ -115,6 +122,10 @@ def sweep(
         method: how to prune weights, with commas between: magnitude, wanda, sparsegpt (the default)
         sparsity: shares of weights to prune, such as 0.3..0.7 (in steps of 0.1) or 0.5,0.6
         pattern: N:M patterns to prune to, such as 2:4,4:8
+        quant: formats to quantise to, with commas between, such as int8,int4-g128,q4_0: all that may follow quant: as a target
+        join: formats in which every dropped or pruned point is measured as well, such as int4-g128
+        ladder: types of GGUF to place every KL among, such as q8_0,q4_k,q2_k, measured once on the same texts; left out, those measured before
+        sparse_bytes: leave zeros of pruned weights out of the bytes of a point, not counting them as stored
         tasks: names with commas between; quick are the built-in pairs, quick-gen and quick-mc one half of them
         limit: items of each task
         shots: solved examples before each item; left out, the task's own number
@@ -136,6 +147,7 @@ def sweep(
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep drop scores and self-sampled text for the next call
         resume: continue an interrupted sweep, or add points to a finished one
         overwrite: replace an existing run folder
@@ -147,11 +159,11 @@ def sweep(
 
     return job.run(
         job.SweepOptions(
-            model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, tasks=tasks, limit=limit,
-            shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
+            model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, quant=quant, join=join,
+            sparse_bytes=sparse_bytes, ladder=ladder, tasks=tasks, limit=limit, shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
             seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -171,6 +183,7 @@ def speed(
     revision: str | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     overwrite: bool = False,
 ) -> SpeedResult:
     """Measure what each model costs: parameters, bytes on disk and in memory, cache, prefill and decode tokens a second.
@@ -189,6 +202,7 @@ def speed(
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         overwrite: replace an existing run folder
 
     Raises:
@@ -199,7 +213,7 @@ def speed(
     return job.run(
         job.SpeedOptions(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
-            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from prunescope.cache import cache_folder
 from prunescope.compare.divergence import divergence_key, divergence_rows, read_slices
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
-from prunescope.compare.familiar import LADDER, LADDER_IN_NUMPY, like_rung, measure_ladder
+from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
 from prunescope.models import ggml
@@ -53,7 +53,7 @@ class DivergenceOptions(Options):
         if not self.scale:
             return []
         if self.ladder is None:
-            return list(LADDER if ggml.has_library() else LADDER_IN_NUMPY)
+            return list(usual_ladder())
         return listed(self.ladder)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.compute as pc
 
-from prunescope.compare.generation import GenerationRows, Regime, generation_key, generation_rows
+from prunescope.cache import cache_folder
+from prunescope.compare.familiar import check_rungs, likenesses
+from prunescope.compare.generation import TEACHER, GenerationRows, Regime, generation_key, generation_rows
 from prunescope.compare.summary import generation_summary
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
@@ -18,6 +20,7 @@ from prunescope.models.generating import Sampling, end_tokens
 from prunescope.report.terminal.comparing import show_generation
 from prunescope.results import GenerateResult
 from prunescope.runs.provenance import run_record
+from prunescope.sweep.comparison import ladder_of
 
 __all__ = ["GenerateOptions", "run"]
 
@@ -40,8 +43,14 @@ class GenerateOptions(Options):
     seed: int
     batch_size: int
     memory_mb: int
+    ladder: str | None
+    cache: bool
     loading: LoadOptions
     output: OutputOptions
+
+    def check(self) -> None:
+        super().check()
+        check_rungs(self.ladder)
 
 
 def run(options: GenerateOptions) -> GenerateResult:
@@ -79,6 +88,14 @@ def run(options: GenerateOptions) -> GenerateResult:
             "decoding": found.decoding,
             **generation_summary(found.table, ours, theirs, ends, steps, options.seed),
         }
+        rungs = ladder_of(
+            pair.dense, found.dense, None if options.ladder is None else check_rungs(options.ladder), batch_size=options.batch_size,
+            temperature=options.metric_temperature, cache=cache_folder() if options.cache else None,
+        )  # fmt: skip
+        forced = info["summary_by_regime"].get(TEACHER, {})  # a rung reads the dense model's texts too
+        kl = forced.get("p", {}).get("kl_dense_target")
+        info["ladder"] = [asdict(rung) for rung in rungs]
+        info["like"] = likenesses({TEACHER: kl["mean"]}, rungs).get(TEACHER) if kl else None
         samples = [_sample(pair, number, prompt, found, info) for number, prompt in enumerate(prompts)]
         result = GenerateResult(info, found.table, samples)
         if staging is not None:

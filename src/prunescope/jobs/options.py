@@ -60,9 +60,12 @@ class LoadOptions(Group):
     revision: str | None  # of the dense model
     trust_remote_code: bool
     adapter: str | None = None  # to merge into the dense model
+    dequantise: bool = False  # packed weights as dense floats
 
     def config(self) -> dict[str, Any]:
-        return {name: value for name, value in super().config().items() if name != "adapter" or value is not None}
+        return {
+            name: value for name, value in super().config().items() if name not in ("adapter", "dequantise") or value
+        }
 
     def load(self, ref: Model, *, headless: bool = False) -> LoadedModel:
         """The dense model, which ``revision`` is of."""
@@ -77,7 +80,7 @@ class LoadOptions(Group):
 
         return load_model(
             ref, dtype=self.dtype, device=self.device, revision=revision, adapter=adapter, trust_remote_code=self.trust_remote_code,
-            headless=headless,
+            headless=headless, dequantise=self.dequantise,
         )  # fmt: skip
 
 

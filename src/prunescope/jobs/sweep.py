@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
 from prunescope.cache import cache_folder
+from prunescope.compare.familiar import Rung, check_rungs, likenesses
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
+from prunescope.models import ggml
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import refuse_packed
 from prunescope.progress import console
 from prunescope.prune.inplace import check_prunable
 from prunescope.prune.select import check_choice, drop_orders, spec_of
@@ -31,9 +35,9 @@ from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record, versions
 from prunescope.sweep.bench import Bench, SweepPlan
-from prunescope.sweep.comparison import write_texts
+from prunescope.sweep.comparison import ladder_of, write_texts
 from prunescope.sweep.points import Point, read_points
-from prunescope.sweep.tables import Measured, assemble, split
+from prunescope.sweep.tables import Measured, assemble, kl_of, split
 from prunescope.sweep.workers import measure_on_workers, require_ray
 from prunescope.tasks.evaluate import expand_tasks
 
@@ -52,6 +56,10 @@ class SweepOptions(Options):
     method: str | None
     sparsity: str | None
     pattern: str | None
+    quant: str | None
+    join: str | None
+    sparse_bytes: bool
+    ladder: str | None
     tasks: str
     limit: int | None
     shots: int | None
@@ -74,6 +82,7 @@ class SweepOptions(Options):
 
     def check(self) -> None:
         super().check()
+        check_rungs(self.ladder)
         expand_tasks(listed(self.tasks))
         if self.spread:
             require_ray()
@@ -93,7 +102,9 @@ class SweepOptions(Options):
 def run(options: SweepOptions) -> SweepResult:
     started = time.monotonic()
     options.check()
-    points = read_points(options.target, options.n, options.method, options.sparsity, options.pattern)
+    points = read_points(
+        options.target, options.n, options.method, options.sparsity, options.pattern, options.quant, options.join
+    )
     prompts = read_prompts(options.prompts)
     dense = options.loading.load(options.model)
     _check_model(dense, points)
@@ -115,18 +126,27 @@ def run(options: SweepOptions) -> SweepResult:
         kept = _Kept(staging, key, [] if earlier is None else split(earlier.all_tables))
         plan = _plan(options, dense, points, encoded, calibration)
         bench = Bench(dense, plan)
+        kept.weigh(points, bench)
         info = {
             **run_record("sweep", options.config(), dense.device, {"dense": dense.describe(), "target": None}, started),
             "key": key,
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
             "steps": sum(len(text.continuation) for text in plan.texts),
             "calibration": calibration.describe(),
+            "stored_as": str(bench.storage.dtype).removeprefix("torch."),
             "noise_floor": bench.reference.floor(dense),
             "points_asked": [point.name for point in points],
         }
 
+        asked = None if options.ladder is None else check_rungs(options.ladder)
+        ladder = ladder_of(dense, plan.texts, asked, temperature=options.metric_temperature, cache=options.cache_folder)
+
         def result(complete: bool) -> SweepResult:
-            tables = assemble(kept.ordered(points))
+            measured = kept.ordered(points)
+            tables = assemble(measured)
+            rungs = _rungs(ladder, measured)
+            info["ladder"] = [asdict(rung) for rung in rungs]
+            tables.summary["like"] = likenesses(tables.summary["kl"], rungs)
             state = {
                 "complete": complete,
                 "points_done": kept.names,
@@ -156,11 +176,23 @@ def run(options: SweepOptions) -> SweepResult:
 def _check_model(dense: LoadedModel, points: Sequence[Point]) -> None:
     if dense.dropped:
         raise UserError(f"{dense.ref} has sublayers dropped already ({dense.dropped}); give its dense model")
+    if any(point.quant for point in points):
+        refuse_packed(dense.ref, dense.model, "--quant")
     for point in points:
         if point.dropped:
-            check_choice(dense, point.series, point.n or 0, "discrete", False, "stream")  # type: ignore[arg-type]
+            check_choice(dense, point.drops_of, point.n or 0, "discrete", False, "stream")  # type: ignore[arg-type]
         elif point.method is not None:
             check_prunable(dense, point.method, point.goal)  # type: ignore[arg-type]
+
+
+def _rungs(ladder: Sequence[Rung], measured: Sequence[Measured]) -> list[Rung]:
+    """The ladder, and the sweep's own points of GGUF's types, which cost nothing more."""
+    found = {rung.name: rung for rung in ladder}
+    for point in measured:
+        name, kl = point.info.get("quant"), kl_of(point.info)
+        if point.info.get("change") == "quant" and name in ggml.TYPES and kl is not None:
+            found.setdefault(str(name), Rung(str(name), kl, math.nan, math.nan))
+    return list(found.values())
 
 
 # --- stages ------------------------------------------------------------------------------------------------------------
@@ -174,9 +206,9 @@ def _plan(
     calibration: Calibration,
 ) -> SweepPlan:
     """What the points need, found once: the order in which sublayers go, the texts to compare on."""
-    targets: list[Any] = list(dict.fromkeys(point.series for point in points if point.dropped))
+    targets: list[Any] = list(dict.fromkeys(point.drops_of for point in points if point.dropped))
     orders = drop_orders(dense, calibration, targets, cache=options.cache_folder) if targets else {}
-    specs = {p.name: spec_of(orders[p.series][: p.n]) if p.dropped else DropSpec() for p in points}
+    specs = {p.name: spec_of(orders[str(p.drops_of)][: p.n]) if p.dropped else DropSpec() for p in points}
     return SweepPlan(
         tasks=listed(options.tasks),
         evaluation={
@@ -190,6 +222,7 @@ def _plan(
         comparing={"temperature": options.metric_temperature, "seed": options.seed},
         specs=specs,
         calibration=calibration.tokens if any(point.method for point in points) else None,
+        sparse_bytes=options.sparse_bytes,
     )
 
 
@@ -268,6 +301,12 @@ class _Kept:
         self._found[point.name] = found
         self._write(found)
 
+    def weigh(self, points: Sequence[Point], bench: Bench) -> None:
+        """Give points of an earlier run their bytes, which depend on nothing that was measured."""
+        for point in points:
+            if point.name in self:
+                self._found[point.name].info["bytes"] = bench.bytes_of(point)
+
     def ordered(self, points: Sequence[Point]) -> list[Measured]:
         """The dense model first, then series by series from little to much, those asked for now before those of earlier runs."""
         series = list(dict.fromkeys([*(p.series for p in points), *(f.info["series"] for f in self._found.values())]))
@@ -279,6 +318,7 @@ class _Kept:
                 info["method"] or "",
                 info["n"] or 0,
                 info["sparsity"] or 0,
+                -(info.get("bytes") or 0),
                 info["point"],
             )
 

@@ -22,9 +22,9 @@ from prunescope.files import parse_json
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.finding import find_blocks, hooks
-from prunescope.models.gguf import dequantise
+from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
@@ -133,6 +133,7 @@ def stream_model(
     revision: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
@@ -140,6 +141,7 @@ def stream_model(
         ref: as `load_model` takes it, but a recipe. A `.gguf` file is dequantised into ``scratch``, a tensor at a time.
         scratch: folder for what has to be converted before it can be read a block at a time (GGUF, experts of MoE models), and for the
             whole model with an adapter merged, which is in memory for a moment.
+        dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
@@ -158,12 +160,15 @@ def stream_model(
         folder = _merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
         identity |= found.identity
     elif "gguf_file" in options:
-        folder = dequantise(ref, Path(source) / options["gguf_file"], scratch / "dense")
+        folder = dequantise_gguf(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
         folder = Path(source)
     else:
         folder = _snapshot(ref, source, revision)
         identity["revision"] = folder.name
+    if dequantise and _settings(folder).get("quantization_config"):
+        folder = _unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
+        identity["dequantised"] = "true"
     stored = stored_tensors(folder, ref)
     opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
     model, tokenizer, weights, stored_dtype = opened
@@ -299,9 +304,31 @@ def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, fo
     return folder
 
 
+def _unpacked(ref: str, source: Path, device: torch.device, trust_remote_code: bool, folder: Path) -> Path:
+    """A plain folder of the model with dense weights; one that is there already is left as it is."""
+    if not folder.is_dir():
+        loaded = load_model(source, device=str(device), trust_remote_code=trust_remote_code, dequantise=True)
+        _check_plain(ref, loaded.model.config.to_dict())
+        beside = folder.with_name(f"{folder.name}.beside")
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
+        loaded.model.save_pretrained(beside)
+        loaded.tokenizer.save_pretrained(beside)
+        beside.rename(folder)
+    return folder
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}  # said where it is read in earnest
+
+
 def _check_plain(ref: str, config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
-        raise UserError(f"{ref}: its weights are quantised; prune the model in float32, bfloat16 or float16 instead")
+        raise UserError(
+            f"{ref}: its weights are quantised; give --dequantise to prune them as dense floats, or the model in float32, bfloat16 or float16"
+        )
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.packed import check_head, is_finite
+from prunescope.models.packed import check_head, format_of, is_finite
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
+from prunescope.models.unpacking import unpack
 from prunescope.runs.folder import NO_SPACE
 
 __all__ = [
@@ -47,6 +48,7 @@ def load_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     headless: bool = False,
+    dequantise: bool = False,
 ) -> LoadedModel:
     """Load ``ref`` in eval mode and check what was found.
 
@@ -61,6 +63,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         headless: take weights without an output head (embedding models, written from `MistralModel` and its like), for callers that read
             no logits; the input embedding then stands where the head would.
+        dequantise: load packed weights as the dense floats that they stand for, see `prunescope.models.unpacking`; others stay what they are.
     Raises:
         UserError: whatever is wrong with the reference, the files, the weights or the architecture, in one line.
     """
@@ -71,7 +74,7 @@ def load_model(
     torch_device = choose_device(device)
     torch_dtype: Any = choose_dtype(dtype, torch_device)
     ref = expand_user(ref)
-    options = _Options(torch_dtype, torch_device, trust_remote_code, headless)
+    options = _Options(torch_dtype, torch_device, trust_remote_code, headless, dequantise)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         loaded = _load_recipe(Path(ref), record, adapter, options)
@@ -91,6 +94,7 @@ class _Options(NamedTuple):
     device: torch.device
     trust_remote_code: bool
     headless: bool
+    dequantise: bool
 
 
 def _load_recipe(folder: Path, record: dict[str, Any], adapter: str | Path | None, options: _Options) -> LoadedModel:
@@ -132,6 +136,11 @@ def _load_weights(
         model = merge_adapter(ref, model, adapter)
         identity |= adapter.identity
     anatomy = find_anatomy(model)
+    if options.dequantise and format_of(model) is not None:
+        settled = options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype
+        if unpack(ref, model, settled):
+            identity["dequantised"] = "true"
+            anatomy = find_anatomy(model)
     check_head(ref, anatomy.head)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)

@@ -6,6 +6,7 @@ one of floating point numbers of 16 bits or more; packages keep packed tensors a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 
-__all__ = ["check_head", "format_of", "is_finite", "is_packed", "refuse_packed"]
+__all__ = ["check_head", "format_of", "is_finite", "is_packed", "named_tensors", "refuse_packed"]
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,14 +52,15 @@ def format_of(model: Any) -> dict[str, Any] | None:
 
 def refuse_packed(ref: str, model: nn.Module, what: str) -> None:
     """Raise UserError if any weight of the model is packed: ``what`` cannot be done with it."""
-    names = [name for name, tensor in _named(model) if tensor.dim() >= 2 and is_packed(tensor)]
+    names = [name for name, tensor in named_tensors(model) if tensor.dim() >= 2 and is_packed(tensor)]
     if names:
         raise UserError(
-            f"{ref}: {names[0]} is quantised already, which {what} cannot work on; give the dense model it was made from"
+            f"{ref}: {names[0]} is quantised already, which {what} cannot work on; give --dequantise to load it as dense floats, or the dense model it was made from"
         )
 
 
-def _named(model: nn.Module) -> Any:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of the model holds: parameters, tied ones once, and buffers that are kept."""
     # not state_dict(): bitsandbytes repacks its weights for a CPU in there, and computes something else afterwards
     yield from model.named_parameters()
     for name, module in model.named_modules():
@@ -68,4 +70,4 @@ def _named(model: nn.Module) -> Any:
 
 
 def _held(model: nn.Module) -> list[Tensor]:
-    return [tensor for _, tensor in _named(model) if tensor.dim() >= 2]
+    return [tensor for _, tensor in named_tensors(model) if tensor.dim() >= 2]

@@ -15,11 +15,13 @@ from torch import Tensor
 from prunescope.compare.context import Transcript
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.quantised import Quantised, QuantSpec
 from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
 from prunescope.sweep.comparison import DenseReference
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import Point
+from prunescope.sweep.storage import Storage
 from prunescope.sweep.tables import Measured
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
@@ -38,6 +40,7 @@ class SweepPlan:
     comparing: dict[str, Any]  # options of `DenseReference`
     specs: dict[str, DropSpec]  # of the points that drop sublayers, by their names
     calibration: Tensor | None = field(default=None, repr=False)  # where weights are pruned
+    sparse_bytes: bool = False  # whether zeros are left out of the bytes of a point
 
 
 class Bench:
@@ -48,26 +51,44 @@ class Bench:
         self.reference = DenseReference(loaded, plan.texts, **plan.comparing)
         self._dense = DenseWeights(loaded) if plan.calibration is not None else None
         self._weights = self._nonzero()
+        self.storage = Storage(loaded, plan.sparse_bytes)
+        self._quantised: Quantised | None = None  # the dense weights in the last format asked for
 
     def measure(self, point: Point, stage: str = "") -> Measured:
         """Everything about ``point``. Raises UserError where it cannot be made or scored."""
         started = time.monotonic()
-        with self.at(point):
-            scores, items = _evaluated(self.loaded, self.plan, stage or point.title)
-            metrics = self.reference.measure(self.loaded)
-            left = self._nonzero()
+        self._quantise(point)
+        with self.pruned(point):
+            left = self._nonzero()  # before anything is rounded: a weight that becomes zero in a format is not removed
+            with self._rounded(point):
+                scores, items = _evaluated(self.loaded, self.plan, stage or point.title)
+                metrics = self.reference.measure(self.loaded)
         info: dict[str, Any] = point.columns() | {
             "dropped": str(self.plan.specs.get(point.name, DropSpec())),
             COUNTED: 1 - left / self._weights,
+            "bytes": self.bytes_of(point),
             "scores": scores,
             "metrics": metrics,
             "seconds": round(time.monotonic() - started, 3),
         }
         return Measured(info, items)
 
+    def bytes_of(self, point: Point) -> int:
+        """Bytes of its weights as they would be stored, see `Storage`."""
+        quant = None if point.quant is None else QuantSpec.parse(point.quant)
+        with self.loaded.dropping(self.plan.specs.get(point.name, DropSpec())):
+            return self.storage.bytes(quant, point.goal)
+
     @contextmanager
     def at(self, point: Point) -> Iterator[None]:
         """The model at ``point`` for the length of a ``with`` block."""
+        self._quantise(point)
+        with self.pruned(point), self._rounded(point):
+            yield
+
+    @contextmanager
+    def pruned(self, point: Point) -> Iterator[None]:
+        """The model with what ``point`` drops or prunes, not yet quantised."""
         if point.method is not None:
             assert self._dense is not None and self.plan.calibration is not None
             with pruned_in_place(self.loaded, self._dense, point.method, point.goal, self.plan.calibration):  # type: ignore[arg-type]
@@ -75,6 +96,27 @@ class Bench:
         else:
             with self.loaded.dropping(self.plan.specs.get(point.name, DropSpec())):
                 yield
+
+    def _quantise(self, point: Point) -> None:
+        """Have the dense weights in the point's format ready, unless it is pruned weights that are quantised."""
+        if point.quant is None or point.method is not None:
+            return
+        spec = QuantSpec.parse(point.quant)
+        if self._quantised is None or self._quantised.spec != spec:
+            self._quantised = None  # frees the last one first
+            self._quantised = Quantised(self.loaded, spec)
+
+    @contextmanager
+    def _rounded(self, point: Point) -> Iterator[None]:
+        """Its matrices in the point's format: the dense ones where sublayers are dropped, pruned ones where weights are."""
+        if point.quant is None:
+            yield
+            return
+        spec = QuantSpec.parse(point.quant)
+        quantised = self._quantised if point.method is None else Quantised(self.loaded, spec)
+        assert quantised is not None
+        with quantised.applied():
+            yield
 
     def _nonzero(self) -> int:
         """Weights of the blocks' matrices that are there and not zero."""

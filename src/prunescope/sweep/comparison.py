@@ -6,7 +6,10 @@ step at the heads, as `prunescope generate` does it. What is kept of the dense m
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,13 +18,16 @@ from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY, compare_final, least_memory
 from prunescope.compare.context import Transcript, at_least_float32, final_head, read_states
+from prunescope.compare.familiar import Rung, remembered_ladder, usual_ladder
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, SPACES
 from prunescope.errors import UserError
 from prunescope.models.generating import batches, continue_texts
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.variants import Variant
 from prunescope.runs.summary import summarise
+from prunescope.stats import Z95
 
-__all__ = ["DenseReference", "write_texts"]
+__all__ = ["DenseReference", "ladder_of", "write_texts"]
 
 _FLOOR_TEXTS = 2
 
@@ -90,6 +96,13 @@ class DenseReference:
         )
         return summarise(table, SPACES, seed=self.seed)
 
+    def rung(self, variant: Variant) -> tuple[float, float]:
+        """Mean KL over the steps, and its standard error from the interval over prompts."""
+        with variant.applied() as quantised:
+            stats = self.measure(quantised)["p"]["kl_dense_target"]
+        low, high = stats["ci95"]
+        return stats["mean"], (high - low) / (2 * Z95) if low is not None else math.nan
+
     def floor(self, loaded: LoadedModel) -> dict[str, Any]:
         """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""
         few = self.texts[:_FLOOR_TEXTS]
@@ -105,3 +118,30 @@ class DenseReference:
             "way": "read alone, against in a batch",
             "floor": {name: columns[name].abs().max().item() for name in FLOOR_COLUMNS},
         }
+
+
+def ladder_of(
+    dense: LoadedModel,
+    texts: Sequence[Transcript],
+    types: Sequence[str] | None,
+    *,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    cache: Path | None = None,
+) -> list[Rung]:
+    """The dense model's rungs on what it wrote: ``types``, measured where the cache lacks them; where that is None, the usual ones that it has.
+
+    Raises:
+        UserError: a type that is unknown or cannot be made here.
+    """
+    text = hashlib.sha256(repr([(t.prompt, t.continuation) for t in texts]).encode()).hexdigest()
+    if types is None:
+        return remembered_ladder(dense, text, usual_ladder(), None, temperature=temperature, cache=cache)
+    reference: list[DenseReference] = []  # read when the first rung is missing
+
+    def measure(variant: Variant) -> tuple[float, float]:
+        if not reference:
+            reference.append(DenseReference(dense, texts, batch_size=batch_size, temperature=temperature))
+        return reference[0].rung(variant)
+
+    return remembered_ladder(dense, text, types, measure, temperature=temperature, cache=cache)

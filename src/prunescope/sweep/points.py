@@ -1,18 +1,21 @@
-"""The points of a sweep: the dense model, so many sublayers dropped of a target, so much sparsity by a method."""
+"""The points of a sweep: the dense model, so many sublayers dropped of a target, so much sparsity by a method, a quantised format, and joined ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from prunescope.errors import UserError
+from prunescope.models import ggml
+from prunescope.models.quantised import QuantSpec
 from prunescope.prune.masks import Goal
 from prunescope.prune.select import DropTarget
 
-__all__ = ["DENSE", "DROP_SERIES", "METHODS", "Point", "read_points", "read_range"]
+__all__ = ["DENSE", "DROP_SERIES", "METHODS", "Change", "Point", "read_points", "read_range"]
 
+Change = Literal["dense", "drop", "sparsify", "quant", "joined"]  # what a point does to the model
 DROP_SERIES: tuple[str, ...] = get_args(DropTarget)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _STEP = Decimal("0.1")
@@ -21,13 +24,32 @@ _MOST = 1000  # points; more is a slip of the pen
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a sweep. ``n`` sublayers or blocks are dropped, or weights are pruned to ``sparsity`` or a ``pattern`` N:M."""
+    """A point of a sweep. ``n`` sublayers or blocks are dropped, or weights are pruned to ``sparsity`` or a ``pattern`` N:M; what is left
+    is quantised where ``quant`` names a format."""
 
-    series: str  # dense, a target of drop, or a method of sparsify (with N:M after it for patterns)
+    series: str  # dense, a target of drop, a method of sparsify (with N:M after it for patterns), or quant; joined ones have +FORMAT after it
     n: int | None = None
     method: str | None = None
     sparsity: float | None = None
     pattern: str | None = None
+    quant: str | None = None
+
+    @property
+    def change(self) -> Change:
+        """Which kind of point it is: the figures give each a colour."""
+        pruned = self.n or self.method
+        if self.quant is not None:
+            return "joined" if pruned else "quant"
+        return "dense" if not pruned else "drop" if self.n else "sparsify"
+
+    def with_quant(self, quant: str) -> Point:
+        """This point with what is left of its weights quantised as well."""
+        return replace(self, series=f"{self.series}+{quant}", quant=quant)
+
+    @property
+    def drops_of(self) -> str | None:
+        """The target of drop that its sublayers are chosen by."""
+        return self.series.partition("+")[0] if self.n else None
 
     @property
     def goal(self) -> Goal:
@@ -37,15 +59,23 @@ class Point:
     @property
     def name(self) -> str:
         """Short, unique in a sweep, and fit for the name of a file."""
+        if self.change == "quant":
+            return f"quant-{self.quant}"
         if self.n is not None:
-            return f"{self.series}-{self.n:03d}" if self.n else "dense"
-        return f"{self.method}-{(self.pattern or f'{self.sparsity:g}').replace(':', 'of')}"
+            found = f"{self.drops_of}-{self.n:03d}" if self.n else "dense"
+        else:
+            found = f"{self.method}-{(self.pattern or f'{self.sparsity:g}').replace(':', 'of')}"
+        return f"{found}+{self.quant}" if self.quant else found
 
     @property
     def title(self) -> str:
+        if self.change == "quant":
+            return str(self.quant)
         if self.n is not None:
-            return f"{self.series} {self.n}" if self.n else "dense"
-        return f"{self.method} {self.pattern or f'{self.sparsity:g}'}"
+            found = f"{self.drops_of} {self.n}" if self.n else "dense"
+        else:
+            found = f"{self.method} {self.pattern or f'{self.sparsity:g}'}"
+        return f"{found} + {self.quant}" if self.quant else found
 
     @property
     def dropped(self) -> bool:
@@ -60,6 +90,8 @@ class Point:
             "method": self.method,
             "sparsity": self.sparsity,
             "pattern": self.pattern,
+            "quant": self.quant,
+            "change": self.change,
         }
 
 
@@ -101,18 +133,20 @@ def read_points(
     method: str | None = None,
     sparsity: str | None = None,
     pattern: str | None = None,
+    quant: str | None = None,
+    join: str | None = None,
 ) -> list[Point]:
     """The points that the options of `sweep` name, the dense model first; it is always one of them.
 
     Sublayers are dropped if ``target`` or ``n`` is given, or nothing at all is (then of attn, mlp and block); weights are pruned if
-    ``sparsity`` or ``pattern`` is.
+    ``sparsity`` or ``pattern`` is; ``quant`` are formats alone, and ``join`` formats that every dropped or pruned point is measured in too.
 
     Raises:
-        UserError: an unknown target, method, number or pattern.
+        UserError: an unknown target, method, number, pattern or format, or a format whose quantiser is not installed.
     """
     weights = sparsity is not None or pattern is not None
     points = [DENSE]
-    if target is not None or n is not None or not weights:
+    if target is not None or n is not None or not (weights or quant is not None):
         targets = _listed(target or "attn,mlp,block", "--target", DROP_SERIES)
         numbers = read_range(n or "0..12", "--n")
         wrong = [number for number in numbers if number != number.to_integral_value() or number < 0]
@@ -129,10 +163,29 @@ def read_points(
             points += [Point(name, method=name, sparsity=float(share)) for share in shares if share]
         for goal in _patterns(str(pattern)) if pattern is not None else ():
             points.append(Point(f"{name} N:M", method=name, sparsity=goal.sparsity, pattern=str(goal)))
-    points = list(dict.fromkeys(points))
-    if len(points) == 1:
+    pruned = list(dict.fromkeys(points[1:]))
+    alone = [Point("quant", quant=name) for name in _formats(quant, "--quant")]
+    joined = [point.with_quant(name) for name in _formats(join, "--join") for point in pruned]
+    if join is not None and not pruned:
+        raise UserError(
+            f"--join {join}: there is no point to join it with; say what with --target, --n, --sparsity or --pattern"
+        )
+    if not pruned and not alone:
         raise UserError("the sweep has no point but the dense model; raise --n or --sparsity")
-    return points
+    return [DENSE, *pruned, *alone, *joined]
+
+
+def _formats(text: str | None, option: str) -> list[str]:
+    """The formats in an option, each once and in its own words."""
+    found = []
+    for name in str(text).split(",") if text is not None else ():
+        try:
+            spec = QuantSpec.parse(name)
+        except UserError as error:
+            raise UserError(f"{option} {text}: {error}") from error
+        ggml.check(spec.scheme)
+        found.append(str(spec))
+    return list(dict.fromkeys(found))
 
 
 def _patterns(text: str) -> list[Goal]:

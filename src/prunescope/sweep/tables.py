@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 
 from prunescope.runs.folder import Run
-from prunescope.stats import normal_interval
+from prunescope.stats import normal_interval, pareto_front
 from prunescope.sweep.correlations import CORRELATIONS_SCHEMA, COUNTED, MEANS, best_predictors, correlations
 from prunescope.tasks import quick
 from prunescope.tasks.scores import tasks_at_floor
 
-__all__ = ["Measured", "Tables", "assemble", "split"]
+__all__ = ["Measured", "Tables", "assemble", "kl_of", "split"]
 
-_ID = ("point", "series", "n", "method", "sparsity", "pattern")
-_ID_TYPES = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.float64(), pa.string())
+_ID = ("point", "series", "n", "method", "sparsity", "pattern", "quant", "change")
+_ID_TYPES = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.float64(), pa.string(), pa.string(), pa.string())
 _DENSE = ("kind", "score", "ci_low", "ci_high", "chance", "items", "informative")  # of a dense score, in run.json
 _HALF = 0.5
 _ByItem = dict[str, dict[tuple[Any, Any], float]]  # task -> (item, key) -> number
@@ -81,6 +81,8 @@ def assemble(measured: Sequence[Measured]) -> Tables:
         "dense": {row["task"]: {key: row[key] for key in _DENSE} for row in rows if row["point"] == "dense"},
         "half_lost": _half_lost(rows),
         "foretells": best_predictors(ranked),
+        "kl": {point.info["point"]: kl for point in measured if (kl := kl_of(point.info)) is not None},
+        "front": _front(measured, rows),
         "discrepancy": _discrepancy(measured, lost, at_floor),
     }
     return Tables(sweep, items, metrics, pa.Table.from_pylist(ranked, CORRELATIONS_SCHEMA), summary)
@@ -91,6 +93,7 @@ _SWEEP = pa.schema(
         *zip(_ID, _ID_TYPES, strict=True),
         ("dropped", pa.string()),
         (COUNTED, pa.float64()),
+        ("bytes", pa.int64()),
         ("task", pa.string()),
         ("pair", pa.string()),
         ("kind", pa.string()),
@@ -138,7 +141,7 @@ def split(tables: Tables) -> list[Measured]:
             }
             for row in rows
         }
-        info = {key: rows[0][key] for key in (*_ID, "dropped", COUNTED, "seconds")}
+        info = {key: rows[0].get(key) for key in (*_ID, "dropped", COUNTED, "bytes", "seconds")}
         items = tables.items.filter(pc.equal(tables.items["point"], name)).drop_columns(["point", "series"])
         found.append(Measured(info | {"scores": scores, "metrics": metrics}, items))
     return found
@@ -148,7 +151,10 @@ def split(tables: Tables) -> list[Measured]:
 
 
 def _id(info: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: info[name] for name in _ID}
+    found = {name: info.get(name) for name in _ID}
+    if found["change"] is None:  # of a folder written before sweeps could quantise
+        found["change"] = "dense" if info["point"] == "dense" else "sparsify" if info["method"] else "drop"
+    return found
 
 
 def _score_rows(point: Measured, dense: Measured, lost: _ByItem, at_floor: Collection[str]) -> list[dict[str, Any]]:
@@ -166,6 +172,7 @@ def _score_rows(point: Measured, dense: Measured, lost: _ByItem, at_floor: Colle
             | {
                 "dropped": point.info["dropped"],
                 COUNTED: point.info[COUNTED],
+                "bytes": point.info.get("bytes"),
                 "task": task,
                 "pair": quick.pair_of(task) if task in quick.QUICK else None,
                 "kind": score["kind"],
@@ -265,10 +272,36 @@ def _discrepancy(
     return found
 
 
+def _front(measured: Sequence[Measured], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Points that no other beats in bytes and in the mean: share kept of what is written, of what is chosen, and KL; from the fewest bytes up."""
+    size = {point.info["point"]: point.info.get("bytes") for point in measured}
+    values: dict[str, dict[str, float]] = {}
+    for kind in MEANS:
+        shares: dict[str, list[float]] = {}
+        for row in rows:
+            if row["kind"] == kind and row["kept"] is not None:
+                shares.setdefault(row["point"], []).append(row["kept"])
+        values[kind] = {point: sum(kept) / len(kept) for point, kept in shares.items()}
+    values["kl"] = {p.info["point"]: -kl for p in measured if (kl := kl_of(p.info)) is not None}
+    found = {}
+    for name, of_point in values.items():
+        points = [point for point in of_point if size[point] is not None]
+        front = pareto_front([(float(size[point] or 0), of_point[point]) for point in points])
+        if points:
+            found[name] = [points[i] for i in front]
+    return found
+
+
+def kl_of(info: Mapping[str, Any]) -> float | None:
+    """Mean KL(dense || point) over the steps of the dense model's texts."""
+    stats = info["metrics"].get("p", {}).get("kl_dense_target")
+    return None if stats is None else float(stats["mean"])
+
+
 def _half_lost(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per series and kind the first point at which, on average over the tasks that say something, half of what was above chance is gone."""
     found: dict[str, dict[str, Any]] = {}
-    for series in dict.fromkeys(row["series"] for row in rows if row["series"] != "dense"):
+    for series in dict.fromkeys(row["series"] for row in rows if row["change"] not in ("dense", "quant")):
         for kind in MEANS:
             mine = [r for r in rows if r["series"] == series and r["kind"] == kind and r["kept"] is not None]
             shares: dict[str, list[float]] = {}

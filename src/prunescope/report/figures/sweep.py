@@ -13,18 +13,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from prunescope.report.figures.pareto import draw_pareto
 from prunescope.report.figures.style import FLOOR, save, style
 from prunescope.report.names import short
-from prunescope.stats import Z95
+from prunescope.report.sweep_means import KINDS, Rows, mean_over_tasks, of_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
 
 
-__all__ = ["KINDS", "Rows", "draw_sweep", "mean_over_tasks", "of_kind"]
+__all__ = ["draw_sweep"]
 
-KINDS = {"generative": ("#D55E00", "written", "o"), "choice": ("#0072B2", "chosen", "s")}
 _SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _NAMES = {"attn": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks", "all": "sublayers of both kinds"}
 _SCATTERED = (
@@ -35,7 +35,6 @@ _SCATTERED = (
     ("top1_agree", "same likeliest token", "linear"),
     ("weights_removed", "share of weights removed", "linear"),
 )
-Rows = list[dict[str, Any]]
 
 
 def draw_sweep(
@@ -43,11 +42,17 @@ def draw_sweep(
 ) -> list[Path]:
     """Draw a sweep into ``folder``; returns what was written. Works as well on the finished points of one that was interrupted."""
     rows: Rows = sweep.to_pylist()
+    everything, rows = (
+        rows,
+        [row for row in rows if row.get("quant") is None],
+    )  # the other figures are of lines by n or sparsity
     dropped = [name for name in _series(rows) if _at(rows, name)[0]["n"] is not None]
     pruned = list(dict.fromkeys(row["method"] for row in rows if row["method"] is not None))
     title = short(info["config"]["model"])
     written: list[Path] = []
     with style():
+        figure = draw_pareto(everything, metrics.to_pylist(), title)
+        written += save(figure, folder / "pareto") if figure is not None else []
         if dropped:
             written += save(_by_amount(rows, dropped, title, "n"), folder / "fig01_by_dropped")
         if pruned:
@@ -56,8 +61,8 @@ def draw_sweep(
             written += save(_tasks(rows, name, title, "n"), folder / f"fig03_tasks_{name}")
         for name in pruned:
             written += save(_tasks(rows, name, title, "sparsity"), folder / f"fig03_tasks_{name}")
-        if len(metrics) and len({row["point"] for row in rows}) > 2:
-            figure = _scatter(rows, metrics.to_pylist(), title)
+        if len(metrics) and len({row["point"] for row in everything}) > 2:
+            figure = _scatter(everything, metrics.to_pylist(), title)
             written += save(figure, folder / "metrics_and_loss") if figure is not None else []
             figure = _foretells(correlations.to_pylist(), title)
             written += save(figure, folder / "foretells") if figure is not None else []
@@ -92,29 +97,6 @@ def _patterns(rows: Rows, name: str) -> list[tuple[float, str, Rows]]:
         if row["method"] == name and row["pattern"] is not None:
             points.setdefault(row["pattern"], []).append(row)
     return [(float(mine[0]["sparsity"]), pattern, mine) for pattern, mine in points.items()]
-
-
-def mean_over_tasks(rows: Rows, column: str) -> tuple[float, float, float] | None:
-    """Mean over tasks with its 95 % interval, from the tasks' own, which are taken for independent."""
-    known = [row for row in rows if row[column] is not None]
-    if not known:
-        return None
-    mean = float(np.mean([row[column] for row in known]))
-    if len(known) == 1 and column == "score" and known[0]["ci_low"] is not None:
-        return mean, known[0]["ci_low"], known[0]["ci_high"]  # its own, which is not symmetric
-    if column == "score":
-        halves = [(Z95 * row["stderr"]) if row["stderr"] is not None else np.nan for row in known]
-    else:
-        halves = [
-            (row[f"{column}_ci_high"] - row[f"{column}_ci_low"]) / 2 if row[f"{column}_ci_low"] is not None else np.nan
-            for row in known
-        ]
-    half = float(np.sqrt(np.square(halves).sum()) / len(known))
-    return mean, mean - half, mean + half
-
-
-def of_kind(rows: Rows, kind: str, only: bool) -> Rows:
-    return [row for row in rows if row["kind"] == kind and (row["informative"] or not only)]
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prunescope.report.figures.sweep import KINDS, Rows, draw_sweep, mean_over_tasks, of_kind
+from prunescope.report.figures.sweep import draw_sweep
 from prunescope.report.names import short
+from prunescope.report.sweep_means import KINDS, Rows, mean_over_tasks, of_kind
 from prunescope.runs.folder import Run
 
 __all__ = ["sweep_section"]
@@ -34,7 +35,10 @@ def sweep_section(run: Run) -> dict[str, Any]:
         "asked": len(info["points_asked"]),
         "kinds": kinds,
         "left_out": list(dict.fromkeys(row["task"] for row in rows if not row["informative"])),
-        "rows": [_shown(point, [row for row in says if row["point"] == point], kinds) for point in _points(rows)],
+        "rows": [
+            _shown(point, [row for row in says if row["point"] == point], kinds, info["summary"])
+            for point in _points(rows)
+        ],
         "images": images,
         "foretells": [
             (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
@@ -58,8 +62,15 @@ def _points(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["point"] for row in rows))
 
 
-def _shown(point: str, rows: Rows, kinds: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"point": point, "removed": rows[0]["weights_removed"]}
+def _shown(point: str, rows: Rows, kinds: Sequence[str], summary: Mapping[str, Any]) -> dict[str, Any]:
+    size, kl = rows[0].get("bytes"), summary.get("kl", {}).get(point)
+    found: dict[str, Any] = {
+        "point": point,
+        "removed": rows[0]["weights_removed"],
+        "size": "-" if size is None else f"{size / 1e6:.1f}",
+        "kl": "-" if kl is None else f"{kl:.3g}",
+        "like": summary.get("like", {}).get(point, ""),
+    }
     for kind in kinds:
         means = {column: mean_over_tasks(of_kind(rows, kind, False), column) for column in ("score", "kept")}
         found[kind] = {column: "-" if mean is None else f"{mean[0]:.3f}" for column, mean in means.items()}

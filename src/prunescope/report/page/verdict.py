@@ -151,6 +151,8 @@ def _generation(info: Mapping[str, Any] | None) -> Verdict:
         BROKEN: "The full distribution has changed: the target writes other texts.",
     }[level]
     numbers = [(f"same likeliest token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
+    if like := info.get("like"):
+        numbers.append(("KL on the dense model's texts, beside its own quantised types", str(like)))
     if parts:
         numbers.append(
             ("of the free-running KL, through its own history", f"{parts['history']:.4g} of {parts['total']:.4g}")

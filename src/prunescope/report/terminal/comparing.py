@@ -96,6 +96,8 @@ def show_generation(info: Mapping[str, Any], console: Console | None = None) -> 
             cells.append(f"{_number(stats['mean'], floor.get(column))}{interval}" if stats else "-")
         table.add_row(column, *cells)
     console.print(table)
+    if info.get("like"):
+        console.print(Text(f"KL in the dense model's texts is like that of the model quantised {info['like']}"))
     if first := info.get("first_difference"):
         median = "" if first["median"] is None else f"; the others differ first at step {first['median']:g} (median)"
         console.print(Text(f"same text to the end: {first['same_texts']} of {len(first['by_prompt'])} prompts{median}"))

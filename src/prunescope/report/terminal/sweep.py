@@ -30,7 +30,11 @@ def show_sweep(
     kinds = [kind for kind in ("generative", "choice") if any(row["kind"] == kind for row in says)]
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(str(info["config"]["model"])), title_justify="left")
     shown.add_column("point", no_wrap=True)
+    sizes = {row["point"]: row["bytes"] for row in rows if row.get("bytes") is not None}
+    kls, like = summary.get("kl", {}), summary.get("like", {})
     shown.add_column("weights\nremoved", justify="right")
+    if sizes:
+        shown.add_column("MB", justify="right")
     for kind in kinds:
         count = len({row["task"] for row in says if row["kind"] == kind})
         shown.add_column(f"{kind}, mean\nof {count} tasks", justify="right")
@@ -38,6 +42,8 @@ def show_sweep(
     more = {row["point"]: row for row in summary["discrepancy"]}
     if more:
         shown.add_column("choice keeps\nmore by", justify="right")
+    if kls:
+        shown.add_column("KL", justify="right")
     for point in dict.fromkeys(row["point"] for row in rows):
         cells = []
         for kind in kinds:
@@ -47,14 +53,22 @@ def show_sweep(
             cells.append(f"{sum(kept) / len(kept):.3f}" if kept else "-")
         if more:
             cells.append(_more(more.get(point)))
+        if kls:
+            cells.append(f"{kls[point]:.3g}" if point in kls else "-")
+        size = [f"{sizes[point] / 1e6:.1f}" if point in sizes else "-"] if sizes else []
         removed = next(row["weights_removed"] for row in rows if row["point"] == point)
-        shown.add_row(point, f"{100 * removed:.1f} %", *cells)
+        shown.add_row(point, f"{100 * removed:.1f} %", *size, *cells)
     console.print(shown)
     left_out = list(dict.fromkeys(row["task"] for row in rows if not row["informative"]))
     if left_out:
         console.print(
             Text(f"at floor in the dense model, alone or as a pair, so of no say here: {', '.join(left_out)}")
         )
+    for point, words in like.items():
+        console.print(Text(f"KL of {point}, {kls[point]:.3g}: {words}"))
+    for name, points in summary.get("front", {}).items():
+        what = {"generative": "what is written", "choice": "what is chosen", "kl": "KL"}[name]
+        console.print(Text(f"Pareto front of bytes and {what}: {', '.join(points)}"))
     for outcome, best in summary["foretells"].items():
         names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
         console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
