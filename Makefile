@@ -14,7 +14,7 @@ demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu

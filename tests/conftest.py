@@ -17,29 +17,37 @@ import torch
 from families import tiny_folder
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.runs.result import RunResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tests run side by side
 
+_LONGEST = ("test_sparsify_real", "test_sparsify", "test_layerwise", "test_evaluate", "test_cli", "test_sweep")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the real model run in one worker, which loads it once; those that prune it come first, since they take longest."""
+    """Files that take longest come first, so that no worker is left with one of them at the end."""
     for item in items:
         if item.get_closest_marker("families") and "families" not in config.getoption("markexpr", ""):
             item.add_marker(pytest.mark.skip(reason="long; make test-families"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if "smollm2" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("smollm2"))
-    items.sort(key=lambda item: "test_sparsify_real" not in item.nodeid)
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache of scores."""
     monkeypatch.setenv("PRUNESCOPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a small run's time. Tests that look at figures have the marker `draws`; a folder made by a fixture of a
+    wider scope has them too."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(RunResult, "draw", lambda self, draw, folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -120,14 +120,15 @@ def noisy(smollm2: LoadedModel) -> LoadedModel:
 
 
 @pytest.mark.parametrize("against", ["drop", "noisy weights"])
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 8), (torch.float64, 3)])
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 4), (torch.float64, 2)])
 def test_one_pass_equals_brute_force_on_the_real_model(
     smollm2: LoadedModel, noisy: LoadedModel, against: str, dtype: torch.dtype, steps: int
 ) -> None:
-    """3 prompts x 8 steps. Would catch a stream read at the wrong place or step, lost history, and a wrong context.
+    """3 prompts x 4 steps. Would catch a stream read at the wrong place or step, lost history, and a wrong context.
 
-    In float64 nothing hides behind rounding: every column agrees to 1e-9. In float32 h and z agree to 1e-4 everywhere, p to 1e-4 in
-    nine rows of ten: logits of the raw lens reach 300 here, and what two float32 passes differ by (the noise floor) moves p by more.
+    In float64 nothing hides behind rounding: every column agrees to 1e-9. In float32 h and z agree to 2e-4 everywhere, p to 2e-4 in
+    nine rows of ten: logits of the raw lens reach 300 here, and what two float32 passes differ by (the noise floor, another on every
+    kind of processor) moves p by more.
     """
     prompts = [Prompt("The capital of France is", "a"), Prompt("Water boils at about", "b"), Prompt("1 2 3 4 5 6", "c")]
     dense, target = (in_dtype(model, dtype) for model in (smollm2, noisy))
@@ -157,9 +158,9 @@ def test_one_pass_equals_brute_force_on_the_real_model(
         if dtype == torch.float64:
             assert ordered[-1] <= 1e-9, column
         else:
-            assert ordered[int(0.9 * len(ordered))] <= 1e-4, column
+            assert ordered[int(0.9 * len(ordered))] <= 2e-4, column
             follows_p = space_of(column) == "p" or column.startswith("dz_top5")
-            assert ordered[-1] <= (5e-4 if follows_p else 1e-4), column
+            assert ordered[-1] <= (5e-4 if follows_p else 2e-4), column
 
 
 def in_dtype(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:

@@ -47,11 +47,11 @@ def runs(
 ) -> dict[str, prunescope.SparsifyResult]:
     """The three methods at 2:4 with perplexity before and after."""
     folder = tmp_path_factory.mktemp("runs")
-    text = {"calibration": str(shared_data / "c4_300.json"), "samples": 16}
+    text = {"calibration": str(shared_data / "c4_300.json"), "samples": 8}
     return {
         method: prunescope.sparsify(
             str(dense_dir), method=method, pattern="2:4", seq_len=256, perplexity=str(shared_data / "wikitext2_test.txt"),
-            perplexity_windows=6, out=str(folder / method), device="cpu", **({"calibration": "none"} if method == "magnitude" else text),
+            perplexity_windows=3, out=str(folder / method), device="cpu", **({"calibration": "none"} if method == "magnitude" else text),
         )
         for method in ("magnitude", "wanda", "sparsegpt")
     }  # fmt: skip
@@ -107,10 +107,10 @@ def calibration_of(folder: Path, shared_data: Path) -> Tensor:
     stream: list[int] = []
     for row in json.loads((shared_data / "c4_300.json").read_text()):
         stream += [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(stream) >= 16 * 256 * 2:
+        if len(stream) >= 8 * 256 * 2:
             break
     windows = torch.tensor(stream[: len(stream) // 256 * 256]).view(-1, 256)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:16].sort().values]
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:8].sort().values]
 
 
 def test_perplexity_orders_the_methods(runs: dict[str, prunescope.SparsifyResult]) -> None:

@@ -29,7 +29,6 @@ CHARTS = {"heat", "layers", "multiples", "steps", "survival", "history", "confid
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed; make test installs it"),
-    pytest.mark.xdist_group("browser"),
 ]
 
 

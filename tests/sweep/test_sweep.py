@@ -444,6 +444,7 @@ def test_tables_of_a_sweep_whose_truth_is_known() -> None:
         assemble(swapped)
 
 
+@pytest.mark.draws
 def test_figures_and_page_of_a_sweep(tmp_path: Path) -> None:
     """Every figure is drawn, pairs at floor say so, and hostile task names are text."""
     info = {

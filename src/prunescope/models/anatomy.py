@@ -122,7 +122,12 @@ class Anatomy:
 
     def logits(self, stream: Tensor) -> Tensor:
         """The model's logits ``(..., V)`` from the stream ``(..., d)`` after its last block."""
-        z: Tensor = self.head(self.final_norm(stream) if self.final_norm else stream) * self.logit_scale
+        return self.project(self.final_norm(stream) if self.final_norm else stream)
+
+    def project(self, h: Tensor) -> Tensor:
+        """The model's logits ``(..., V)`` from what its head reads ``(..., d)``: the stream after the final norm."""
+        z: Tensor = self.head(h)
+        z = z if self.logit_scale == 1 else z * self.logit_scale
         return z if self.logit_softcap is None else torch.tanh(z / self.logit_softcap) * self.logit_softcap
 
     def __len__(self) -> int:

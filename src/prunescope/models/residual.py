@@ -13,7 +13,7 @@ from prunescope.models.anatomy import Block, Kind, Sublayer
 from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Passage", "final_states", "substituting", "watching"]
+__all__ = ["Passage", "block_streams", "final_states", "starting_at", "substituting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,50 @@ def substituting(
                 for module in part.exits:
                     handles.append(module.register_forward_hook(seen, with_kwargs=True))
         yield
+
+
+@contextmanager
+def block_streams(loaded: LoadedModel, first: int = 0) -> Iterator[list[Tensor]]:
+    """A list that a forward pass inside the block fills: the stream ``(batch, tokens, d)`` into every block from ``first`` on, and after
+    the last one."""
+    streams: list[Tensor] = []
+
+    def into(_: nn.Module, args: Any, kwargs: Any) -> None:
+        streams.append(first_tensor(args, kwargs))
+
+    def out(_: nn.Module, args: Any, output: Any) -> None:
+        streams.append(first_output(output))
+
+    with hooks() as handles:
+        for block in loaded.anatomy.blocks[first:]:
+            handles.append(block.module.register_forward_pre_hook(into, with_kwargs=True))
+        handles.append(loaded.anatomy.blocks[-1].module.register_forward_hook(out))
+        yield streams
+
+
+@contextmanager
+def starting_at(loaded: LoadedModel, layer: int, stream: Tensor) -> Iterator[None]:
+    """Forward passes inside the block begin at block ``layer`` with ``stream`` (batch, tokens, d): the blocks before it pass on what they are
+    given, unseen. Masks and positions are the model's own."""
+    before = loaded.anatomy.blocks[:layer]
+
+    def swap(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return swap_first_tensor(args, kwargs, stream)
+
+    try:
+        for block in before:
+            block.module.forward = _passing_on(block.returns)
+        with hooks() as handles:
+            handles.append(loaded.anatomy.blocks[layer].module.register_forward_pre_hook(swap, with_kwargs=True))
+            yield
+    finally:
+        for block in before:
+            block.module.__dict__.pop("forward", None)
+
+
+def _passing_on(returns: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = first_tensor(args, kwargs)
+        return (hidden, *(None for _ in range(returns - 1))) if returns else hidden
+
+    return forward

@@ -1,4 +1,4 @@
-"""Write a dropped model in the three formats of a checkpoint: `recipe`, `zeroed`, `compact`.
+"""Write a dropped model in the three formats of a checkpoint (`recipe`, `zeroed`, `compact`), or a healed one in the form that it has.
 
 Every folder carries `prunescope.json`, which says what was done to which model. None of them loads as the dense model in
 plain transformers: a recipe has no weights at all, the other two hold the dropped model itself.
@@ -27,7 +27,7 @@ from prunescope.models.finding import first_output, given_residual, hooks, layer
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 
-__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_dropped"]
+__all__ = ["FORMATS", "Format", "checkpoint_bytes", "last_projection", "save_changed", "save_dropped"]
 
 Format = Literal["recipe", "zeroed", "compact"]
 FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
@@ -76,6 +76,40 @@ def save_dropped(
         **(details or {}),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def save_changed(loaded: LoadedModel, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a model whose weights have changed since it was loaded into the existing ``folder``, in the form that it has: whole, `compact` or
+    with silent branches. Sublayers that are dropped in memory become silent ones (`zeroed`).
+
+    Args:
+        record: what `prunescope.json` says beside the layers.
+    Returns:
+        The record that was written.
+    Raises:
+        UserError: no output projection to silence can be found.
+    """
+    gone, before = loaded.dropped, loaded.record or {}
+    live = DropSpec.of((kind, layer) for drop in loaded._drops for kind in KINDS for layer in drop.spec.layers(kind))
+    loaded.restore()
+    try:
+        with _zeroed(loaded, live):
+            _save_plain(loaded, loaded.model.config, folder)
+    finally:
+        if live:
+            loaded.drop(live)
+    written = {
+        "schema_version": 1,
+        "format": "zeroed" if live else before.get("format", "whole"),
+        "architecture": type(loaded.model).__name__,
+        "dense_layers": loaded.dense_layers,
+        "kept_layers": list(loaded.layer_map),
+        "drop_attn_list": list(gone.attn),
+        "drop_mlp_list": list(gone.mlp),
+        **record,
+    }
+    (folder / RECORD).write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+    return written
 
 
 def checkpoint_bytes(loaded: LoadedModel, form: Format) -> int:
@@ -145,7 +179,8 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
     ends = part.modules if part.summed else part.modules[-1:]
-    found = [parameter for end in ends for parameter in _last_projection(loaded, end)]
+    leaves = [leaf for end in ends if (leaf := last_projection(loaded, end)) is not None]
+    found = [parameter for leaf in leaves for parameter in leaf.parameters(recurse=False)]
     if not found or part.summed:
         found += [
             p
@@ -159,8 +194,8 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def _last_projection(loaded: LoadedModel, end: nn.Module) -> list[Tensor]:
-    """Parameters of the leaf whose output is the output of ``end``: followed by storage in one small forward pass."""
+def last_projection(loaded: LoadedModel, end: nn.Module) -> nn.Module | None:
+    """The leaf whose output is the output of ``end``, the last module of a branch: followed by storage in one small forward pass."""
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():
@@ -170,7 +205,7 @@ def _last_projection(loaded: LoadedModel, end: nn.Module) -> list[Tensor]:
         handles.append(end.register_forward_hook(lambda _, __, out: result.append(first_output(out))))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
-    return list(last[-1].parameters(recurse=False)) if last else []
+    return last[-1] if last else None
 
 
 def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:

@@ -75,9 +75,12 @@ class RunResult(Result):
         draw = self.drawing()
         if draw is not None:
             (folder / "figures").mkdir(exist_ok=True)
-            draw(self._table, self.info, self._samples, folder / "figures")
+            self.draw(draw, folder / "figures")
         write_run(folder, self.info, self.tables(), self._samples)
         remove_parts(folder)
+
+    def draw(self, draw: Draw, folder: Path) -> None:
+        draw(self._table, self.info, self._samples, folder)
 
     def tables(self) -> dict[str, pa.Table]:
         """The tables of the folder by the names of their files; "" is the command's own."""
