@@ -70,13 +70,15 @@ _NEMOTRON = {
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"), _MROPE),
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), _MROPE),
     "glm4v_moe": {"text_config": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}}},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "llama4": {"vision_config": {"intermediate_size": 48, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}, "text_config": {"intermediate_size_mlp": 48}},
     "gemma4_text": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
     "gemma4": {"text_config": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}},
+    "qwen2_5_omni_thinker": {**_MROPE, "vision_start_token_id": 41, "vision_end_token_id": 42},  # in released configs, not in the defaults
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 41, "vision_end_token_id": 42},
     "qwen4_exp_text": {"head_dim": 8},
     "bamba": {**_MAMBA, "attn_layer_indices": [2]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},

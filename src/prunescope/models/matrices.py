@@ -138,7 +138,8 @@ def reading(matrices: Sequence[Matrix], see: Callable[[Matrix, Tensor, Matrix], 
         see(matrix, entering, first)
 
     fused = [matrix for matrix in matrices if matrix.fused]
-    with hooks() as handles, _Products(fused, tell) if fused else _nothing():
+    bare = [matrix for matrix in matrices if not matrix.fused and not matrix.transposed]
+    with hooks() as handles, _Products([*fused, *bare], tell):
         for matrix in matrices:
             if not matrix.fused:
 
@@ -150,13 +151,9 @@ def reading(matrices: Sequence[Matrix], see: Callable[[Matrix, Tensor, Matrix], 
         seen.clear()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 class _Products(TorchFunctionMode):
-    """Sees the products of fused expert weights, known by their storage: ``linear(x, weight[expert])`` or ``x @ weight[expert]``."""
+    """Sees products with weights outside their modules' own ``forward``, known by their storage: of fused experts ``linear(x, weight[expert])``
+    or ``x @ weight[expert]``, and of a linear layer ``weight @ x`` (Jamba's `dt_proj`)."""
 
     def __init__(self, matrices: Sequence[Matrix], tell: Callable[[Matrix, Tensor], None]) -> None:
         super().__init__()
@@ -166,14 +163,17 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and len(args) >= 2:
-            self._see(args[0], args[1])
-        elif func in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            self._see(args[0], args[1].T)
+            self._see(args[0], args[1], fused_only=True)  # of a linear layer's own forward, its hook tells
+        elif func in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor):
+            if args[1].dim() == 2:
+                self._see(args[0], args[1].T)
+            if isinstance(args[0], Tensor) and args[0].dim() == 2 and args[1].dim() >= 2:
+                self._see(args[1].transpose(-1, -2), args[0])
         return func(*args, **kwargs)
 
-    def _see(self, entering: Tensor, weight: Tensor) -> None:
+    def _see(self, entering: Tensor, weight: Tensor, fused_only: bool = False) -> None:
         matrix = self.by_place.get((weight.data_ptr(), weight.shape))
-        if matrix is not None:
+        if matrix is not None and (matrix.fused or not fused_only):
             self.tell(matrix, entering)
 
 

@@ -179,8 +179,8 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
     ends = part.modules if part.summed else part.modules[-1:]
-    leaves = [last_projection(loaded, part, end) for end in ends]
-    found = [parameter for leaf in leaves if leaf is not None for parameter in leaf.parameters(recurse=False)]
+    leaves = [leaf for end in ends if (leaf := last_projection(loaded, end)) is not None]
+    found = [parameter for leaf in leaves for parameter in leaf.parameters(recurse=False)]
     if not found or part.summed:
         found += [
             p
@@ -194,9 +194,8 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def last_projection(loaded: LoadedModel, part: Sublayer, end: nn.Module | None = None) -> nn.Module | None:
-    """The leaf whose output is the output of ``end``, by default the branch's last module: followed by storage in one small forward pass."""
-    end = part.modules[-1] if end is None else end
+def last_projection(loaded: LoadedModel, end: nn.Module) -> nn.Module | None:
+    """The leaf whose output is the output of ``end``, the last module of a branch: followed by storage in one small forward pass."""
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():

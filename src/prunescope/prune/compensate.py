@@ -187,10 +187,14 @@ def _matrix(loaded: LoadedModel, host: Sublayer) -> tuple[Tensor, Tensor | None,
         raise UserError(
             f"--compensate: a norm stands between the {host.name} and the stream, so that no map folds into its matrix; leave it out"
         )
-    module = None if host.summed else last_projection(loaded, host)
+    if host.summed or host.fused:
+        raise UserError(
+            f"the {host.name} is added to the stream by several modules, or by its own; --compensate cannot fold a map into it"
+        )
+    module = last_projection(loaded, host.modules[-1])
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise UserError(
-            f"--compensate: the {host.name} has no last matrix of its own (experts have many, summed MLPs several); leave it out"
+            f"--compensate: the {host.name} has no last matrix of its own (experts have many); leave it out"
         )
     if not module.weight.is_floating_point():
         raise UserError(f"--compensate: the last matrix of the {host.name} is packed; give the plain model")
