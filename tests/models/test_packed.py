@@ -335,11 +335,11 @@ def test_every_command_takes_a_packed_checkpoint(wide: Path, tmp_path: Path) -> 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("t5 t6 t7\nt8 t9\n", "utf-8")
     short: Any = {"prompts": str(prompts), "max_new_tokens": 4}
-    for found, space in (
-        (prunescope.generate(dense, target, **short, **how), "p"),
-        (prunescope.mcq(dense, target, limit=2, **how), "p"),
-    ):
-        assert 0 < found.summary[space]["kl_dense_target"]["mean"] < 5
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "t5 t6", "choices": ["t7", "t8"], "answer": 0}) + "\n", "utf-8")
+    asked: Any = {"questions": str(questions), "template": "cloze"}
+    for found in (prunescope.generate(dense, target, **short, **how), prunescope.mcq(dense, target, **asked, **how)):
+        assert 0 < found.summary["p"]["kl_dense_target"]["mean"] < 5
     assert len(prunescope.retrieve(dense, target, **how).table())
     tasks: Any = {"tasks": "arithmetic-mc", "limit": 3, "shots": 0}
     scores = prunescope.evaluate([dense, target], **tasks, **how).summary
