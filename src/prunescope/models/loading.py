@@ -137,7 +137,9 @@ def _load_weights(
         identity |= adapter.identity
     packed = format_of(model) if options.dequantise else None
     if packed is not None:
-        if packed["method"] == "compressed-tensors":  # it unpacks when the model first runs; bitsandbytes repacks for a CPU then
+        if (
+            packed["method"] == "compressed-tensors"
+        ):  # it unpacks when the model first runs; bitsandbytes repacks for a CPU then
             find_anatomy(model)
         if unpack(ref, model, options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype):
             identity["dequantised"] = "true"
