@@ -8,7 +8,7 @@ QUANT := $(VENV)/.installed-quant
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-quant lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-quant lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -18,6 +18,9 @@ test: lint
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu
+
+test-families: $(DEV)
+	$(BIN)/python -m pytest -n 2 -m families
 
 test-quant: $(QUANT)
 	$(BIN)/python -m pytest tests/models/test_quantised.py tests/models/test_packed.py tests/compare/test_divergence_llama_cpp.py

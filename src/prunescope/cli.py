@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "drop": commands.drop,
     "sparsify": commands.sparsify,
+    "heal": commands.heal,
     "layerwise": commands.layerwise,
     "generate": commands.generate,
     "mcq": commands.mcq,
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(words, function)
         if words[0] == "sparsify" and options["out"] is None and not options["dry_run"]:
             raise UserError("sparsify: say where the checkpoint goes, with --out DIR (or look first, with --dry-run)")
+        if words[0] == "heal" and options["out"] is None:
+            raise UserError("heal: say where the checkpoint goes, with --out DIR")
         COMMANDS[words[0]](**options)
     except UserError as error:
         return _complain(str(error), 2)

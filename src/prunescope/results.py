@@ -12,12 +12,14 @@ from prunescope.runs.folder import Run, check_free, require_space, staged, write
 from prunescope.runs.result import Draw, Result, RunResult, StrPath
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
     import pyarrow as pa
 
     from prunescope.models.dropping import DropSpec
     from prunescope.models.loaded import LoadedModel
+    from prunescope.prune.compensate import Fold
     from prunescope.sweep.tables import Tables
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "DropResult",
     "EvaluateResult",
     "GenerateResult",
+    "HealResult",
     "LayerwiseResult",
     "McqResult",
     "RetrieveResult",
@@ -34,6 +37,8 @@ __all__ = [
     "SweepResult",
 ]
 
+
+CURVES = "curves.parquet"  # of a healed checkpoint
 
 # --- run folders -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +198,7 @@ class DropResult(Result):
     rows: list[dict[str, Any]] = field(repr=False)
     spec: DropSpec
     _dense: LoadedModel = field(repr=False)
+    _folds: Sequence[Fold] = field(default=(), repr=False)  # of `--compensate`
 
     @property
     def record(self) -> dict[str, Any]:
@@ -221,9 +227,12 @@ class DropResult(Result):
 
     def write(self, folder: Path, format: Literal["recipe", "zeroed", "compact"] = "recipe") -> None:
         from prunescope.models.saving import save_dropped
+        from prunescope.prune.compensate import check_format, folded
 
+        check_format(bool(self.info.get("compensated")), format)
         write_config(folder, self.info["config"])
-        save_dropped(self._dense, self.spec, folder, format, {**self.info, "scores": self.rows})
+        with folded(self._dense, self._folds):
+            save_dropped(self._dense, self.spec, folder, format, {**self.info, "scores": self.rows})
 
 
 @dataclass
@@ -267,6 +276,40 @@ class SparsifyResult(Result):
         assert self.folder is not None
         for path in self.folder.iterdir():
             shutil.copyfile(path, folder / path.name)
+
+
+@dataclass
+class HealResult(Result):
+    """What `heal` did: a row per step with tokens, loss, learning rate, length of the gradient and, at checks, the held-out divergence.
+    ``info`` is the record of the checkpoint.
+
+    ``summary`` has the held-out divergence before, at its best and as written, the step of the best, and the tokens that were read.
+    """
+
+    folder: Path
+    """Of the checkpoint, kept only as long as this object where no ``out`` was given."""
+    _curves: pa.Table = field(repr=False)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.info
+
+    def table(self) -> pa.Table:
+        return self._curves
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {key: self.info[key] for key in ("kl", "best_step", "steps", "tokens")}
+
+    def save(self, folder: StrPath, *, overwrite: bool = False) -> Path:
+        """Copy the checkpoint to another folder. Raises UserError if it exists."""
+        require_space(folder, sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()))
+        with staged(folder, overwrite=overwrite) as staging:
+            self.write(staging)
+        return Path(folder).expanduser()
+
+    def write(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
 
 @dataclass

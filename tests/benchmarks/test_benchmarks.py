@@ -29,6 +29,15 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
         ("the same bits", "ratio", "generate with all columns"),
     ),
+    "heal_gpu.py": (
+        "--device cpu --layers 2 --width 32 --inner 48 --heads 2 --kv-heads 2 --vocab 256 --batch 2 --length 8 --steps 1",
+        ("s a million tokens", "x the floor"),
+    ),
+    "heal_job.py": (
+        "--model {folder}/chars --prompts {folder}/prompts.txt --out {folder}/healed --tasks reversal-mc --limit 2 --samples 8 --new-tokens 4 --steps 2 --batch-size 2 --device cpu"
+        " --ways=block_1,magnitude_0.5",
+        ("held-out KL", "report.html"),
+    ),
     "layerwise_cpu.py": ("--steps 1 --layers 2 --width 32 --vocab 512", ("floor of bytes", "x floor of operations")),
     "layerwise_gpu.py": (
         "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",
@@ -58,6 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("toys")
     characters_folder(place / "chars")
     tiny_folder("llama", place / "words")
+    (place / "prompts.txt").write_text("".join(f"what is {i}\n" for i in range(6)), "utf-8")
     (place / "words.txt").write_text(" ".join(f"w{4 + i % 50}" for i in range(400)), "utf-8")
     return place
 

@@ -48,6 +48,10 @@ def options_of(command: str, place: Path) -> dict[str, Any]:
     return {
         "drop": {"model": dense, "n": 1, **calibration},
         "sparsify": {"model": dense, "method": "magnitude", "sparsity": 0.5, "calibration": "none"},
+        "heal": {
+            **{"target": drop, "teacher": dense, "samples": 4, "new_tokens": 3, "held_out": 1},
+            **{"steps": 2, "batch_size": 2, "cache": False},
+        },
         "layerwise": writing,
         "generate": writing,
         "mcq": {"dense": dense, "target": drop, "questions": str(place / "questions.jsonl")},
@@ -68,7 +72,7 @@ def options_of(command: str, place: Path) -> dict[str, Any]:
 def argv_of(command: str, place: Path) -> list[str]:
     words = [command]
     for name, value in options_of(command, place).items():
-        bare = name in ("model", "dense", "models") or (name == "target" and command != "sweep")
+        bare = name in ("model", "dense", "models") or (name == "target" and command not in ("drop", "sweep"))
         values = value if isinstance(value, list) else [value]
         words += map(str, values) if bare else (f"--{name.replace('_', '-')}", *map(str, values))
     return words

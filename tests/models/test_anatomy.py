@@ -66,9 +66,15 @@ def test_a_new_family_needs_nothing(family: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "layer 0: stream before"),
+        (
+            lambda: transformers.MiniMaxConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=8, num_local_experts=4, full_attn_alpha_factor=2.0, linear_attn_alpha_factor=2.0, mlp_alpha_factor=2.0,
+            ),
+            "layer 0: stream before",
+        ),
         (lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "no MLP ran"),
-        (lambda: transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "no list of 2 decoder blocks"),
+        (lambda: transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "does not read the residual stream"),
     ],
 )  # fmt: skip
 def test_an_architecture_that_does_not_fit_says_why(config: Callable[[], Any], message: str) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from prunescope.commands.comparing import divergence, generate, layerwise, mcq, retrieve
-from prunescope.commands.pruning import drop, load, sparsify
+from prunescope.commands.pruning import drop, heal, load, sparsify
 from prunescope.commands.scoring import evaluate, report, speed, sweep
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "drop",
     "evaluate",
     "generate",
+    "heal",
     "layerwise",
     "load",
     "mcq",

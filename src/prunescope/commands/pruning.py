@@ -1,11 +1,11 @@
-"""Load a model and prune it."""
+"""Load a model, prune it, heal it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
 from prunescope.jobs.options import DType, LoadOptions, OutputOptions
-from prunescope.results import DropResult, SparsifyResult
+from prunescope.results import DropResult, HealResult, SparsifyResult
 
 if TYPE_CHECKING:
     from prunescope.jobs.options import Model
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:
     Model = str  # what it is on the command line
 
-__all__ = ["drop", "load", "sparsify"]
+__all__ = ["drop", "heal", "load", "sparsify"]
 
 
 def load(
@@ -69,6 +69,9 @@ def drop(
     order: Literal["discrete", "consecutive"] = "discrete",
     iterative: bool = False,
     score_on: Literal["stream", "norm"] = "stream",
+    select: str = "cosine",
+    generations: int = 20,
+    compensate: bool = False,
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -94,7 +97,10 @@ def drop(
         order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
         iterative: drop one, score again, n times
         score_on: stream compares the residual stream before and after, norm the module's normed input with its output
-        calibration: self (text the model samples), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
+        select: cosine (scores of the stream), kl (greedy: drop what changes the model's predictions least, given what has gone), search (goes on from there over whole sets) or task:NAME (greedy, by the score of a quick task)
+        generations: of search, 8 sets each
+        compensate: fold a least-squares map into the sublayer before what is dropped; with format zeroed or compact
+        calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
         batch_size: samples at a time, by default 32 while the model samples and 8 while it scores
@@ -116,7 +122,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
@@ -170,7 +176,7 @@ def sparsify(
         owl_threshold: of owl, how many times the mean score makes an outlier
         block_size: of sparsegpt, columns of a block
         damping: of sparsegpt, relative to the mean of the Hessian's diagonal
-        calibration: self (text that the model samples, for which it is loaded whole), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
+        calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
         batch_size: samples at a time, by default as many as make 2048 tokens (on a GPU 8192); models with fused experts take one at a time
@@ -201,5 +207,92 @@ def sparsify(
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def heal(
+    target: Model,
+    *,
+    teacher: Model,
+    out: str | None = None,
+    traces: str | None = None,
+    samples: int = 256,
+    new_tokens: int = 128,
+    temperature: float = 1.0,
+    held_out: int = 16,
+    steps: int = 300,
+    batch_size: int = 8,
+    micro_batch: int | None = None,
+    learning_rate: float | None = None,
+    warmup: float = 0.05,
+    decay: Literal["cosine", "linear", "constant"] = "cosine",
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    on_policy: float = 0.0,
+    reconstruct: int = 0,
+    lora: int | None = None,
+    embeddings: bool = False,
+    compile: bool = False,
+    check_every: int = 20,
+    patience: int | None = 5,
+    seed: int = 0,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> HealResult:
+    """Train what pruning left to predict what the dense model predicts; zeros stay zero, and what is dropped stays dropped.
+
+    Args:
+        target: the pruned model, a folder of drop or sparsify, or sublayers of the teacher to drop, for example drop:attn=3,5
+        teacher: the dense model
+        out: checkpoint folder to write
+        traces: files of prompts that the teacher continues, with commas between them; left out, it writes the prompts too
+        samples: texts that the teacher writes
+        new_tokens: at most so many tokens each
+        temperature: at which it writes
+        held_out: texts that are kept to check on, of other prompts than those that are trained on
+        steps: steps of the optimiser
+        batch_size: texts a step
+        micro_batch: texts in memory at a time, by default all of a step
+        learning_rate: after the warm-up, by default 1e-4, and 1e-3 with --lora
+        warmup: share of the steps over which it rises
+        decay: how it falls after that, to zero at the last step
+        weight_decay: of AdamW
+        clip: longest gradient, longer ones are shortened to it; 0 is off
+        on_policy: share of the steps whose texts the target itself writes, after the same prompts
+        reconstruct: steps of a cheap stage before the others, in which every sublayer by itself learns to lead to the teacher's stream
+        lora: train a low-rank change of each matrix, of this rank, merged at the end; left out, all weights of the blocks are trained
+        embeddings: train embedding and head too
+        compile: run the blocks through torch.compile; on a GPU faster, after a minute
+        check_every: steps between two measurements on the held-out texts, where the run can be resumed too
+        patience: stop after so many measurements without a better one
+        seed: of the texts, of their order and of the low-rank changes
+        dtype: of weights and steps, float32 or float64; on a GPU auto multiplies in bfloat16 all the same
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of the teacher's Hugging Face id
+        adapter: LoRA adapter to merge into the teacher, a folder or a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        cache: keep the teacher's texts for the next call
+        resume: continue an interrupted run
+        overwrite: replace an existing checkpoint folder
+
+    Raises:
+        UserError: the user's mistake, in one line; nothing is written.
+    """
+    from prunescope.jobs import heal as job
+
+    return job.run(
+        job.HealOptions(
+            target=target, teacher=teacher, traces=traces, samples=samples, new_tokens=new_tokens, temperature=temperature,
+            held_out=held_out, steps=steps, batch_size=batch_size, micro_batch=micro_batch, learning_rate=learning_rate, warmup=warmup,
+            decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings, compile=compile,
+            check_every=check_every, patience=patience, seed=seed, cache=cache,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -22,11 +22,13 @@ first, so the bounds are those of float32.
 
 from __future__ import annotations
 
-from math import factorial, log
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from prunescope.models.divergence import excess, kl_divergence, lowered_exp
 
 __all__ = [
     "COLUMNS",
@@ -154,50 +156,6 @@ def variance(x: Tensor) -> Tensor:
 # --- divergences of distributions that may be almost equal -------------------------------------------------------------
 
 
-def excess(p: Tensor, x: Tensor, tilted: Tensor) -> Tensor:
-    """``sum p (e^x - 1 - x)`` over the last dimension, given ``tilted = p e^x``; ``(rows,)`` float64.
-
-    Every term is >= 0. Below |x| = 1/2 the power series is summed, above it ``tilted - p - p x`` loses nothing.
-    """
-    near = x.clamp(-0.5, 0.5)
-    series = torch.full_like(x, 1 / factorial(_SERIES[x.dtype]))
-    for k in range(_SERIES[x.dtype] - 1, 1, -1):
-        series.mul_(near).add_(1 / factorial(k))
-    series.mul_(near).mul_(near).mul_(p)
-    far = (tilted - p).addcmul_(p, x, value=-1)
-    is_near = (0.5 - x.abs()).sign_().clamp_(min=0)  # a float mask: comparisons and `where` are slow on a CPU
-    return torch.lerp(far, series, is_near).sum(-1).double().clamp_(min=0)
-
-
-_SERIES = {torch.float32: 8, torch.float64: 14}  # the last power of x that still matters at |x| = 1/2
-
-
-def kl_divergence(
-    p: Tensor, log_p: Tensor, shift: Tensor, peak: Tensor, log_mass_ratio: Tensor
-) -> tuple[Tensor, Tensor]:
-    """KL(p || q) for ``log q - log p = shift - log_mass_ratio``, all over the last dimension.
-
-    With x = shift - E_p[shift] the identity KL = log E_p[e^x] holds, and E_p[x] = 0 turns it into
-    log(1 + E_p[e^x - 1 - x]): a sum of terms that are >= 0. The mean is taken relative to the likeliest token, so that it is
-    exact also where p is nearly one-hot. Where KL > 1 the plain ``log_mass_ratio - E_p[shift]`` is just as good and cannot overflow.
-
-    Args:
-        p, log_p, shift: ``(rows, V)``; shift is overwritten.
-        peak: ``(rows, 1)`` int64, argmax of p.
-        log_mass_ratio: ``(rows, 1)`` float64, log of (normaliser of q / normaliser of p), in the units of shift.
-    Returns:
-        KL in nats ``(rows,)`` float64, and log q - log p ``(rows, V)``.
-    """
-    anchor = shift.gather(-1, peak)
-    x = shift.sub_(anchor)
-    mean = (p * x).sum(-1, keepdim=True)
-    x = x.sub_(mean)
-    plain = (log_mass_ratio - anchor.double() - mean.double())[:, 0]
-    near = torch.log1p(excess(p, x, _exp(log_p + x)))
-    kl = torch.where(plain > 1, plain, near)
-    return kl, x - kl[:, None].to(x.dtype)
-
-
 def js_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, loss: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats (at most ln 2), ``(rows,)`` float64: the mean KL of p and of q to their middle m.
 
@@ -240,21 +198,13 @@ def describe_rows(z: Tensor, temperature: float) -> RowFacts:
     peak = z.gather(-1, top[:, :1])
     lowered = (z - peak).div_(temperature)
     # the mass of all but the likeliest token, whose own is 1: nothing is lost beside it
-    mass = _exp(lowered).scatter_(-1, top[:, :1], 0.0)
+    mass = lowered_exp(lowered).scatter_(-1, top[:, :1], 0.0)
     rest = mass.sum(-1, keepdim=True).double()
     log_mass = torch.log1p(rest)
     entropy = log_mass[:, 0] - (mass * lowered).sum(-1).double() / (1 + rest[:, 0])
     if not torch.isfinite(entropy).all() or not torch.isfinite(peak).all():
         raise FloatingPointError("a logit is NaN or infinite")
     return RowFacts(peak, log_mass, top, entropy)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """e^x, but never a denormal number, which costs a CPU ten times an ordinary one; what is added is far below any rounding."""
-    return x.clamp(min=_LOWEST[x.dtype]).exp_()
-
-
-_LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 def _log_softmax(z: Tensor, rows: RowFacts, temperature: float) -> Tensor:
@@ -299,7 +249,7 @@ def pair_columns(
 
     # probabilities
     log_p, log_q = _log_softmax(z, a, t), _log_softmax(z_target, b, t)
-    p, q = _exp(log_p), _exp(log_q)
+    p, q = lowered_exp(log_p), lowered_exp(log_q)
     log_mass_ratio = (b.peak_logit.double() - a.peak_logit.double()) / t + (b.log_mass - a.log_mass)
     out["kl_dense_target"], log_ratio = kl_divergence(p, log_p, delta / t, best, log_mass_ratio)
     out["kl_target_dense"], _ = kl_divergence(q, log_q, -delta / t, best_target, -log_mass_ratio)

@@ -1,4 +1,4 @@
-"""Calibration tokens: a text, a Hugging Face data set, or text that the dense model samples itself."""
+"""Calibration tokens: a text, a Hugging Face data set, text that the dense model samples itself, or traces: what it answers to prompts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from prunescope.cache import remembered
 from prunescope.data.jsonl import holds_rows, read_rows, read_text
+from prunescope.data.traces import padded, write_traces
 from prunescope.errors import UserError, first_line
 from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console, progress
 
-__all__ = ["SELF", "Calibration", "calibration_tokens", "perplexity_tokens"]
+__all__ = ["SELF", "Calibration", "calibration_tokens", "is_sampled", "perplexity_tokens"]
 
 SELF = "self"
+TRACES = "traces"
 _HUB: dict[str, tuple[str, dict[str, Any]]] = {  # short name -> (id, keyword arguments of load_dataset)
     "c4": ("allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
     "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
@@ -32,22 +34,47 @@ _DEFAULTS = {"self": (32, 256), "text": (128, 2048)}  # samples, length
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration tokens ``(samples, length)`` int64 on the CPU, and where they come from."""
+    """Calibration tokens ``(samples, length)`` int64 on the CPU, and where they come from.
+
+    ``counts`` has their shape and is True where the dense model wrote the token; None where all tokens count. What pads a trace on its right
+    does not count, and no token of a causal model sees it.
+    """
 
     tokens: Tensor
     source: str
     seed: int
+    counts: Tensor | None = None
+    written: dict[str, Any] | None = None  # how traces were written
+
+    def predicting(self) -> Tensor:
+        """``(samples, length)`` bool: the places whose logits predict a token that counts. Of a divergence these count."""
+        found = torch.zeros(self.tokens.shape, dtype=torch.bool)
+        found[:, :-1] = True if self.counts is None else self.counts[:, 1:]
+        return found
+
+    def used(self) -> Tensor | None:
+        """``(samples, length)`` bool: the places whose states decide what the model writes, None for all: those that predict a counted
+        token, and those of counted tokens, which every later token reads. Of scores and Gram matrices these count: a prompt's own
+        states are another's words, and there are often more of them."""
+        return None if self.counts is None else self.counts | self.predicting()
 
     def describe(self) -> dict[str, Any]:
         samples, length = self.tokens.shape
-        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        content = self.tokens.numpy().tobytes() + (b"" if self.counts is None else self.counts.numpy().tobytes())
+        digest = hashlib.sha256(content).hexdigest()
         return {
             "source": self.source,
             "samples": samples,
             "seq_len": length,
             "seed": self.seed,
             "tokens_sha256": digest,
+            **({} if self.written is None else {"traces": self.written}),
         }
+
+
+def is_sampled(source: str) -> bool:
+    """Whether the model itself writes this calibration text: ``self``, or traces."""
+    return source == SELF or source.partition(":")[0] == TRACES
 
 
 def calibration_tokens(
@@ -65,9 +92,11 @@ def calibration_tokens(
 
     Args:
         source: ``self`` (sampled by the model at temperature 1 from its start token, Williams et al. 2024, so that no data set is
-            needed), a text, JSON or JSONL file (field ``text``), or a Hugging Face data set (``c4``, ``wikitext2`` or an id with a
-            column ``text``).
-        samples, seq_len: by default 128 x 2048 from a text and 32 x 256 where the model samples, never past the model's context.
+            needed), ``traces:FILE`` (what it answers to the prompts of one or several files with commas between them; ``traces`` alone: it
+            writes the prompts too), a text, JSON or JSONL file (field ``text``), or a Hugging Face data set (``c4``, ``wikitext2`` or an id
+            with a column ``text``).
+        samples, seq_len: by default 128 x 2048 from a text and 32 x 256 where the model samples, never past the model's context. Of traces,
+            ``seq_len`` is the number of new tokens at most, and a prompt comes on top.
         seed: of the sampling, or of the choice of windows from a text. Windows do not overlap; if a text has fewer than
             asked for, all of them are taken and it is said.
         cache: folder in which self-sampled tokens are kept; None keeps none.
@@ -75,15 +104,26 @@ def calibration_tokens(
     Raises:
         UserError: no such source, or a text shorter than one sample.
     """
-    default_samples, default_length = _DEFAULTS["self" if source == SELF else "text"]
+    default_samples, default_length = _DEFAULTS["self" if is_sampled(source) else "text"]
     samples = default_samples if samples is None else samples
-    length = min(default_length, loaded.context or default_length) if seq_len is None else seq_len
+    traces = is_sampled(source) and source != SELF
+    context = loaded.context and (loaded.context // 2 if traces else loaded.context)  # half is left to prompts
+    length = min(default_length, context or default_length) if seq_len is None else seq_len
     if samples < 1 or length < 2:
         raise UserError(f"--samples {samples} --seq-len {length}: at least one sample of two tokens is needed")
     if loaded.context and length > loaded.context:
         raise UserError(
             f"--seq-len {length} is longer than the model's context of {loaded.context} tokens; choose at most that"
         )
+    if traces:
+        files = [name.strip() for name in source.partition(":")[2].split(",") if name.strip()]
+        found = write_traces(
+            sampler() if sampler else loaded, files, samples=samples, new_tokens=length, seed=seed, batch_size=batch_size, cache=cache
+        )  # fmt: skip
+        if not any(row.continuation for row in found.rows):
+            raise UserError(f"calibration {source}: the model wrote nothing; give other prompts or more --samples")
+        tokens, counts = padded([(row.prompt, row.continuation) for row in found.rows])
+        return Calibration(tokens, source, seed, counts, found.describe())
     if source == SELF:
         key: dict[str, Any] = {
             "what": "self-sampled tokens 1",

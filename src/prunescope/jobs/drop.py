@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from prunescope.cache import cache_folder
-from prunescope.data.calibration import calibration_tokens
+from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.anatomy import KINDS
-from prunescope.prune.select import DropTarget, Order, ScoreOn, check_choice, choose_sublayers
+from prunescope.models.dropping import DropSpec
+from prunescope.models.loaded import LoadedModel
+from prunescope.prune.compensate import check_format, fit_maps
+from prunescope.prune.search import choose_jointly
+from prunescope.prune.select import Choice, DropTarget, Order, ScoreOn, check_choice, choose_sublayers
 from prunescope.report.terminal.pruning import show_scores
 from prunescope.results import DropResult
+from prunescope.tasks.evaluate import evaluate_model
+from prunescope.tasks.quick import QUICK
 
 __all__ = ["DropOptions", "run"]
 
@@ -28,6 +35,9 @@ class DropOptions(Options):
     order: Order
     iterative: bool
     score_on: ScoreOn
+    select: str
+    generations: int
+    compensate: bool
     calibration: str
     samples: int | None
     seq_len: int | None
@@ -40,6 +50,9 @@ class DropOptions(Options):
 
 def run(options: DropOptions) -> DropResult:
     options.check()
+    select, task = _select(options)
+    if options.output.out is not None:
+        check_format(options.compensate, options.format)
     dense = options.loading.load(options.model)
     if dense.dropped:
         raise UserError(f"{options.model} has sublayers dropped already ({dense.dropped}); give its dense model")
@@ -50,10 +63,8 @@ def run(options: DropOptions) -> DropResult:
         dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed,
         batch_size=options.batch_size or 32, cache=cache,
     )  # fmt: skip
-    choice = choose_sublayers(
-        dense, calibration, target, n, order=options.order, iterative=options.iterative, score_on=options.score_on,
-        batch_size=options.batch_size or 8, cache=cache,
-    )  # fmt: skip
+    choice = _choose(options, dense, calibration, select, task, cache)
+    folds = fit_maps(dense, choice.spec, calibration, options.batch_size or 8) if options.compensate else []
     before = sum(p.numel() for p in dense.model.parameters())
     with dense.dropping(choice.spec):
         after = sum(p.numel() for p in dense.model.parameters())
@@ -61,11 +72,13 @@ def run(options: DropOptions) -> DropResult:
         "command": "drop",
         "config": options.config(),
         "target": target,
+        "select": options.select,
+        **({"compensated": [fold.row() for fold in folds]} if options.compensate else {}),
         "calibration": calibration.describe(),
         "parameters": {"dense": before, "dropped": after},
         **{f"drop_{kind}_list": list(choice.spec.layers(kind)) for kind in KINDS},
     }
-    result = DropResult(record, choice.rows, choice.spec, dense)
+    result = DropResult(record, choice.rows, choice.spec, dense, folds)
     show_scores(
         result.rows, f"{options.model}: {n} of {target} dropped, {before / 1e6:.1f} M -> {after / 1e6:.1f} M parameters"
     )
@@ -73,3 +86,45 @@ def run(options: DropOptions) -> DropResult:
         result.save(options.output.out, format=options.format, overwrite=options.output.overwrite)
     options.output.say_written(f" ({options.format})")
     return result
+
+
+def _select(options: DropOptions) -> tuple[Literal["cosine", "kl", "search", "task"], str]:
+    """How to choose, and the task's name. Raises UserError."""
+    kind, _, task = options.select.partition(":")
+    if kind == "task" and task not in QUICK:
+        raise UserError(f"--select {options.select}: no such quick task; give task:NAME with one of {', '.join(QUICK)}")
+    if kind not in ("cosine", "kl", "search", "task") or (task and kind != "task"):
+        raise UserError(
+            f"--select {options.select}: give cosine, kl, search or task:NAME, for example task:arithmetic-gen"
+        )
+    if kind != "cosine" and (options.order != "discrete" or options.iterative or options.score_on != "stream"):
+        raise UserError(
+            f"--select {kind} goes by what the model says; --order, --iterative and --score-on are those of cosine, leave them out"
+        )
+    return kind, task  # type: ignore[return-value]
+
+
+def _choose(
+    options: DropOptions,
+    dense: LoadedModel,
+    calibration: Calibration,
+    select: Literal["cosine", "kl", "search", "task"],
+    task: str,
+    cache: Path | None,
+) -> Choice:
+    batch_size = options.batch_size or 8
+    if select == "cosine":
+        return choose_sublayers(
+            dense, calibration, options.target, options.n, order=options.order, iterative=options.iterative, score_on=options.score_on,
+            batch_size=batch_size, cache=cache,
+        )  # fmt: skip
+
+    def score(spec: DropSpec) -> float:
+        with dense.dropping(spec):
+            found = evaluate_model(dense, [task], batch_size=batch_size, seed=options.seed, advance=lambda done: None)
+        return float(found.scores[task]["value"])
+
+    return choose_jointly(
+        dense, calibration, options.target, options.n, select, score=score if select == "task" else None, generations=options.generations,
+        seed=options.seed, batch_size=batch_size, cache=cache, what=f"{task} {options.seed}" if task else "",
+    )  # fmt: skip

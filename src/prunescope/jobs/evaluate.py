@@ -122,6 +122,7 @@ def run(options: EvaluateOptions) -> EvaluateResult:
             "pairs": [pair for pair in quick.PAIRS if {f"{pair}-gen", f"{pair}-mc"} <= set(names)],
             "summary": scores,
             "paired": _paired(table, labels, options.seed),
+            "paired_with_previous": _paired(table, labels[1:], options.seed, previous=True),
             "says_nothing": {t: why for t, entry in scores[labels[0]].items() if (why := at_floor(entry))},
         }
         result = EvaluateResult(info, table, harness=whole)
@@ -175,9 +176,15 @@ def _key(dense: LoadedModel, labels: list[str], names: list[str], options: Evalu
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _paired(table: pa.Table, labels: Sequence[str], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of every model but the first, task by task, against the first."""
+def _paired(
+    table: pa.Table, labels: Sequence[str], seed: int, previous: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every model but the first, task by task, against the first, or against the one before it."""
     rows: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
     for row in table.to_pylist():
-        rows[row["model"]].append(row)
-    return {label: compare_scores(rows[labels[0]], rows[label], seed=seed) for label in labels[1:]}
+        rows.setdefault(row["model"], []).append(row)
+    bases = list(labels) if previous else list(labels[:1]) * len(labels)
+    return {
+        label: compare_scores(rows[base], rows[label], seed=seed)
+        for base, label in zip(bases, labels[1:], strict=False)
+    }

@@ -28,6 +28,7 @@ _LEAST = {  # of whole numbers, in whatever command they are options
     **dict.fromkeys(("batch_size", "memory_mb", "limit", "workers", "samples", "max_length", "depth"), 1),
     **dict.fromkeys(("length", "repeats", "block_size", "perplexity_windows"), 1),
     "shots": 0,
+    "generations": 0,
 }
 
 

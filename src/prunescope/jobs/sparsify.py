@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from prunescope.cache import cache_folder
-from prunescope.data.calibration import SELF, Calibration, calibration_tokens, perplexity_tokens
+from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled, perplexity_tokens
 from prunescope.errors import UserError, first_line
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.blockwise import StreamedModel, stream_model
@@ -180,6 +180,7 @@ def _prune(
             if windows is None
             else samples_at_a_time(streamed, windows.shape[1], options.batch_size),
             limit=limit,
+            used=None if calibration is None else calibration.used(),
         )
     except FloatingPointError as error:
         raise UserError(f"{options.model}: {error}; {overflow(streamed.model.dtype)}") from error
@@ -255,7 +256,9 @@ def _open(options: SparsifyOptions, scratch: Path) -> StreamedModel:
 
 def _length(options: SparsifyOptions, streamed: StreamedModel) -> int:
     """Tokens of a calibration sample."""
-    return int(options.seq_len or min(256 if options.calibration == SELF else 2048, streamed.loaded.context or 2048))
+    return int(
+        options.seq_len or min(256 if is_sampled(options.calibration) else 2048, streamed.loaded.context or 2048)
+    )
 
 
 def _texts(options: SparsifyOptions, streamed: StreamedModel) -> tuple[Calibration | None, Tensor | None]:
@@ -318,6 +321,7 @@ def _allocation(
             batch_size=batch_size,
             limit=options.memory_mb * 2**20,
             file=staging / "scratch" / "outliers.bin",
+            used=calibration.used(),
         )
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"key": key, "by_layer": by_layer})
@@ -332,7 +336,11 @@ def _key(
     overrides: Mapping[str, Goal],
 ) -> str:
     """Names everything that decides the result."""
-    text = None if calibration is None else {k: v for k, v in calibration.describe().items() if k != "source"}
+    text = (
+        None
+        if calibration is None
+        else {k: v for k, v in calibration.describe().items() if k not in ("source", "traces")}
+    )
     content = {
         "config": {name: value for name, value in options.config().items() if name not in (*_FREE, *_BY_CONTENT)},
         "map": {pattern: str(goal) for pattern, goal in overrides.items()},
@@ -413,7 +421,7 @@ def _dry_run(options: SparsifyOptions, overrides: Mapping[str, Goal], folder: Pa
     streamed = _open(options, folder)
     plan = make_plan(streamed, options.method, options.goal, overrides=overrides, **options.planning())
     length = _length(options, streamed)
-    default = 32 if options.calibration == SELF else 128
+    default = 32 if is_sampled(options.calibration) else 128
     samples = 0 if options.calibration == "none" else options.samples or default
     tokens_at_a_time = samples_at_a_time(streamed, length, options.batch_size) * length
     found = estimate(streamed, plan, samples * length, tokens_at_a_time, options.memory_mb * 2**20)

@@ -112,6 +112,10 @@ def run(options: SweepOptions) -> SweepResult:
     calibration = calibration_tokens(
         dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed, cache=options.cache_folder
     )  # fmt: skip
+    if calibration.counts is not None and any(point.method for point in points):
+        raise UserError(
+            "--calibration traces: a sweep's pruned weights take a text whose tokens all count; give self or a file, or sparsify alone"
+        )
     key = _key(options, dense, encoded, calibration)
     done = options.output.complete(key, "another model, other tasks or options")
     earlier = None if done is None else SweepResult.of_run(done)

@@ -16,14 +16,22 @@ A new family usually needs nothing. If it multiplies its branches or its logits,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.models.finding import (
+    attention_of,
+    find_blocks,
+    first_output,
+    first_tensor,
+    given_residual,
+    hooks,
+    sum_of,
+)
 
 __all__ = [
     "KINDS",
@@ -32,16 +40,15 @@ __all__ = [
     "Kind",
     "Sublayer",
     "find_anatomy",
-    "find_blocks",
-    "first_tensor",
-    "hooks",
-    "swap_first_tensor",
 ]
 
 Kind = Literal["attn", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attn", "mlp")
 
-RESIDUAL_SCALES = ("residual_multiplier",)  # block attributes that multiply each branch (Granite)
+RESIDUAL_SCALES = (
+    "residual_multiplier",
+    "residual_scale",
+)  # block attributes that multiply each branch (Granite, MiniCPM3)
 _PROBE_TOKENS = 7
 
 
@@ -57,6 +64,10 @@ class Sublayer:
     shares_pre: bool  # the other branch reads the same pre-norm
     scale: float
     returns: int  # length of the tuple that the last module returns, 0 for a bare tensor
+    summed: bool = (
+        False  # the modules read the same input and their outputs are added (MoE beside a dense MLP), not chained
+    )
+    fused: bool = False  # the last module is given the stream and adds it itself (BLOOM, MPT)
 
     @property
     def entry(self) -> nn.Module:
@@ -67,6 +78,11 @@ class Sublayer:
     def exit(self) -> nn.Module:
         """The module whose output, times scale, is added to the residual stream."""
         return self.post or self.modules[-1]
+
+    @property
+    def exits(self) -> tuple[nn.Module, ...]:
+        """The modules whose outputs together are what `exit` stands for."""
+        return self.modules if self.summed else (self.exit,)
 
     @property
     def name(self) -> str:
@@ -106,49 +122,16 @@ class Anatomy:
 
     def logits(self, stream: Tensor) -> Tensor:
         """The model's logits ``(..., V)`` from the stream ``(..., d)`` after its last block."""
-        z: Tensor = self.head(self.final_norm(stream) if self.final_norm else stream) * self.logit_scale
+        return self.project(self.final_norm(stream) if self.final_norm else stream)
+
+    def project(self, h: Tensor) -> Tensor:
+        """The model's logits ``(..., V)`` from what its head reads ``(..., d)``: the stream after the final norm."""
+        z: Tensor = self.head(h)
+        z = z if self.logit_scale == 1 else z * self.logit_scale
         return z if self.logit_softcap is None else torch.tanh(z / self.logit_softcap) * self.logit_softcap
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-
-# --- hooks -------------------------------------------------------------------------------------------------------------
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The stream among a module's arguments: the first positional one, else ``hidden_states``."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise UserError(
-            "a module is called without its hidden states as first argument; this architecture is not supported"
-        )
-    return found
-
-
-def swap_first_tensor(
-    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states among a module's outputs, which may be a tuple."""
-    found = output[0] if isinstance(output, tuple) else output
-    if not isinstance(found, Tensor):
-        raise UserError("a module returns no tensor first; this architecture is not supported")
-    return found
-
-
-@contextmanager
-def hooks() -> Iterator[list[Any]]:
-    """A list for hook handles that are removed however the block ends."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------
@@ -163,7 +146,8 @@ class _Call(NamedTuple):
     leaving: Tensor
     returns: int
     entering_value: Tensor
-    leaving_value: Tensor
+    leaving_value: Tensor  # without the stream, where the module adds it
+    fused: bool
 
 
 class _Stream(NamedTuple):
@@ -236,31 +220,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         hidden_size=blocks_io[0].before.shape[-1],
         vocab_size=head.weight.shape[0],
     )
-    _check_logits(anatomy, blocks_io[-1].after, logits, name)
-    return anatomy
-
-
-def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder blocks, and the list of them; no weights are needed. Raises UserError."""
-    config: Any = model.config
-    count, name = config.get_text_config(decoder=True).num_hidden_layers, type(model).__name__
-    for module in model.modules():  # outermost first
-        for child in module.children():
-            if (
-                isinstance(child, nn.ModuleList)
-                and len(child) == count
-                and all(_attention(block) is not None for block in child)
-            ):
-                return module, child
-    raise UserError(
-        f"{name}: no list of {count} decoder blocks with an attention module each was found; this architecture is not supported"
-    )
-
-
-def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
-    """The child that writes to the cache: transformers gives it, and no other child of a block, a ``layer_idx``."""
-    found = [(name, child) for name, child in block.named_children() if hasattr(child, "layer_idx")]
-    return found[0] if len(found) == 1 else None
+    return _with_logits(anatomy, blocks_io[-1].after, logits, name)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -279,7 +239,9 @@ def _recorder(calls: list[_Call], name: str) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         entering, leaving = first_tensor(args, kwargs), first_output(output)
         returns = len(output) if isinstance(output, tuple) else 0
-        calls.append(_Call(name, module, entering, leaving, returns, entering.clone(), leaving.clone()))
+        residual = given_residual(module, args, kwargs)
+        adds = leaving.clone() if residual is None else leaving - residual
+        calls.append(_Call(name, module, entering, leaving, returns, entering.clone(), adds, residual is not None))
 
     return record
 
@@ -310,7 +272,7 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
         return UserError(f"{name}, layer {layer}: {reason}; this architecture is not supported")
 
     before, _, before_value, after_value, returns = stream
-    attention = _attention(module)
+    attention = attention_of(module)
     if attention is None:
         raise unsupported("no single attention module with a layer_idx")
     attn_calls = [call for call in calls if call.module is attention[1]]
@@ -323,20 +285,29 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
         raise unsupported(f"its attention ran {len(attn_calls)} times")
     if not mlp_calls:
         raise unsupported("no MLP ran beside its attention")
-    scale = next((float(getattr(module, key)) for key in RESIDUAL_SCALES if hasattr(module, key)), 1.0)
+    scale = _scale_of(module)
 
     def branch(kind: Kind, first: _Call, last: _Call, modules: tuple[nn.Module, ...]) -> tuple[Sublayer, _Call, _Call]:
         pre = next((norm for norm in norms if _same(norm.leaving, first.entering)), None)
         post = next((norm for norm in norms if _same(norm.entering, last.leaving) and norm is not pre), None)
+        if last.fused:  # what it gives is the stream, so that a norm after it is the next branch's
+            post = None
         pre_module, post_module = pre and pre.module, post and post.module
-        part = Sublayer(layer, kind, modules, pre_module, post_module, False, scale, last.returns)
+        part = Sublayer(layer, kind, modules, pre_module, post_module, False, scale, last.returns, fused=last.fused)
         return part, pre or first, post or last
 
     attn, attn_in, attn_out = branch("attn", attn_calls[0], attn_calls[0], (attention[1],))
     mlp, mlp_in, mlp_out = branch("mlp", mlp_calls[0], mlp_calls[-1], tuple(call.module for call in mlp_calls))
+    if len(mlp_calls) > 1 and all(_same(call.entering, mlp_calls[0].entering) for call in mlp_calls):
+        if mlp.post is not None or any(call.returns or call.fused for call in mlp_calls):
+            raise unsupported("its MLP has several parts that are not simply added")
+        mlp = replace(mlp, summed=True)
+        mlp_out = mlp_out._replace(
+            leaving_value=sum_of([call.leaving_value.view_as(before_value) for call in mlp_calls])
+        )
     shared = attn.pre is not None and attn.pre is mlp.pre
     if shared:
-        attn, mlp = (Sublayer(**{**part.__dict__, "shares_pre": True}) for part in (attn, mlp))
+        attn, mlp = (replace(part, shares_pre=True) for part in (attn, mlp))
     parallel = shared or _same(mlp_in.entering, before)
 
     if not torch.equal(attn_in.entering_value.flatten(), before_value.flatten()):
@@ -347,6 +318,11 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
     if not _close(after_value, before_value, attn_part, mlp_part):
         raise unsupported("stream before + attention branch + MLP branch is not the stream after")
     return Block(module, attn, mlp, parallel, returns)
+
+
+def _scale_of(block: nn.Module) -> float:
+    """What the block multiplies each of its branches with."""
+    return next((float(getattr(block, key)) for key in RESIDUAL_SCALES if hasattr(block, key)), 1.0)
 
 
 def _close(total: Tensor, *parts: Tensor) -> bool:
@@ -364,15 +340,30 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
         scale = 1.0 / float(config.logits_scaling)
     if getattr(config, "logit_scale", None):  # Cohere: multiplies
         scale = float(config.logit_scale)
+    if getattr(config, "output_multiplier", None):  # Muse: multiplies
+        scale = float(config.output_multiplier)
     softcap = getattr(config, "final_logit_softcapping", None)
     return scale, None if softcap is None else float(softcap)
 
 
-def _check_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> None:
-    with torch.no_grad():
-        z = anatomy.logits(last)
-    error = (z.cpu().double() - logits.cpu().double()).abs().max() / logits.cpu().double().abs().max().clamp(min=1e-30)
-    if not error <= 32 * torch.finfo(logits.dtype).eps:
-        raise UserError(
-            f"{name}: head(final norm(last stream)) differs from the model's logits by {error:.1e} relative; this architecture is not supported"
-        )
+def _with_logits(anatomy: Anatomy, last: Tensor, logits: Tensor, name: str) -> Anatomy:
+    """The anatomy whose logits are the model's: a wrapper may leave out the scale of its decoder's config (Aya Vision)."""
+    errors = []
+    for scale, softcap in dict.fromkeys(
+        [
+            (anatomy.logit_scale, anatomy.logit_softcap),
+            (1.0, anatomy.logit_softcap),
+            (anatomy.logit_scale, None),
+            (1.0, None),
+        ]
+    ):
+        found = replace(anatomy, logit_scale=scale, logit_softcap=softcap)
+        with torch.no_grad():
+            z = found.logits(last)
+        largest = logits.cpu().double().abs().max().clamp(min=1e-30)
+        errors.append((z.cpu().double() - logits.cpu().double()).abs().max() / largest)
+        if errors[-1] <= 32 * torch.finfo(logits.dtype).eps:
+            return found
+    raise UserError(
+        f"{name}: head(final norm(last stream)) differs from the model's logits by {errors[0]:.1e} relative; this architecture is not supported"
+    )

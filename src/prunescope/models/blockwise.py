@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from prunescope.errors import UserError
 from prunescope.files import parse_json
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
-from prunescope.models.anatomy import find_anatomy, find_blocks, hooks
+from prunescope.models.anatomy import find_anatomy
+from prunescope.models.finding import find_blocks, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights

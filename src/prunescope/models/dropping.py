@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy, Kind, Sublayer
+from prunescope.models.finding import layer_attribute
 
 __all__ = ["DropSpec", "Dropped", "drop_sublayers"]
 
@@ -95,6 +97,19 @@ class _Zero(nn.Module):
         return (zeros, *(None for _ in range(self.returns - 1))) if self.returns else zeros
 
 
+class _Residual(nn.Module):
+    """Stands where a module stood that adds the stream itself: gives the stream on as it was."""
+
+    def __init__(self, module: nn.Module, returns: int) -> None:
+        super().__init__()
+        self.place = list(signature(module.forward).parameters).index("residual")
+        self.returns = returns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        residual = kwargs["residual"] if "residual" in kwargs else args[self.place]
+        return (residual, *(None for _ in range(self.returns - 1))) if self.returns else residual
+
+
 class Dropped:
     """Sublayers that are out of a model; `restore` puts back the very same modules, so the dense model is exact again."""
 
@@ -134,7 +149,9 @@ def drop_sublayers(model: nn.Module, anatomy: Anatomy, spec: DropSpec) -> Droppe
         if (part.kind, part.layer) in spec:
             owner = anatomy.blocks[part.layer].module
             for module in part.modules:
-                put(owner, _child_name(owner, module), _Zero(part.returns if module is part.modules[-1] else 0))
+                returns = part.returns if module is part.modules[-1] else 0
+                stand_in = _Residual(module, returns) if part.fused and module is part.modules[-1] else _Zero(returns)
+                put(owner, _child_name(owner, module), stand_in)
             for norm in _own_norms(part):
                 put(owner, _child_name(owner, norm), nn.Identity())
 
@@ -143,8 +160,9 @@ def drop_sublayers(model: nn.Module, anatomy: Anatomy, spec: DropSpec) -> Droppe
         kept = [block.attn for block in anatomy.blocks if block.attn.layer not in spec.attn]
         for position, part in enumerate(kept):
             for module in part.modules[0].modules():
-                if getattr(module, "layer_idx", None) == part.layer:
-                    put(module, "layer_idx", position)
+                number = layer_attribute(module)
+                if number and getattr(module, number) == part.layer:
+                    put(module, number, position)
         cutter = _CacheCutter(model.config, tuple(part.layer for part in kept), len(anatomy))
         handles.append(anatomy.decoder.register_forward_pre_hook(cutter, with_kwargs=True))
         if not kept:

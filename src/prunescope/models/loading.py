@@ -190,7 +190,7 @@ def _read_model(
     from safetensors import SafetensorError
 
     model_options = options | placement
-    stored_dtype, quantised = None, None
+    config, stored_dtype, quantised = None, None, None
     try:
         if "gguf_file" in options:
             model_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -199,7 +199,7 @@ def _read_model(
             config = transformers.AutoConfig.from_pretrained(source, **options)
             stored_dtype, quantised = config.dtype, getattr(config, "quantization_config", None)
             model_options |= {"use_safetensors": True, **_dequantising(quantised, device)}
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(config).from_pretrained(
             source, dtype=dtype, output_loading_info=True, **model_options
         )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
@@ -221,6 +221,20 @@ def _read_model(
         if dtype != "auto":  # what was not quantised has the dtype that it has on disk
             model = model.to(dtype)
     return model, set(info["missing_keys"]), stored_dtype
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that gives what was saved: a model of images and text keeps its towers, though its text alone could be read."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind, saved = getattr(config, "model_type", None), getattr(config, "architectures", None) or ()
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    wrapper = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if wrapper is not None and not own_code and (causal is None or (wrapper in saved and causal not in saved)):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _read_tokenizer(ref: str, source: str, options: dict[str, Any]) -> Any:

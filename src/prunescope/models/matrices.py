@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import Block, Kind, first_tensor, hooks
+from prunescope.models.anatomy import Block, Kind
+from prunescope.models.finding import first_tensor, hooks
 
 __all__ = ["MLP_SIZES", "Matrix", "Neurons", "find_matrices", "find_neurons", "reading", "remove_neurons"]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunescope.models.anatomy import Block, Kind, Sublayer, first_output, first_tensor, hooks, swap_first_tensor
+from prunescope.models.anatomy import Block, Kind, Sublayer
+from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Passage", "final_states", "substituting", "watching"]
+__all__ = ["Passage", "block_streams", "final_states", "starting_at", "substituting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
             for part in (block.attn, block.mlp):
                 first, last = part.modules[0], part.modules[-1]
                 handles.append(first.register_forward_pre_hook(_keep_input(state, f"{part.kind} in"), with_kwargs=True))
-                handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out")))
-                handles.append(part.exit.register_forward_hook(_keep_output(state, f"{part.kind} adds")))
+                handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out"), with_kwargs=True))
+                for module in part.exits:
+                    keep = _keep_output(state, f"{part.kind} adds", summed=part.summed)
+                    handles.append(module.register_forward_hook(keep, with_kwargs=True))
             handles.append(block.module.register_forward_hook(_tell(state, block, see)))
         yield
 
@@ -54,12 +57,19 @@ def _keep_input(state: dict[str, Tensor], key: str) -> Callable[..., None]:
     return hook
 
 
-def _keep_output(state: dict[str, Tensor], key: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, output: Any) -> None:
-        found = first_output(output)
-        state[key] = found.clone() if key.startswith("mlp") else found  # Falcon adds the attention into it
+def _keep_output(state: dict[str, Tensor], key: str, summed: bool = False) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        found = _added(module, args, kwargs, output)
+        found = found.clone() if key.startswith("mlp") else found  # Falcon adds the attention into it
+        state[key] = state[key] + found.view_as(state[key]) if summed and key in state else found
 
     return hook
+
+
+def _added(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
+    """A module's output, without the stream where the module adds it."""
+    residual = given_residual(module, args, kwargs)
+    return first_output(output) if residual is None else first_output(output) - residual
 
 
 def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]) -> Callable[..., None]:
@@ -121,9 +131,68 @@ def substituting(
             if not block.parallel:
                 handles.append(block.mlp.entry.register_forward_pre_hook(replace_middle, with_kwargs=True))
             for part in (block.attn, block.mlp):
+                found: list[Tensor] = []
 
-                def seen(_: nn.Module, args: Any, output: Any, part: Sublayer = part) -> None:
-                    see(part.layer, part.kind, part.scale * first_output(output))
+                def seen(
+                    module: nn.Module,
+                    args: Any,
+                    kwargs: Any,
+                    output: Any,
+                    part: Sublayer = part,
+                    found: list[Tensor] = found,
+                ) -> None:
+                    found.append(_added(module, args, kwargs, output))
+                    if module is part.exits[-1]:
+                        see(part.layer, part.kind, part.scale * sum_of([one.view_as(found[0]) for one in found]))
+                        found.clear()
 
-                handles.append(part.exit.register_forward_hook(seen))
+                for module in part.exits:
+                    handles.append(module.register_forward_hook(seen, with_kwargs=True))
         yield
+
+
+@contextmanager
+def block_streams(loaded: LoadedModel, first: int = 0) -> Iterator[list[Tensor]]:
+    """A list that a forward pass inside the block fills: the stream ``(batch, tokens, d)`` into every block from ``first`` on, and after
+    the last one."""
+    streams: list[Tensor] = []
+
+    def into(_: nn.Module, args: Any, kwargs: Any) -> None:
+        streams.append(first_tensor(args, kwargs))
+
+    def out(_: nn.Module, args: Any, output: Any) -> None:
+        streams.append(first_output(output))
+
+    with hooks() as handles:
+        for block in loaded.anatomy.blocks[first:]:
+            handles.append(block.module.register_forward_pre_hook(into, with_kwargs=True))
+        handles.append(loaded.anatomy.blocks[-1].module.register_forward_hook(out))
+        yield streams
+
+
+@contextmanager
+def starting_at(loaded: LoadedModel, layer: int, stream: Tensor) -> Iterator[None]:
+    """Forward passes inside the block begin at block ``layer`` with ``stream`` (batch, tokens, d): the blocks before it pass on what they are
+    given, unseen. Masks and positions are the model's own."""
+    before = loaded.anatomy.blocks[:layer]
+
+    def swap(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return swap_first_tensor(args, kwargs, stream)
+
+    try:
+        for block in before:
+            block.module.forward = _passing_on(block.returns)
+        with hooks() as handles:
+            handles.append(loaded.anatomy.blocks[layer].module.register_forward_pre_hook(swap, with_kwargs=True))
+            yield
+    finally:
+        for block in before:
+            block.module.__dict__.pop("forward", None)
+
+
+def _passing_on(returns: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = first_tensor(args, kwargs)
+        return (hidden, *(None for _ in range(returns - 1))) if returns else hidden
+
+    return forward

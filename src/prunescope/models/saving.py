@@ -1,4 +1,4 @@
-"""Write a dropped model in the three formats of a checkpoint: `recipe`, `zeroed`, `compact`.
+"""Write a dropped model in the three formats of a checkpoint (`recipe`, `zeroed`, `compact`), or a healed one in the form that it has.
 
 Every folder carries `prunescope.json`, which says what was done to which model. None of them loads as the dense model in
 plain transformers: a recipe has no weights at all, the other two hold the dropped model itself.
@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Sublayer, first_output, hooks
+from prunescope.models.anatomy import KINDS, Sublayer
 from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import first_output, given_residual, hooks, layer_attribute
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
 
-__all__ = ["FORMATS", "Format", "checkpoint_bytes", "save_dropped"]
+__all__ = ["FORMATS", "Format", "checkpoint_bytes", "last_projection", "save_changed", "save_dropped"]
 
 Format = Literal["recipe", "zeroed", "compact"]
 FORMATS: tuple[Format, ...] = ("recipe", "zeroed", "compact")
@@ -77,6 +78,40 @@ def save_dropped(
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
+def save_changed(loaded: LoadedModel, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a model whose weights have changed since it was loaded into the existing ``folder``, in the form that it has: whole, `compact` or
+    with silent branches. Sublayers that are dropped in memory become silent ones (`zeroed`).
+
+    Args:
+        record: what `prunescope.json` says beside the layers.
+    Returns:
+        The record that was written.
+    Raises:
+        UserError: no output projection to silence can be found.
+    """
+    gone, before = loaded.dropped, loaded.record or {}
+    live = DropSpec.of((kind, layer) for drop in loaded._drops for kind in KINDS for layer in drop.spec.layers(kind))
+    loaded.restore()
+    try:
+        with _zeroed(loaded, live):
+            _save_plain(loaded, loaded.model.config, folder)
+    finally:
+        if live:
+            loaded.drop(live)
+    written = {
+        "schema_version": 1,
+        "format": "zeroed" if live else before.get("format", "whole"),
+        "architecture": type(loaded.model).__name__,
+        "dense_layers": loaded.dense_layers,
+        "kept_layers": list(loaded.layer_map),
+        "drop_attn_list": list(gone.attn),
+        "drop_mlp_list": list(gone.mlp),
+        **record,
+    }
+    (folder / RECORD).write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+    return written
+
+
 def checkpoint_bytes(loaded: LoadedModel, form: Format) -> int:
     """An upper bound of what `save_dropped` writes, to look at the disk before starting."""
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
@@ -117,6 +152,7 @@ _EXPERT_OUTPUTS = (
     "dense_4h_to_h",
     "c_proj",
     "fc2",
+    "dense",
 )  # last projections of an expert
 
 
@@ -142,9 +178,11 @@ def _zeroed(loaded: LoadedModel, spec: DropSpec) -> Iterator[None]:
 
 def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     """Weights and biases whose zeros silence the branch: those of its last projection, or of every expert's, and a post-norm's bias."""
-    found = list(_last_projection(loaded, part))
-    if not found:
-        found = [
+    ends = part.modules if part.summed else part.modules[-1:]
+    leaves = [last_projection(loaded, part, end) for end in ends]
+    found = [parameter for leaf in leaves if leaf is not None for parameter in leaf.parameters(recurse=False)]
+    if not found or part.summed:
+        found += [
             p
             for module in part.modules
             for name, p in module.named_parameters()
@@ -156,18 +194,19 @@ def _output_parameters(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
     return [*found, *([bias] if bias is not None else [])]
 
 
-def _last_projection(loaded: LoadedModel, part: Sublayer) -> list[Tensor]:
-    """Parameters of the leaf whose output is the branch's own output: followed by storage in one small forward pass."""
+def last_projection(loaded: LoadedModel, part: Sublayer, end: nn.Module | None = None) -> nn.Module | None:
+    """The leaf whose output is the output of ``end``, by default the branch's last module: followed by storage in one small forward pass."""
+    end = part.modules[-1] if end is None else end
     leaves: list[tuple[nn.Module, Tensor]] = []
     result: list[Tensor] = []
     with hooks() as handles, torch.no_grad():
-        for module in part.modules[-1].modules():
+        for module in end.modules():
             if not list(module.children()) and list(module.parameters(recurse=False)):
                 handles.append(module.register_forward_hook(lambda m, _, out: leaves.append((m, first_output(out)))))
-        handles.append(part.modules[-1].register_forward_hook(lambda _, __, out: result.append(first_output(out))))
+        handles.append(end.register_forward_hook(lambda _, __, out: result.append(first_output(out))))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     last = [module for module, out in leaves if out.data_ptr() == result[0].data_ptr()]
-    return list(last[-1].parameters(recurse=False)) if last else []
+    return last[-1] if last else None
 
 
 def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
@@ -176,11 +215,13 @@ def _check_silent(loaded: LoadedModel, spec: DropSpec) -> None:
         for part in loaded.anatomy.sublayers():
             if (part.kind, part.layer) in spec:
 
-                def check(_: nn.Module, __: Any, out: Any, name: str = part.name) -> None:
-                    if first_output(out).count_nonzero():
+                def check(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = part.name) -> None:
+                    residual = given_residual(module, args, kwargs)
+                    if (first_output(out) if residual is None else first_output(out) - residual).count_nonzero():
                         loud.append(name)
 
-                handles.append(part.exit.register_forward_hook(check))
+                for module in part.exits:
+                    handles.append(module.register_forward_hook(check, with_kwargs=True))
         loaded.model(input_ids=_probe(loaded), use_cache=False)
     if loud:
         raise UserError(f"zeroing its output projection does not silence the {loud[0]}; use --format recipe")
@@ -212,32 +253,42 @@ def _compacted(loaded: LoadedModel, kept: list[int]) -> Iterator[Any]:
     anatomy, model = loaded.anatomy, loaded.model
     config = _cut_config(model.config, kept, len(anatomy))
     name = next(name for name, child in anatomy.decoder.named_children() if child is anatomy.block_list)
-    renumbered: list[tuple[nn.Module, int]] = []
+    renumbered: list[tuple[nn.Module, str, int]] = []
     try:
         setattr(anatomy.decoder, name, nn.ModuleList(anatomy.block_list[layer] for layer in kept))
         for position, layer in enumerate(kept):
             for module in anatomy.block_list[layer].modules():
-                if getattr(module, "layer_idx", None) == layer:
-                    renumbered.append((module, layer))
-                    module.layer_idx = position  # type: ignore[assignment]
+                number = layer_attribute(module)
+                if number and getattr(module, number) == layer:
+                    renumbered.append((module, number, layer))
+                    setattr(module, number, position)
         _check_same_modules(model, config)
         yield config
     finally:
         setattr(anatomy.decoder, name, anatomy.block_list)
-        for module, layer in renumbered:
-            module.layer_idx = layer  # type: ignore[assignment]
+        for module, number, layer in renumbered:
+            setattr(module, number, layer)
 
 
 def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
     """A copy of ``config`` for the kept blocks: per-layer lists cut, layer numbers inside it translated."""
-    if config.get_text_config(decoder=True) is not config:
-        raise UserError(
-            f"--format compact does not support the nested config of {config.model_type}; use --format zeroed"
-        )
+    text = config.get_text_config(decoder=True)
+    if text is not config:  # images and text: only the text decoder's own config is cut
+        inner = [key for key in type(config).sub_configs if getattr(config, key, None) is text]
+        if len(inner) != 1:
+            raise UserError(
+                f"--format compact does not find the text decoder in the config of {config.model_type}; use --format zeroed"
+            )
+        outer = copy.deepcopy(config)
+        setattr(outer, inner[0], _cut_config(text, kept, blocks))
+        return outer
     values = copy.deepcopy(config.to_dict())
     for key, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not key.endswith(("token_id", "token_ids")):
             values[key] = [value[layer] for layer in kept]
+        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):  # by layer number
+            by_layer = {int(number): entry for number, entry in value.items()}
+            values[key] = {i: by_layer[layer] for i, layer in enumerate(kept) if layer in by_layer}
     if values.get("mlp_only_layers") is not None:  # Qwen MoE: dense layers by number, or every so many
         step = values.get("decoder_sparse_step") or 1
         dense = {layer for layer in range(blocks) if layer in config.mlp_only_layers or (layer + 1) % step}

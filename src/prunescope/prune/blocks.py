@@ -52,6 +52,7 @@ def prune_model(
     batch_size: int = 1,
     perplexity_batch_size: int = 1,
     limit: int = 2**32,
+    used: Tensor | None = None,
 ) -> Pruned:
     """Prune every block and write the checkpoint's weights and config into ``folder``.
 
@@ -61,6 +62,7 @@ def prune_model(
         tokens: calibration ``(samples, length)``; None only for magnitude, which then measures no reconstruction error.
         perplexity: ``(windows, length)``; measured before and after, in the same passage of the blocks.
         limit: bytes of hidden states in memory.
+        used: ``(samples, length)`` bool, the places of the calibration text that count; None for all.
     Raises:
         UserError: see `gather`; a Hessian that cannot be factorised.
         FloatingPointError: a block's output overflows.
@@ -75,10 +77,10 @@ def prune_model(
     done = finished_blocks(folder, blocks)
     shares = limit // (1 + 2 * (perplexity is not None))
 
-    def text(of: Tensor, name: str, batch: int) -> Text:
-        return Text(streamed, of, batch, shares, scratch / name)
+    def text(of: Tensor, name: str, batch: int, used: Tensor | None = None) -> Text:
+        return Text(streamed, of, batch, shares, scratch / name, used)
 
-    calibration = text(tokens, "calibration.bin", batch_size) if tokens is not None else None
+    calibration = text(tokens, "calibration.bin", batch_size, used) if tokens is not None else None
     before = after = None
     if perplexity is not None:
         before, after = (text(perplexity, f"{name}.bin", perplexity_batch_size) for name in ("before", "after"))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.models.anatomy import first_output, swap_first_tensor
 from prunescope.models.blockwise import StreamedModel
+from prunescope.models.finding import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
 
 __all__ = ["InputStatistic", "Text", "gather", "overflow"]
@@ -154,12 +154,22 @@ class Text:
     Args:
         tokens: ``(samples, length)`` int64.
         batch_size: samples that run at a time.
+        used: ``(samples, length)`` bool, the places whose inputs `gather` adds up; None for all.
         limit: bytes of hidden states to hold in memory; more are kept in ``file``.
     """
 
-    def __init__(self, streamed: StreamedModel, tokens: Tensor, batch_size: int, limit: int, file: Path) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        tokens: Tensor,
+        batch_size: int,
+        limit: int,
+        file: Path,
+        used: Tensor | None = None,
+    ) -> None:
         self.streamed = streamed
         self.tokens = tokens
+        self.used = used
         self.batches = [(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
         self.calls: list[list[tuple[Any, Any]]] = []
         self._pool: list[Tensor] = []
@@ -331,7 +341,8 @@ def gather(
     shares: dict[str, str] = {}
     samples, length = text.tokens.shape
     picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
-    running = 0
+    running = samples_done = 0
+    counted: Tensor | None = None  # of the running batch, which rows are added up
 
     def see(matrix: Matrix, entering: Tensor, first: Matrix) -> None:
         if shares.setdefault(matrix.name, first.name) != first.name:
@@ -345,7 +356,17 @@ def gather(
         if matrix.name not in statistics:
             statistics[matrix.name] = InputStatistic(width, rows.device, gram=gram)
         sampled = None
-        if not gram and len(rows) == running * length:
+        if text.used is not None:
+            if len(rows) != running * length or counted is None:
+                raise UserError(
+                    f"{matrix.name} reads some of the tokens only, as an expert does; calibrate on another text than traces"
+                )
+            rows = rows[counted]
+            if not gram and len(rows):
+                few = min(-(-_SAMPLED_ROWS // samples) * running, len(rows))
+                picks = torch.linspace(0, len(rows) - 1, few).round().long()
+                sampled = rows[picks].float() * math.sqrt(len(rows) / few)
+        elif not gram and len(rows) == running * length:
             sampled = (rows.view(running, length, width)[:, picked].float() * stands_for.sqrt()[:, None]).flatten(0, 1)
         elif not gram and len(rows):  # an expert's: some of what it got
             few = min(-(-_EXPERT_ROWS // samples), len(rows))
@@ -355,8 +376,11 @@ def gather(
     with reading(matrices, see) as start:
 
         def before(batch: int) -> None:
-            nonlocal running
+            nonlocal running, samples_done, counted
             running = batch
+            if text.used is not None:
+                counted = text.used[samples_done : samples_done + batch].flatten().to(text.streamed.device)
+            samples_done += batch
             start()
 
         text.run(layer, keep=False, before=before, advance=advance)

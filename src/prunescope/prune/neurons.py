@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import Matrix, Neurons, find_neurons, remove_neurons
 from prunescope.progress import console
@@ -74,7 +74,12 @@ def _zeroed_output(text: Text, layer: int, units: Sequence[Neurons], kept: Seque
 
 def _check_cut(text: Text, layer: int, expected: Tensor) -> None:
     """Removing neurons must give what silencing them gives: it does not where a matrix is laid out otherwise than is known here."""
-    out = text.first_output(layer)
+    try:
+        out = text.first_output(layer)
+    except RuntimeError as why:  # something else in the MLP has as many entries as there were neurons
+        raise UserError(
+            f"block {layer}: its MLP does not run with neurons removed ({first_line(why)}); it is not supported by structured"
+        ) from why
     scale = expected.float().abs().max().clamp(min=1e-30)
     error = float((out.float() - expected.float()).abs().max() / scale)
     if not error <= 64 * torch.finfo(out.dtype).eps * math.sqrt(out.shape[-1]):

@@ -27,13 +27,14 @@ def owl_sparsities(
     batch_size: int,
     limit: int,
     file: Path,
+    used: Tensor | None = None,
 ) -> list[float]:
     """Sparsity of each block by its outliers.
 
     A block's outlier ratio is the share of its scores |W| x input norm above ``threshold`` times their mean, in the dense model. Ratios are
     stretched to ``sparsity`` plus or minus ``spread`` at most, their mean kept.
     """
-    text = Text(streamed, tokens, batch_size, limit, file)
+    text = Text(streamed, tokens, batch_size, limit, file, used)
     blocks = len(streamed.blocks)
     ratios = []
     with progress(f"outliers of {blocks} blocks", 2 * blocks * len(tokens)) as advance:

@@ -70,7 +70,13 @@ class Choice:
 
 @torch.no_grad()
 def score_sublayers(
-    loaded: LoadedModel, tokens: Tensor, *, score_on: ScoreOn = "stream", run: int = 0, batch_size: int = 8
+    loaded: LoadedModel,
+    tokens: Tensor,
+    *,
+    score_on: ScoreOn = "stream",
+    run: int = 0,
+    batch_size: int = 8,
+    used: Tensor | None = None,
 ) -> Scores:
     """Score every sublayer and block of ``loaded`` as it stands on ``tokens`` (samples, length), in one pass.
 
@@ -78,6 +84,7 @@ def score_sublayers(
         score_on: `stream` compares the residual stream before and after; `norm` compares the module's normed input with its output
             (sublayers only, block scores stay on the stream).
         run: also score each run of so many consecutive blocks.
+        used: ``(samples, length)`` bool, the places that are averaged over; None for all.
     Raises:
         UserError: a score that is not a number, with its place.
     """
@@ -85,12 +92,16 @@ def score_sublayers(
     sums = {name: torch.zeros(blocks, dtype=torch.float64) for name in (*KINDS, "block", "runs")}
     seen = {name: torch.zeros(blocks, dtype=torch.bool) for name in (*KINDS, "block", "runs")}
     entering: deque[Tensor] = deque(maxlen=max(run, 1))
+    now: list[Tensor] = []  # the places of the running batch that count
+    count = tokens.numel() if used is None else int(used.sum())
 
     def add(name: str, layer: int, x: Tensor, y: Tensor) -> None:
         x, y = x.float(), y.float().view_as(x)
         cosines = (
             cosine_similarity(x, y, dim=-1).double().masked_fill((x == y).all(-1), 1.0)
         )  # not a rounding off it: silent sublayers tie
+        if used is not None:
+            cosines = cosines.view(now[0].shape).masked_select(now[0].to(cosines.device))
         sums[name][layer] += cosines.sum().cpu()
         seen[name][layer] = True
 
@@ -111,9 +122,10 @@ def score_sublayers(
     ):
         for chosen in batches(range(len(tokens)), batch_size):
             entering.clear()
+            now[:] = [(tokens if used is None else used)[list(chosen)]]
             loaded.model(input_ids=tokens[list(chosen)].to(loaded.device), use_cache=False, logits_to_keep=1)
             advance(len(chosen))
-    means = {name: torch.where(seen[name], total / tokens.numel(), torch.nan).tolist() for name, total in sums.items()}
+    means = {name: torch.where(seen[name], total / count, torch.nan).tolist() for name, total in sums.items()}
     for layer in range(blocks):
         for name in (*KINDS, "block"):
             if seen[name][layer] and math.isnan(means[name][layer]):
@@ -248,7 +260,7 @@ def _scored(
         "model": loaded.identity,
         "dtype": str(loaded.dtype),
         "dropped": str(dropped),
-        "calibration": calibration.describe(),
+        "calibration": {name: value for name, value in calibration.describe().items() if name != "traces"},
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "score_on": score_on,
         "run": run,
@@ -258,7 +270,14 @@ def _scored(
             cache if loaded.pinned else None,
             key,
             lambda: vars(
-                score_sublayers(loaded, calibration.tokens, score_on=score_on, run=run, batch_size=batch_size)
+                score_sublayers(
+                    loaded,
+                    calibration.tokens,
+                    score_on=score_on,
+                    run=run,
+                    batch_size=batch_size,
+                    used=calibration.used(),
+                )
             ),
         )
     )

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from prunescope.errors import UserError, first_line
 from prunescope.files import replacing
 from prunescope.report.page import payload
+from prunescope.report.page.scores import scores_section
 from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.verdict import Verdict, judge, warnings_of
 from prunescope.runs import folder as results
@@ -40,7 +41,7 @@ _DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDiv
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that `drop` or `sparsify` wrote; ``record`` is its prunescope.json."""
+    """A folder that `drop`, `sparsify` or `heal` wrote; ``record`` is its prunescope.json."""
 
     folder: Path
     record: dict[str, Any]
@@ -57,7 +58,7 @@ def expand(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     unique = list(dict.fromkeys(found))
     if not unique:
         raise UserError(
-            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, drop or sparsify"
+            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, evaluate, drop, sparsify or heal"
         )
     return unique
 
@@ -67,7 +68,7 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
         run = results.open_run(folder)
-        if run.command not in (*_VIEWS, "sweep"):
+        if run.command not in (*_VIEWS, "sweep", "evaluate"):
             raise UserError(
                 f"{folder}: the page has no view of {run.command} runs yet; look at run.json and figures/ in it"
             )
@@ -84,9 +85,9 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
         raise UserError(
             f"{folder} has schema version {number}, newer than this prunescope knows ({results.SCHEMA_VERSION}); upgrade prunescope"
         )
-    if command not in ("drop", "sparsify"):
+    if command not in ("drop", "sparsify", "heal"):
         raise UserError(
-            f"{folder} is no checkpoint of drop or sparsify ({command!r}); report does not know what to show of it"
+            f"{folder} is no checkpoint of drop, sparsify or heal ({command!r}); report does not know what to show of it"
         )
     return Checkpoint(folder, record)
 
@@ -114,13 +115,15 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
 
     all_runs = [one for one in opened if isinstance(one, results.Run)]
     swept = [run for run in all_runs if run.command == "sweep"]
-    runs = [run for run in all_runs if run.command != "sweep"]
+    scored = [run for run in all_runs if run.command == "evaluate"]
+    runs = [run for run in all_runs if run.command in _VIEWS]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
     aliases = _aliases(runs, checkpoints)
     names = _names(runs, aliases)
     views = [_guarded(run.folder, _view, run, name, runs, aliases) for run, name in zip(runs, names, strict=True)]
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
     sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
+    scores = [_guarded(run.folder, scores_section, run) for run in scored]
     targets = [t for found in _targets(runs, views).values() for t in [found]]
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
     # < never stands in the JSON, so no text in it can end the script element that holds it
@@ -130,13 +133,15 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _asset("report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
-        title=_title(runs, checkpoints) or ", ".join(dict.fromkeys(sweep["model"] for sweep in sweeps)),
+        title=_title(runs, checkpoints)
+        or ", ".join(dict.fromkeys([sweep["model"] for sweep in sweeps] + [one["models"][0] for one in scores])),
         runs=views,
         sweeps=sweeps,
+        scores=scores,
         checkpoints=made,
         targets=targets,
         verdicts=[(target["name"], [Verdict(**v) for v in target["verdicts"]]) for target in targets],
-        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed(all_runs),
+        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed([*swept, *runs]),
         columns=columns(),
         commands={view["command"] for view in views},
         data=Markup(text),
@@ -364,13 +369,16 @@ def _checkpoint(one: Checkpoint) -> dict[str, Any]:
     if record["command"] == "sparsify":
         asked = config.get("pattern") or f"sparsity {config.get('sparsity')}"
         what = f"{record['method']}, {asked}: {100 * record['sparsity']:.2f} % reached in {len(record['modules'])} matrices"
+    elif record["command"] == "heal":
+        kl = record["kl"]
+        what = f"{record['steps']} steps, {record['tokens']:,} tokens: held-out KL {kl['before']:.4f} before, {kl['written']:.4f} as written"
     else:
         layers = {kind: record[f"drop_{kind}_list"] for kind in ("attn", "mlp")}
         what = "; ".join(f"{len(v)} {k} sublayers dropped ({', '.join(map(str, v))})" for k, v in layers.items() if v)
     return {
         "name": one.folder.name,
         "command": record["command"],
-        "model": _short(str(config.get("model"))),
+        "model": _short(str(config.get("model") or config.get("target"))),
         "what": what,
         "parameters": record.get("parameters"),
         "perplexity": record.get("perplexity"),
@@ -393,9 +401,15 @@ def _mixed(runs: Sequence[results.Run]) -> list[str]:
     )
 
 
+def _base_name(record: Mapping[str, Any]) -> str:
+    """The dense model of a checkpoint, as it was written on the command line."""
+    config = record.get("config") or {}
+    return str(config.get("model") or config.get("teacher"))
+
+
 def _title(runs: Sequence[results.Run], checkpoints: Sequence[Checkpoint]) -> str:
     dense = list(dict.fromkeys(_short(run.info["config"]["dense"]) for run in runs))
-    names = dense or list(dict.fromkeys(_short(str((c.record.get("config") or {}).get("model"))) for c in checkpoints))
+    names = dense or list(dict.fromkeys(_short(_base_name(c.record)) for c in checkpoints))
     targets = list(dict.fromkeys(_short(t) for run in runs if (t := run.info["config"].get("target"))))
     against = f" against {targets[0]}" if len(targets) == 1 else f" against {len(targets)} targets" if targets else ""
     return f"{', '.join(names)}{against}"

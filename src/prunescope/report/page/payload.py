@@ -304,7 +304,7 @@ def _question(row: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, An
 
 
 def checkpoint_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of a dropped checkpoint by layer, errors of a sparsified one by block and kind of matrix."""
+    """Scores of a dropped checkpoint by layer, errors of a sparsified one by block and kind of matrix, checks of a healed one."""
     if record.get("command") == "sparsify":
         cells: dict[tuple[int, str], list[float]] = {}
         for row in record["modules"]:
@@ -315,5 +315,7 @@ def checkpoint_view(record: Mapping[str, Any]) -> dict[str, Any]:
         layers = sorted({layer for layer, _ in cells})
         grid = [[sum(found) / len(found) if (found := cells.get((i, n))) else None for i in layers] for n in names]
         return {"errors": {"names": names, "layers": layers, "values": grid}}
+    if record.get("command") == "heal":
+        return {"healing": [{k: row[k] for k in ("tokens", "loss", "held_out_kl")} for row in record["checks"]]}
     scores = [{k: row[k] for k in ("layer", "sublayer", "score", "dropped")} for row in record.get("scores") or []]
     return {"scores": scores}

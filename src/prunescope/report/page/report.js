@@ -601,6 +601,13 @@
           await plot(figure, [{ type: "heatmap", x: layers, y: names.map(plain), z: values, colorscale: "Viridis", colorbar: { thickness: 12, outlinewidth: 0 }, hovertemplate: "block %{x}, %{y}: %{z:.6g}<extra></extra>" }], { xaxis: { title: "block" }, yaxis: {} }, 320);
           return say(figure, "Relative error |(W − W′)X| / |WX| of every kind of matrix by block.");
         }
+        if (one.view.healing) {
+          const checks = one.view.healing, x = checks.map((row) => row.tokens);
+          chart.rows = [["tokens", "loss", "held-out KL"], ...checks.map((row) => [row.tokens, row.loss, row.held_out_kl])];
+          const curve = (name, key, colour, dash) => ({ x, y: checks.map((row) => row[key]), name, mode: "lines+markers", line: { color: colour, dash }, hovertemplate: "%{x} tokens: %{y:.6g}" });
+          await plot(figure, [curve("held-out texts", "held_out_kl", COLOURS[0], "solid"), curve("loss of the step", "loss", COLOURS[2], "dot")], { showlegend: true, xaxis: { title: "tokens trained on", rangemode: "tozero" }, yaxis: { title: "KL, nats a token", type: "log" } }, 300);
+          return say(figure, "KL(dense ‖ healed) at every check, in nats a token.");
+        }
         const rows = one.view.scores, kinds = [...new Set(rows.map((row) => row.sublayer))];
         chart.rows = [["layer", "sublayer", "score", "dropped"], ...rows.map((row) => [row.layer, row.sublayer, row.score, row.dropped])];
         const traces = kinds.flatMap((kind, k) => [false, true].map((gone) => {

@@ -1,4 +1,4 @@
-"""What `drop` and `sparsify` print. Numbers come from rows and run.json alone."""
+"""What `drop`, `sparsify` and `heal` print. Numbers come from rows and run.json alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["show_plan", "show_scores", "show_sparsified"]
+__all__ = ["show_healed", "show_plan", "show_scores", "show_sparsified"]
 
 
 def show_scores(rows: list[dict[str, Any]], title: str, console: Console | None = None) -> None:
@@ -68,6 +68,30 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
         console.print(
             Text(f"perplexity: {record['perplexity']['dense']:.3f} dense, {record['perplexity']['pruned']:.3f} pruned")
         )
+
+
+def show_healed(record: dict[str, Any], console: Console | None = None) -> None:
+    """The held-out divergence before and after, and what it took."""
+    console = console or Console()
+    kl, config = record["kl"], record["config"]
+    how = "all weights of the blocks" if config["lora"] is None else f"low-rank changes (rank {config['lora']})"
+    console.print(Text(f"{config['target']}: healed, {how}, {record['trained_parameters']:,} parameters", style="bold"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("", "held-out KL, nats a token", "of before"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, value in (
+        ("before", kl["before"]),
+        (f"best, step {record['best_step']}", kl["best"]),
+        ("as written", kl["written"]),
+    ):
+        table.add_row(name, f"{value:.4f}", f"{100 * value / kl['before']:.1f} %" if kl["before"] > 0 else "-")
+    console.print(table)
+    rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
+    console.print(
+        Text(
+            f"{record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s ({rate:,.0f} a second)"
+        )
+    )
 
 
 def show_plan(record: dict[str, Any], console: Console | None = None) -> None:

@@ -10,13 +10,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["score_rows", "show_scores_of_tasks", "show_speed", "summary_page"]
+__all__ = [
+    "HEADINGS",
+    "STEP_HEADINGS",
+    "remarks",
+    "score_rows",
+    "show_scores_of_tasks",
+    "show_speed",
+    "step_rows",
+    "summary_page",
+]
 
-_HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "change", "95 % of it", "lost", "won", "p")
+HEADINGS = ("task", "kind", "metric", "n", "model", "score", "95 %", "change", "95 % of it", "lost", "won", "p")
+
+
+STEP_HEADINGS = ("task", "model", "against", "change", "95 % of it", "lost", "won", "p")
 
 
 def score_rows(info: Mapping[str, Any]) -> list[list[str]]:
-    """A row per task and model, the cells of `_HEADINGS`; the dense model's first."""
+    """A row per task and model, the cells of `HEADINGS`; the dense model's first."""
     models = list(info["summary"])
     rows = []
     for task, dense in info["summary"][models[0]].items():
@@ -25,18 +37,36 @@ def score_rows(info: Mapping[str, Any]) -> list[list[str]]:
             first = [task, entry["kind"], entry["metric"], str(entry["n"])] if model == models[0] else [""] * 4
             cells = [model, f"{entry['value']:.3f}", _interval(entry["ci95"])]
             if pair is not None:
-                flips = [pair["right_to_wrong"], pair["wrong_to_right"]]
-                p = pair["mcnemar_p"]
-                cells += [f"{pair['difference']:+.3f}", _interval(pair["ci95"], signed=True)]
-                cells += ["-" if flip is None else str(flip) for flip in flips] + [
-                    "-" if p is None else f"{p:.2g}" if p >= 0.001 else "<0.001"
-                ]
+                cells += _difference(pair)
             elif model == models[0]:
                 cells += [f"chance {dense['chance']:.2f}" if dense["chance"] else "", "", "", "", ""]
             else:
                 cells += [f"{entry['value'] - dense['value']:+.3f}", "", "", "", ""]
             rows.append(first + cells)
     return rows
+
+
+def _difference(pair: Mapping[str, Any]) -> list[str]:
+    flips, p = [pair["right_to_wrong"], pair["wrong_to_right"]], pair["mcnemar_p"]
+    return [
+        f"{pair['difference']:+.3f}",
+        _interval(pair["ci95"], signed=True),
+        *("-" if flip is None else str(flip) for flip in flips),
+        "-" if p is None else f"{p:.2g}" if p >= 0.001 else "<0.001",
+    ]
+
+
+def step_rows(info: Mapping[str, Any]) -> list[list[str]]:
+    """From the third model on: what changed against the model before it, the cells of `STEP_HEADINGS`. With dense, pruned and healed in this
+    order: what healing bought, use by use."""
+    models = list(info["summary"])
+    before = dict(zip(models[1:], models, strict=False))
+    return [
+        [task, model, before[model], *_difference(pair)]
+        for task in info["summary"][models[0]]
+        for model, found in info.get("paired_with_previous", {}).items()
+        if (pair := found.get(task)) is not None
+    ]
 
 
 def remarks(info: Mapping[str, Any]) -> list[str]:
@@ -69,14 +99,27 @@ def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None
         cells = (row[0], numbers[row[4]], *row[5:7], change, *row[9:])
         table.add_row(*(Text(cell.replace(" .. ", "..")) for cell in cells))
     console.print(table)
+    if steps := step_rows(info):
+        console.print(Text("against the model before it"))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for heading in ("task", "", "change (95 %)", "lost", "won", "p"):
+            table.add_column(heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task")
+        for task, model, earlier, change, interval, *rest in steps:
+            cells = (task, f"{numbers[model]} - {numbers[earlier]}", f"{change} ({interval})", *rest)
+            table.add_row(*(Text(cell.replace(" .. ", "..")) for cell in cells))
+        console.print(table)
     for line in remarks(info):
         console.print(Text(line, style="bold"))
 
 
 def summary_page(info: Mapping[str, Any]) -> str:
     """``summary.md`` of a run."""
-    lines = ["# Scores", "", "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    lines = ["# Scores", "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in score_rows(info)]
+    if steps := step_rows(info):
+        lines += ["", "## Against the model before it", "", "| " + " | ".join(STEP_HEADINGS) + " |"]
+        lines += ["|" + "---|" * len(STEP_HEADINGS)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in steps]
     lines += ["", *(f"- {line}" for line in remarks(info))] if remarks(info) else []
     lines += ["", "Changes are model minus first model on the same items; lost and won are items that turned wrong"]
     lines += ["and right; p is McNemar's exact test, not corrected for the number of tasks."]

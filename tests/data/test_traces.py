@@ -1,0 +1,92 @@
+"""Traces: what is written, after which prompts, and that it is the same when it is written again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import characters_folder
+from prunescope.data.traces import Traces, write_traces
+from prunescope.errors import UserError
+from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(characters_folder(tmp_path_factory.mktemp("traces") / "model"), device="cpu")
+
+
+def texts(model: LoadedModel, found: Traces) -> list[str]:
+    return [model.tokenizer.decode(row.prompt) for row in found.rows]
+
+
+def test_files_are_mixed_evenly_and_gone_through_again(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a one\na two\na three\n", "utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "b only"}) + "\n", "utf-8")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    found = write_traces(model, files, samples=8, new_tokens=5, batch_size=3)
+    said = texts(model, found)
+    assert [row.source for row in found.rows] == files * 4 and said[1::2] == ["b only"] * 4
+    assert sorted(said[:6:2]) == ["a one", "a three", "a two"] and said[6] == said[0]
+    assert len({row.continuation for row in found.rows[1::2]}) == 4  # the same prompt, other draws
+    again = write_traces(model, files, samples=8, new_tokens=5, batch_size=8)
+    assert again == found and again.describe() == found.describe()
+    assert write_traces(model, files, samples=8, new_tokens=5, seed=1).describe() != found.describe()
+
+
+def test_without_files_the_model_writes_the_prompts_too(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_traces(model, [], samples=3, new_tokens=4)
+    assert [row.prompt for row in plain.rows] == [(model.tokenizer.bos_token_id,)] * 3
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    chat = write_traces(model, [], samples=3, new_tokens=4)
+    said = texts(model, chat)
+    assert all(text.startswith("[user]") and text.endswith("|[assistant]") for text in said) and len(set(said)) == 3
+
+
+def test_what_counts(model: LoadedModel) -> None:
+    found = write_traces(model, [], samples=5, new_tokens=6)
+    batches = list(found.batches(2))
+    assert [len(tokens) for tokens, _ in batches] == [2, 2, 1]
+    for number, row in enumerate(found.rows):
+        tokens, counts = (part[number % 2] for part in batches[number // 2])
+        assert tuple(tokens[counts].tolist()) == row.continuation
+        assert not counts[: len(row.prompt)].any() and tokens.dtype == torch.int64
+
+
+def test_texts_are_kept_batch_by_batch(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted call goes on: what was written is not written again."""
+    import prunescope.data.traces as module
+
+    options = {"samples": 6, "new_tokens": 4, "batch_size": 2}
+    expected = write_traces(model, [], **options)  # type: ignore[arg-type]
+    calls: list[int] = []
+    write = module.continue_texts
+
+    def counting(*args: object, **more: object) -> list[list[int]]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "continue_texts", counting)
+    with pytest.raises(KeyboardInterrupt):
+        write_traces(model, [], cache=tmp_path, **options)  # type: ignore[arg-type]
+    assert write_traces(model, [], cache=tmp_path, **options) == expected and len(calls) == 4  # type: ignore[arg-type]
+
+
+def test_bad_input_is_one_line(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("", "utf-8")
+    for files, more, said in (
+        (["nowhere.txt"], {}, "nowhere.txt"),
+        ([str(tmp_path / "empty.txt")], {}, "holds no prompt"),
+        ([], {"samples": 0}, "--samples 0"),
+        ([], {"temperature": -1.0}, "--temperature -1.0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            write_traces(model, files, **({"samples": 2, "new_tokens": 3} | more))  # type: ignore[arg-type]
