@@ -143,6 +143,8 @@ def _load_weights(
             find_anatomy(model)
         if unpack(ref, model, options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype):
             identity["dequantised"] = "true"
+            if getattr(model, "_weight_conversions", None):
+                _forget_quantiser(model)
     anatomy = find_anatomy(model)
     check_head(ref, anatomy.head)
     config_drop.check(len(anatomy))
