@@ -10,7 +10,7 @@ from math import comb, erf, sqrt
 import numpy as np
 import pytest
 
-from prunescope.stats import Z95, kendall, mcnemar, newcombe, normal_interval, paired, spearman, wilson
+from prunescope.stats import Z95, kendall, mcnemar, newcombe, normal_interval, paired, pareto_front, spearman, wilson
 
 
 def test_the_normal_interval_holds_95_percent() -> None:
@@ -81,3 +81,14 @@ def test_statistics_are_read_without_scipy_and_torch() -> None:
     """Their import takes longer than most reports."""
     probe = "import sys, prunescope, prunescope.stats, prunescope.tasks.scores; assert not {'scipy', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_the_pareto_front_by_brute_force() -> None:
+    """A point stands if no other is as cheap and as good and better in one of the two; catches a front that takes equal or dominated points."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        points = [(float(c), float(v)) for c, v in rng.integers(0, 6, (9, 2))]
+        front = {points[i] for i in pareto_front(points)}
+        assert front == {
+            p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
+        } and len(front) == len(pareto_front(points))

@@ -40,6 +40,7 @@ from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import DenseReference, write_texts
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import DENSE, Point, read_points, read_range
+from prunescope.sweep.storage import Storage
 from prunescope.sweep.tables import Measured, assemble, split
 
 TASKS = "arithmetic-gen,arithmetic-mc,reversal-mc"
@@ -254,6 +255,45 @@ def test_the_dense_model_after_a_sweep_is_the_dense_model_before(chars: Path) ->
         assert torch.equal(value, before[name]), name
     with torch.no_grad():
         assert torch.equal(loaded.model(ids).logits, logits)
+
+
+def test_quantised_points_are_stored_weights_by_hand_and_are_put_back(chars: Path) -> None:
+    """Bytes by counting parameters one by one; the live weights of a joined point are those of the packages' formula on the kept ones; the dense model is
+    back bit for bit. Catches dropped sublayers that are counted, scales that are not, weights quantised twice, and rounding counted as pruning."""
+    loaded = load_model(chars, device="cpu")
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    points = read_points("attn", "1", "magnitude", None, "2:4", "int4-g16", "int4-g16")
+    plan = SweepPlan(
+        tasks=["arithmetic-mc"], evaluation={"limit": 2, "shots": 0, "batch_size": 2, "seed": 0},
+        texts=write_texts(loaded, [[5, 6, 7]], 3, batch_size=1), comparing={}, specs={p.name: DropSpec.parse("attn=2") for p in points if p.n},
+        calibration=torch.randint(4, 90, (2, 16), generator=torch.Generator().manual_seed(0)),
+    )  # fmt: skip
+    bench = Bench(loaded, plan)
+    found = {point.name: bench.measure(point).info for point in points}
+    inside = {name: value for name, value in before.items() if ".layers." in name and value.dim() == 2}
+    outside = sum(v.numel() for n, v in before.items() if n not in inside) * 4  # the checkpoint is in float32
+    dense = outside + sum(v.numel() for v in inside.values()) * 4
+    packed = sum(v.numel() / 2 + v.shape[0] * -(-v.shape[1] // 16) * 2 for v in inside.values())
+    gone = {n: v for n, v in inside.items() if ".layers.2.self_attn." in n}
+    less = sum(v.numel() / 2 + v.shape[0] * -(-v.shape[1] // 16) * 2 for v in gone.values())
+    assert found["dense"]["bytes"] == found["magnitude-2of4"]["bytes"] == dense
+    norm = dense - sum(v.numel() for v in gone.values()) * 4 - found["attn-001"]["bytes"]
+    assert norm in (0, 32 * 4)  # the norm before it goes too, where the modules are taken out
+    assert found["quant-int4-g16"]["bytes"] == outside + packed
+    assert found["attn-001+int4-g16"]["bytes"] == outside + packed - less - norm
+    assert found["quant-int4-g16"][COUNTED] == 0 and found["magnitude-2of4+int4-g16"][COUNTED] == pytest.approx(0.5)
+    with bench.at(points[-1]):
+        state = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    for name, weight in inside.items():
+        rows = weight.view(-1, 4)
+        kept = torch.zeros_like(rows).scatter(1, rows.abs().topk(2, 1).indices, 1.0).mul(rows).view(weight.shape)
+        for row, live in zip(kept, state[name], strict=True):
+            for part, now in zip(row.split(16), live.split(16), strict=True):
+                scale = part.abs().max() / 7.5
+                assert torch.allclose((part * (1.0 / scale)).round().clamp(-8, 7) * scale, now, atol=1e-6), name
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    sparse = Storage(loaded, sparse=True).bytes(None, Goal.parse("2:4"))
+    assert sparse == outside + sum(v.numel() for v in inside.values()) * (0.5 * (32 + 2)) / 8
 
 
 def test_h_z_and_p_are_those_of_generate(chars: Path) -> None:

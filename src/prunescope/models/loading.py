@@ -135,12 +135,17 @@ def _load_weights(
     if adapter is not None:
         model = merge_adapter(ref, model, adapter)
         identity |= adapter.identity
-    anatomy = find_anatomy(model)
-    if options.dequantise and format_of(model) is not None:
-        settled = options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype
-        if unpack(ref, model, settled):
+    packed = format_of(model) if options.dequantise else None
+    if packed is not None:
+        if (
+            packed["method"] == "compressed-tensors"
+        ):  # it unpacks when the model first runs; bitsandbytes repacks for a CPU then
+            find_anatomy(model)
+        if unpack(ref, model, options.dtype if isinstance(options.dtype, torch.dtype) else model.dtype):
             identity["dequantised"] = "true"
-            anatomy = find_anatomy(model)
+            if getattr(model, "_weight_conversions", None):
+                _forget_quantiser(model)
+    anatomy = find_anatomy(model)
     check_head(ref, anatomy.head)
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)

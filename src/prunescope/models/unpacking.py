@@ -25,7 +25,7 @@ _ROWS = 1024  # of the identity at a time
 def unpack(ref: str, model: Any, dtype: torch.dtype) -> int:
     """Replace every packed linear layer of ``model`` in place; ``dtype`` is that of its dense weights. Returns how many there were.
 
-    The model must have run once: compressed-tensors unpacks its weights then.
+    A model of compressed-tensors must have run once, which unpacks its weights; one of bitsandbytes must not, which repacks them for a CPU.
 
     Raises:
         UserError: a packed layer whose numbers are not to be had.
@@ -45,14 +45,14 @@ def unpack(ref: str, model: Any, dtype: torch.dtype) -> int:
             plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, plain.train(module.training))
     for owner in (model.config, model):  # nothing is quantised any more, for transformers either
-        for attribute in ("quantization_config", "hf_quantizer", "_pre_quantization_dtype"):
+        for attribute in ("quantization_config", "hf_quantizer", "quantization_method", "_pre_quantization_dtype"):
             if attribute in vars(owner):
                 delattr(owner, attribute)
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if vars(model).get(flag):
             setattr(model, flag, False)
     if packed:
-        model.to(dtype)
+        nn.Module.to(model, dtype)  # transformers' own refuses for some methods
     return len(packed)
 
 

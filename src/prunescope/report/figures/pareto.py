@@ -119,10 +119,13 @@ def _panel(axes: Any, marks: Sequence[_Mark], sign: int) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.axhline(0, color=FLOOR, linewidth=0.7, linestyle=":")
+    axes.margins(x=0.1, y=0.12)
+    middle = (min(m.bytes for m in marks) + max(m.bytes for m in marks)) / 2
     for mark in front:
         if mark.change == "dense":
             continue
+        left = mark.bytes > middle  # labels go towards the middle, where there is room
         axes.annotate(
-            mark.point.removeprefix("quant-"), (mark.bytes, mark.value), (-5, 4 if sign > 0 else -4), textcoords="offset points",
-            fontsize=6, ha="right", va="bottom" if sign > 0 else "top", zorder=4, color=CHANGES[mark.change][0],
+            mark.point.removeprefix("quant-"), (mark.bytes, mark.value), (-5 if left else 5, 4 if sign > 0 else -4), textcoords="offset points",
+            fontsize=6, ha="right" if left else "left", va="bottom" if sign > 0 else "top", zorder=4, color=CHANGES[mark.change][0],
         )  # fmt: skip
