@@ -8,12 +8,14 @@ from prunescope.jobs.options import DType, LoadOptions, OutputOptions
 from prunescope.results import DropResult, SparsifyResult
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from prunescope.jobs.options import Model
     from prunescope.models.loaded import LoadedModel
 else:
     Model = str  # what it is on the command line
 
-__all__ = ["drop", "load", "sparsify"]
+__all__ = ["drop", "export", "load", "sparsify"]
 
 
 def load(
@@ -194,5 +196,46 @@ def sparsify(
             calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def export(
+    model: Model,
+    *,
+    out: str,
+    engine: Literal["llama.cpp", "transformers"],
+    drop: str | None = None,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that an engine runs as it is: dropped sublayers are left out, not zeroed.
+
+    Args:
+        model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
+        out: folder to write
+        engine: what shall run it; on the command line also --for
+        drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        overwrite: replace an existing folder
+
+    Returns:
+        The folder: model.gguf for llama.cpp, safetensors and a modelling file for transformers, and README.md.
+
+    Raises:
+        UserError: the engine cannot run the model, or whatever is wrong with the reference or the folder.
+    """
+    from prunescope.jobs.export import ExportOptions, run
+
+    return run(
+        ExportOptions(
+            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
