@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import tiny_folder
 
 import prunescope
+from families import tiny_folder
 from prunescope.errors import UserError
 
 
@@ -45,6 +46,9 @@ def test_transformers_folder_is_never_the_dense_model(tmp_path: Path) -> None:
 def test_gguf_has_no_heads_where_attention_is_dropped(family: str, tmp_path: Path) -> None:
     """Would catch arrays out of step with the blocks, weights of dropped sublayers, and query rows in transformers' order."""
     dense = str(tiny_folder(family, tmp_path / "dense"))
+    config = json.loads((tmp_path / "dense" / "config.json").read_text("utf-8"))
+    config |= {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config), "utf-8")
     folder = prunescope.export(dense, engine="llama.cpp", drop="attn=0,2,3;mlp=3,4", out=str(tmp_path / "out"))
     reader = gguf.GGUFReader(folder / "model.gguf")
     assert reader.fields["deci.attention.head_count"].contents() == [1, 4, 0, 4, 4]
@@ -52,6 +56,7 @@ def test_gguf_has_no_heads_where_attention_is_dropped(family: str, tmp_path: Pat
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     assert "blk.2.attn_q.weight" not in tensors and not tensors["blk.0.attn_q.weight"].any()
     query = prunescope.load(dense, dtype="float32").model.model.layers[5].self_attn.q_proj.weight.detach().numpy()
+    assert ("blk.4.attn_q.bias" in tensors) == (family == "qwen2")
     rows = [8 * head + half * 4 + pair for head in range(4) for pair in range(4) for half in range(2)]
     np.testing.assert_array_equal(tensors["blk.4.attn_q.weight"], query[rows])
 

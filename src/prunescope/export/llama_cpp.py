@@ -21,7 +21,11 @@ from prunescope.models.references import BUNDLED, bundled_file
 
 __all__ = ["FAMILIES", "write_gguf"]
 
-FAMILIES = ("llama", "mistral", "qwen2")  # rotary halves, RMS norms, SiLU: what `deci` computes, with biases where there are some
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+)  # rotary halves, RMS norms, SiLU: what `deci` computes, with biases where there are some
 _ZERO_WIDTH = 32  # neurons of an MLP of zeros: a whole block of every quantised format
 _MATRICES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -110,7 +114,7 @@ def _check(loaded: LoadedModel) -> None:
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     found = {
-        "a sliding window": window and window < config.max_position_embeddings,
+        "sliding window": window and window < config.max_position_embeddings,
         f"rope_type {config.rope_parameters.get('rope_type')}": config.rope_parameters.get("rope_type") != "default",
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
     }
