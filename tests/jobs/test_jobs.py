@@ -48,6 +48,7 @@ def options_of(command: str, place: Path) -> dict[str, Any]:
     return {
         "drop": {"model": dense, "n": 1, **calibration},
         "sparsify": {"model": dense, "method": "magnitude", "sparsity": 0.5, "calibration": "none"},
+        "export": {"model": dense, "engine": "transformers"},
         "layerwise": writing,
         "generate": writing,
         "mcq": {"dense": dense, "target": drop, "questions": str(place / "questions.jsonl")},
@@ -119,7 +120,7 @@ def test_a_complete_folder_is_said_to_be_complete_once(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-@pytest.mark.parametrize("command", [name for name in JOBS if name != "report"])
+@pytest.mark.parametrize("command", [name for name in JOBS if name not in ("report", "export")])
 def test_a_result_is_what_its_folder_holds_and_home_is_found(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def export(
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -222,6 +223,7 @@ def export(
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         overwrite: replace an existing folder
 
@@ -235,7 +237,7 @@ def export(
 
     return run(
         ExportOptions(
-            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code),
+            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
