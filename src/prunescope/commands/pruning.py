@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prunescope.jobs.options import DType, LoadOptions, OutputOptions
 from prunescope.results import DropResult, SparsifyResult
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from prunescope.jobs.options import Model
     from prunescope.models.loaded import LoadedModel
 else:

@@ -51,7 +51,7 @@ def run(options: ExportOptions) -> Path:
     return Path(str(options.output.out)).expanduser()
 
 
-_IDS = "# the file has no tokenizer: send token ids, for example as the prompt of llama-server's /completion\nllama-server -m model.gguf"
+_IDS = "# model.gguf has no tokenizer: call llama_decode of llama.h with token ids; llama-cli and llama-server need one"
 _PYTHON = 'transformers.AutoModelForCausalLM.from_pretrained("."{extra})'
 
 
