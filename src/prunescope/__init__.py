@@ -5,6 +5,7 @@ Everything public is named here. Importing this package loads neither torch nor 
 
 from __future__ import annotations
 
+import prunescope.export
 import prunescope.report
 import prunescope.speed
 import prunescope.sweep  # noqa: F401 (packages first, so that the functions of these names are what stays)
@@ -12,6 +13,7 @@ from prunescope.commands import (
     divergence,
     drop,
     evaluate,
+    export,
     generate,
     heal,
     layerwise,
@@ -62,6 +64,7 @@ __all__ = [
     "divergence",
     "drop",
     "evaluate",
+    "export",
     "generate",
     "heal",
     "layerwise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "drop": commands.drop,
     "sparsify": commands.sparsify,
     "heal": commands.heal,
+    "export": commands.export,
     "layerwise": commands.layerwise,
     "generate": commands.generate,
     "mcq": commands.mcq,
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     function = COMMANDS.get(words[0]) if words else None
+    if words[:1] == ["export"]:  # `for` cannot be the name of a parameter
+        words = [re.sub(r"^--for(?==|$)", "--engine", word) for word in words]
     try:
         options = _parse(words, function)
         if words[0] == "sparsify" and options["out"] is None and not options["dry_run"]:

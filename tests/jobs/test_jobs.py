@@ -52,6 +52,7 @@ def options_of(command: str, place: Path) -> dict[str, Any]:
             **{"target": drop, "teacher": dense, "samples": 4, "new_tokens": 3, "held_out": 1},
             **{"steps": 2, "batch_size": 2, "cache": False},
         },
+        "export": {"model": dense, "engine": "transformers"},
         "layerwise": writing,
         "generate": writing,
         "mcq": {"dense": dense, "target": drop, "questions": str(place / "questions.jsonl")},
@@ -124,7 +125,7 @@ def test_a_complete_folder_is_said_to_be_complete_once(
 
 
 @pytest.mark.draws
-@pytest.mark.parametrize("command", [name for name in JOBS if name != "report"])
+@pytest.mark.parametrize("command", [name for name in JOBS if name not in ("report", "export")])
 def test_a_result_is_what_its_folder_holds_and_home_is_found(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

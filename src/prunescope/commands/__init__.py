@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from prunescope.commands.comparing import divergence, generate, layerwise, mcq, retrieve
-from prunescope.commands.pruning import drop, heal, load, sparsify
+from prunescope.commands.pruning import drop, export, heal, load, sparsify
 from prunescope.commands.scoring import evaluate, report, speed, sweep
 
 __all__ = [
     "divergence",
     "drop",
     "evaluate",
+    "export",
     "generate",
     "heal",
     "layerwise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prunescope.jobs.options import DType, LoadOptions, OutputOptions
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 else:
     Model = str  # what it is on the command line
 
-__all__ = ["drop", "heal", "load", "sparsify"]
+__all__ = ["drop", "export", "heal", "load", "sparsify"]
 
 
 def load(
@@ -294,5 +295,48 @@ def heal(
             decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings, compile=compile,
             check_every=check_every, patience=patience, seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+        )
+    )  # fmt: skip
+
+
+def export(
+    model: Model,
+    *,
+    out: str,
+    engine: Literal["llama.cpp", "transformers"],
+    drop: str | None = None,
+    dtype: DType = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that an engine runs as it is: dropped sublayers are left out, not zeroed.
+
+    Args:
+        model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
+        out: folder to write
+        engine: what shall run it; on the command line also --for
+        drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
+        dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda where there is one, else cpu
+        revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        overwrite: replace an existing folder
+
+    Returns:
+        The folder: model.gguf for llama.cpp, safetensors and a modelling file for transformers, and README.md.
+
+    Raises:
+        UserError: the engine cannot run the model, or whatever is wrong with the reference or the folder.
+    """
+    from prunescope.jobs.export import ExportOptions, run
+
+    return run(
+        ExportOptions(
+            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
