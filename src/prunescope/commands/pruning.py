@@ -242,6 +242,7 @@ def heal(
     device: str = "auto",
     revision: str | None = None,
     adapter: str | None = None,
+    dequantise: bool = False,
     trust_remote_code: bool = False,
     cache: bool = True,
     resume: bool = False,
@@ -278,6 +279,7 @@ def heal(
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of the teacher's Hugging Face id
         adapter: LoRA adapter to merge into the teacher, a folder or a Hugging Face id
+        dequantise: load the packed weights of a quantised checkpoint as dense floats
         trust_remote_code: run code that comes with the model
         cache: keep the teacher's texts for the next call
         resume: continue an interrupted run
@@ -294,7 +296,7 @@ def heal(
             held_out=held_out, steps=steps, batch_size=batch_size, micro_batch=micro_batch, learning_rate=learning_rate, warmup=warmup,
             decay=decay, weight_decay=weight_decay, clip=clip, on_policy=on_policy, reconstruct=reconstruct, lora=lora, embeddings=embeddings, compile=compile,
             check_every=check_every, patience=patience, seed=seed, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter), output=OutputOptions(out, overwrite, resume),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -309,6 +311,7 @@ def export(
     device: str = "auto",
     revision: str | None = None,
     adapter: str | None = None,
+    dequantise: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -323,6 +326,7 @@ def export(
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
+        dequantise: load the packed weights of a quantised checkpoint as dense floats
         trust_remote_code: run code that comes with the model
         overwrite: replace an existing folder
 
@@ -336,7 +340,7 @@ def export(
 
     return run(
         ExportOptions(
-            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter),
+            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
