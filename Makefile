@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUANT := $(VENV)/.installed-quant
+ENGINES := $(VENV)/.installed-engines
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-quant lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-quant test-engines lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -24,6 +25,9 @@ test-families: $(DEV)
 
 test-quant: $(QUANT)
 	$(BIN)/python -m pytest tests/models/test_quantised.py tests/models/test_packed.py tests/compare/test_divergence_llama_cpp.py
+
+test-engines: $(ENGINES)
+	$(BIN)/python -m pytest tests/export
 
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
@@ -58,6 +62,10 @@ $(DEV): $(RUN) requirements-dev.txt
 $(QUANT): $(DEV) requirements-quant.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=80"
 	BUILD_CUDA_EXT=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
+	touch $@
+
+$(ENGINES): $(DEV) requirements-engines.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
 	touch $@
 
 clean:
