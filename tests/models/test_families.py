@@ -12,12 +12,6 @@ import zoo
 from family_checks import check_family, works
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-KNOWN_FAULTS = {
-    "idefics2",
-    "molmo2",
-    "qwen2_5_omni_thinker",
-    "qwen3_omni_moe_thinker",
-}  # open; docs/families.md says what
 FEW = ("load", "drop attn", "drop mlp", "cache", "layerwise", "zeroed", "compact")
 KINDS = {  # one family for each kind of structure
     "bloom": "attention and MLP that add the stream themselves",
@@ -63,4 +57,4 @@ def test_the_document_is_that_of_the_results() -> None:
     found = json.loads((DOCS / "families.json").read_text("utf-8"))
     assert (DOCS / "families.md").read_text("utf-8") == module.page_of(found)
     faulty = {family for family, results in found.items() if module.state_of(results) in ("wrong", "traceback")}
-    assert faulty <= KNOWN_FAULTS
+    assert not faulty

@@ -26,6 +26,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, given_residual, hooks, layer_attribute
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
+from prunescope.models.written import check_written
 
 __all__ = ["FORMATS", "Format", "checkpoint_bytes", "last_projection", "save_changed", "save_dropped"]
 
@@ -141,6 +142,7 @@ def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
     saved = json.loads(path.read_text("utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", "utf-8")
     loaded.tokenizer.save_pretrained(folder)
+    check_written(folder, type(model))
 
 
 # --- zeroed ------------------------------------------------------------------------------------------------------------

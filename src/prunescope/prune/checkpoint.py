@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunescope.models.blockwise import StreamedModel, is_weights
 from prunescope.models.shards import INDEX, Stored, read_header, write_shard
+from prunescope.models.written import check_written
 from prunescope.runs.folder import write_json
 
 __all__ = ["finish", "finished_blocks", "report_of_block", "reports", "shard_of_block", "write_block"]
@@ -97,3 +98,4 @@ def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> N
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for file, name in zip(parts, names[1:], strict=True):
         file.rename(folder / name)
+    check_written(folder, type(streamed.model))
