@@ -128,7 +128,7 @@ def test_one_pass_equals_brute_force_on_the_real_model(
 
     In float64 nothing hides behind rounding: every column agrees to 1e-9. In float32 h and z agree to 2e-4 everywhere, p to 2e-4 in
     nine rows of ten: logits of the raw lens reach 300 here, and what two float32 passes differ by (the noise floor, another on every
-    kind of processor) moves p by more.
+    kind of processor) moves single rows of p by up to 2e-3.
     """
     prompts = [Prompt("The capital of France is", "a"), Prompt("Water boils at about", "b"), Prompt("1 2 3 4 5 6", "c")]
     dense, target = (in_dtype(model, dtype) for model in (smollm2, noisy))
@@ -160,7 +160,7 @@ def test_one_pass_equals_brute_force_on_the_real_model(
         else:
             assert ordered[int(0.9 * len(ordered))] <= 2e-4, column
             follows_p = space_of(column) == "p" or column.startswith("dz_top5")
-            assert ordered[-1] <= (5e-4 if follows_p else 2e-4), column
+            assert ordered[-1] <= (4e-3 if follows_p else 2e-4), column
 
 
 def in_dtype(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:

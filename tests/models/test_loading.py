@@ -412,3 +412,38 @@ def test_what_is_written_of_a_dequantised_model_is_what_was_loaded(kind: str, tm
         parameter.data = parameter.data.bfloat16().float()  # the dtype that the config names, in which it is written
     loaded.drop(found.spec)
     assert torch.allclose(logits(again[0]), logits(loaded.model), atol=1e-5)
+
+
+def test_a_model_of_linear_attention_alone_says_that_it_cannot_write(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A hybrid whose layers are all linear attention: transformers' cache raised a ValueError in the middle of the run."""
+    from prunescope.cli import main
+    from zoo import family_config
+
+    config = family_config("qwen3_next")
+    config.layer_types = ["linear_attention"] * config.num_hidden_layers
+    folder = tmp_path / "linear"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "p.txt").write_text("w5 w6\n", "utf-8")
+    out = tmp_path / "out"
+    assert (
+        main(
+            [
+                "layerwise",
+                str(folder),
+                "--prompts",
+                str(tmp_path / "p.txt"),
+                "--max-new-tokens",
+                "2",
+                "--device",
+                "cpu",
+                "--out",
+                str(out),
+            ]
+        )
+        == 2
+    )
+    assert "all of its layers are linear attention" in capfd.readouterr().err
+    assert not out.exists()

@@ -20,6 +20,7 @@ from prunescope.models.residual import final_states
 __all__ = [
     "Sampling",
     "batches",
+    "check_cache",
     "choose",
     "continue_texts",
     "decoding_way",
@@ -115,7 +116,10 @@ def continue_texts(
         see: given what the head read, ``(steps, batch, d)``, batch by batch; a text that has ended leaves what follows it without meaning.
     Returns:
         The new token ids of each prompt.
+    Raises:
+        UserError: transformers cannot keep a cache of this model.
     """
+    check_cache(loaded)
     ends = end_tokens(loaded) if stop else []
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     results: list[list[int]] = []
@@ -131,6 +135,13 @@ def continue_texts(
             see(states)
         advance(len(chosen))
     return results
+
+
+def check_cache(loaded: LoadedModel) -> None:
+    """Raise UserError where every layer is linear attention: the caches of transformers 5.23 count tokens in an ordinary layer alone."""
+    kinds = getattr(loaded.model.config.get_text_config(decoder=True), "layer_types", None)
+    if kinds and set(kinds) == {"linear_attention"}:
+        raise UserError(f"{loaded.ref}: all of its layers are linear attention, of which transformers keeps no cache that can count; it cannot write here, only drop and sparsify with a text as --calibration")  # fmt: skip
 
 
 _Batch = tuple[Tensor, Tensor | None]  # new tokens (batch, steps), states (steps, batch, d) if asked for

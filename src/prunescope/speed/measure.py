@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from prunescope.errors import UserError
 from prunescope.models.decoding import decode, forward_options
-from prunescope.models.generating import decoding_way, static_problem
+from prunescope.models.generating import check_cache, decoding_way, static_problem
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.semistructured import using_kernels
 from prunescope.speed.sizes import bytes_of, cache_bytes, linear_operations, parameters, tensors, unread_bytes
@@ -117,6 +117,7 @@ def time_again(loaded: LoadedModel, first: Measured, workload: Workload) -> None
 
 def _read(loaded: LoadedModel, ids: Tensor) -> Any:
     """One pass over the prompts, as `generate()` makes it; the cache that it filled."""
+    check_cache(loaded)
     cache = DynamicCache(config=loaded.model.config)
     loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **forward_options(loaded.model))
     return cache

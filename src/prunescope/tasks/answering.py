@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from prunescope.models.generating import batches
+from prunescope.models.generating import batches, check_cache
 from prunescope.models.loaded import LoadedModel
 
 __all__ = ["Answer", "Asking", "answer"]
@@ -85,6 +85,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 def _read(loaded: LoadedModel, cache: Cache | None, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
     """Logits ``(rows, 1, vocab)`` after the last token of each row, all of one length, and the cache that has read them."""
+    check_cache(loaded)
     out = loaded.model(
         input_ids=torch.tensor(rows, device=loaded.device),
         past_key_values=DynamicCache(config=loaded.model.config) if cache is None else cache,
