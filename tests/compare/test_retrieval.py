@@ -313,6 +313,24 @@ def test_a_model_against_itself_changes_nothing(dense_folder: Path, collection_f
     assert set(result.summary["h"]) == set(H_COLUMNS)
 
 
+@pytest.mark.parametrize("keep", [0, 3, 200, -30])
+def test_what_was_saved_and_is_damaged_is_found_again(keep: int, tmp_path: Path) -> None:
+    """Cut off at the start, in the middle, near the end: nothing of it is taken, and nothing is raised."""
+    best = {side: retrieval._Best(2, 3) for side in retrieval.SIDES}
+    for one in best.values():
+        one.add(np.array([[0.5, 0.25], [0.125, 1.0]]), np.zeros((2, 2)), np.arange(2))
+    retrieval._State(best, np.ones((2, 6)), done=4).save(tmp_path)
+    path = tmp_path / "part-best.npz"
+    whole = path.read_bytes()
+    fresh = retrieval._State({side: retrieval._Best(2, 3) for side in retrieval.SIDES}, np.zeros((2, 6)))
+    path.write_bytes(whole[:keep])
+    fresh.load(tmp_path)
+    assert fresh.done == 0 and not fresh.moved.any() and fresh.best["dense"].score.shape == (2, 0)
+    path.write_bytes(whole)
+    fresh.load(tmp_path)
+    assert fresh.done == 4 and fresh.best["target"].score.tolist() == [[0.5, 0.25], [1.0, 0.125]]
+
+
 def test_an_interrupted_run_goes_on(
     dense_folder: Path, collection_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

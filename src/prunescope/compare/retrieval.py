@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -91,13 +92,13 @@ class _State:
     def load(self, parts: Path) -> None:
         """Go on from what was saved, if anything whole was."""
         try:
-            with np.load(parts / _BEST) as saved:
+            with (parts / _BEST).open("rb") as file, np.load(file) as saved:
                 arrays = {name: saved[name] for name in saved.files}
             for side in SIDES:
                 for name in _ARRAYS:
                     setattr(self.best[side], name, arrays[f"{side}_{name}"])
             self.moved, self.done = arrays["moved"], int(arrays["done"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return
 
 
