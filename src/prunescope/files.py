@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["parse_json", "replacing"]
+__all__ = ["parse_json", "replacing", "system_error_number"]
 
 
 @contextmanager
@@ -34,3 +35,11 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def system_error_number(error: BaseException) -> int | None:
+    """The system's number of what went wrong, such as `errno.ENOSPC`, None if it is no error of the system. Safetensors says it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None

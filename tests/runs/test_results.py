@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 
 import prunescope
 from families import tiny_folder
@@ -212,6 +213,10 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path: Path) -> None:
         require_space(tmp_path / "run", 2**60)
     with pytest.raises(UserError, match="free some space"), staged(tmp_path / "run"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match="free some space"), staged(tmp_path / "run"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), staged(tmp_path / "run"):  # of something else
+        raise SafetensorError("Error while serializing: I/O error: Is a directory (os error 21)")
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from prunescope.errors import UserError, first_line
+from prunescope.files import system_error_number
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
@@ -207,9 +207,9 @@ def _read_model(
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise not_on_hub(ref, error) from error
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number and int(number[1]) in NO_SPACE:  # while weights are converted on disk
-            raise OSError(int(number[1]), os.strerror(int(number[1])), source) from error
+        number = system_error_number(error)
+        if number in NO_SPACE:  # while weights are converted on disk
+            raise OSError(number, os.strerror(number), source) from error
         raise UserError(
             f"{ref}: a weights file cannot be read ({first_line(error)}); it is truncated or not safetensors, fetch it again"
         ) from error

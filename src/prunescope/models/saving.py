@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.files import system_error_number
 from prunescope.models.anatomy import KINDS, Sublayer
 from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, given_residual, hooks, layer_attribute
@@ -134,8 +134,8 @@ def _save_plain(loaded: LoadedModel, config: Any, folder: Path) -> None:
         model.config = config
         model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:  # carries the system's error only in its text
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) if number else error from error
+        number = system_error_number(error)
+        raise OSError(number, os.strerror(number), str(folder)) if number else error from error
     finally:
         model.config = dense_config
     path = folder / "config.json"  # transformers writes the dtype that the model has in memory

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunescope.errors import UserError, first_line
-from prunescope.files import parse_json, replacing
+from prunescope.files import parse_json, replacing, system_error_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -165,7 +165,7 @@ def staged(
     except BaseException as error:
         mistake = isinstance(error, UserError) and not resume
         mistake = mistake and not (keep_parts and any(partial.glob("part-*.parquet")))
-        no_space = isinstance(error, OSError) and error.errno in NO_SPACE
+        no_space = system_error_number(error) in NO_SPACE
         useful = any(partial.glob("part-*")) or any((partial / name).is_file() for name in _OURS)
         if mistake or (no_space and not resume) or not useful:
             shutil.rmtree(partial, ignore_errors=True)
