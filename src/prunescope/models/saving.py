@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prunescope.errors import UserError
+from prunescope.errors import UserError, first_line
 from prunescope.files import system_error_number
 from prunescope.models.anatomy import KINDS, Sublayer
 from prunescope.models.dropping import DropSpec
@@ -298,7 +298,10 @@ def _cut_config(config: Any, kept: list[int], blocks: int) -> Any:
         values["first_k_dense_replace"] = sum(layer < config.first_k_dense_replace for layer in kept)
     count_key = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values[count_key] = len(kept)
-    cut = type(config).from_dict(values)
+    try:
+        cut = type(config).from_dict(values)
+    except Exception as error:  # the config's own check, of whatever kind
+        raise UserError(f"--format compact: {type(config).__name__} does not allow {len(kept)} of {blocks} blocks ({first_line(error)}); use --format zeroed") from error  # fmt: skip
     cut._attn_implementation = config._attn_implementation
     return cut
 
