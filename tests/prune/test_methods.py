@@ -186,7 +186,7 @@ def test_matrices_that_share_their_input_are_solved_as_if_alone() -> None:
         assert int((found == 0).sum()) == goal.count(weight.numel())
 
 
-@pytest.mark.parametrize("n", [5, 64, 700, 3000])
+@pytest.mark.parametrize("n", [5, 64, 700, 1500])
 def test_inverse_factor(n: int) -> None:
     x = random(2 * n, n).double()
     h = x.T @ x

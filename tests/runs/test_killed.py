@@ -186,7 +186,7 @@ def bad_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     yield request.param, disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a child may just be ending
 
 
 @pytest.mark.parametrize("command", ["drop", "sparsify", "layerwise", "sweep"])
@@ -199,7 +199,7 @@ def test_a_disk_that_takes_nothing(command: str, bad_disk: tuple[str, Path], kil
     assert [line for line in found["said"].splitlines() if line.startswith("prunescope: ")], found["said"]
 
 
-SHORT = ("sparsify", "heal", "evaluate")
+SHORT = ("sparsify", "heal")
 
 
 @pytest.mark.parametrize("command", [c if c in SHORT else pytest.param(c, marks=pytest.mark.kill) for c in COMMANDS])
@@ -227,4 +227,4 @@ def test_a_disk_that_fills_while_a_command_writes(command: str, killer: Killer, 
             assert again["code"] == 0, again["said"]
             assert contents(disk / "out") == expected
         finally:
-            subprocess.run(["umount", str(disk)], check=True)
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a child may just be ending
