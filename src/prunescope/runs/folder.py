@@ -126,6 +126,9 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
         )
     if command not in TABLES or not (path / TABLES[command]).is_file():
         raise UserError(f"{path} lacks the table of its command {command!r}; the run folder is damaged, run it again")
+    summary = info.get("summary")
+    if isinstance(summary, dict) and "foretells" in summary:  # the name until 0.2
+        summary["predicts"] = summary.pop("foretells")
     return Run(path, info)
 
 
