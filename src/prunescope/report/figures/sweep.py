@@ -32,7 +32,7 @@ _SCATTERED = (
     ("z_cos_dev", "1 - cos(z)", "log"),
     ("p_cos_dev", "1 - cos(p)", "log"),
     ("kl_dense_target", "KL(p || q), nats", "log"),
-    ("top1_agree", "same likeliest token", "linear"),
+    ("top1_agree", "same most likely token", "linear"),
     ("weights_removed", "share of weights removed", "linear"),
 )
 
