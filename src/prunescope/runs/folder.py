@@ -44,8 +44,9 @@ TABLES = {
     "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
     "speed": "speed.parquet",
+    "advise": "advice.parquet",
 }
-_NO_SAMPLES = ("sweep", "speed")  # commands whose folders hold no samples.jsonl
+_NO_SAMPLES = ("sweep", "speed", "advise")  # commands whose folders hold no samples.jsonl
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
