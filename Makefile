@@ -10,7 +10,7 @@ DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-quant test-engines docs docs-look notebooks lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-quant test-engines docs docs-look dist notebooks lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -39,6 +39,9 @@ docs: $(DOCS)
 # links, anchors and files of the site are checked as it is built; this looks at it in a browser
 docs-look: docs
 	$(BIN)/python docs/look.py site
+
+dist: $(DOCS)
+	$(BIN)/python -m build --outdir dist .
 
 notebooks: $(DOCS)
 	cd notebooks && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
@@ -88,4 +91,4 @@ $(ENGINES): $(DEV) requirements-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) site dist $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
