@@ -75,24 +75,22 @@ def _table(values: dict[str, str]) -> str:
 
 
 def _damage(run: Run) -> str:
-    """What a run folder says in its summary: the means of the columns that tell most, or every number of a short one."""
-    command = run.command
-    values = _numbers(run.summary)
-    told = {
-        name: value for name, value in values.items() if any(name.startswith(c) or f".{c}" in name for c in _COLUMNS)
-    }
-    chosen = {name: value for name, value in (told or values).items() if not told or name.endswith(("mean", *_COLUMNS))}
-    rows = {name: f"{value:.4g}" for name, value in list(chosen.items())[:12]}
-    return f"By `prunescope {command}`:\n\n{_table(rows)}" if rows else f"`prunescope {command}` has no summary."
+    """Means of the columns that tell most, or the scores of tasks, from the summary of a run folder."""
+    rows = {}
+    for place, value in _numbers(run.summary).items():
+        *names, last = place
+        if (last == "mean" and names[-1] in _COLUMNS) or last in ("value", "score"):
+            rows[" ".join(map(_short, names))] = f"{value:.4g}"
+    return f"By `prunescope {run.command}`:\n\n{_table(rows)}" if rows else f"`prunescope {run.command}` tells of none."
 
 
-def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
+def _numbers(values: dict[str, Any], place: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
+    found: dict[tuple[str, ...], float] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{name}.")
+            found |= _numbers(value, (*place, name))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = float(value)
+            found[(*place, name)] = float(value)
     return found
 
 

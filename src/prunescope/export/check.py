@@ -31,8 +31,8 @@ LIMIT = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.5}
 class Runner(Protocol):
     """An engine with the exported model in it."""
 
-    def first_and_tokens(self, ids: list[int], steps: int) -> tuple[dict[int, float], list[int]]:
-        """Log-probabilities of the most likely tokens after the prompt ``ids``, and the greedy tokens."""
+    def write(self, ids: list[int], steps: int) -> tuple[list[int], int, dict[int, float]]:
+        """The greedy tokens after the prompt ``ids``, the first step that the engine tells the most likely tokens of, and their log-probabilities."""
 
     def never_written(self) -> list[int]:
         """Tokens that the engine gives no probability."""
@@ -81,7 +81,7 @@ def check(loaded: LoadedModel, engine: str, folder: Path, steps: int = 64) -> Ch
 
 def compared(loaded: LoadedModel, runner: Runner, ids: list[int], steps: int) -> float:
     """The largest difference of a log-probability after the prompt ``ids``. Raises UserError where tokens differ or the difference is large."""
-    first, theirs = runner.first_and_tokens(ids, steps)
+    theirs, told, first = runner.write(ids, steps)
     never = runner.never_written()
     ours, rows = _by_prunescope(loaded, ids, steps, never)
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -91,7 +91,7 @@ def compared(loaded: LoadedModel, runner: Runner, ids: list[int], steps: int) ->
                 f"--check: the engine does not write what prunescope writes: token {step + 1} of {steps} is {other}, not {mine} "
                 f"(prunescope has the two {gap:.2g} apart)"
             )
-    error = max(abs(value - rows[0][token].item()) for token, value in first.items() if token not in never)
+    error = max(abs(value - rows[told][token].item()) for token, value in first.items() if token not in never)
     if not error < LIMIT.get(loaded.dtype, 0.5):
         raise UserError(f"--check: the tokens are equal, but a log-probability of the engine is off by {error:.3g}")
     return error
@@ -117,9 +117,10 @@ class _InLlamaCpp:
     def __init__(self, engine: LlamaCpp) -> None:
         self.engine = engine
 
-    def first_and_tokens(self, ids: list[int], steps: int) -> tuple[dict[int, float], list[int]]:
+    def write(self, ids: list[int], steps: int) -> tuple[list[int], int, dict[int, float]]:
         written = self.engine.write(ids, steps, TOP)
-        return written.logprobs[0], list(written.tokens)
+        told = min(written.logprobs)
+        return list(written.tokens), told, written.logprobs[told]
 
     def never_written(self) -> list[int]:
         return self.engine.never_written()
@@ -136,14 +137,14 @@ class _InTransformers:
         self.model = model
 
     @torch.no_grad()
-    def first_and_tokens(self, ids: list[int], steps: int) -> tuple[dict[int, float], list[int]]:
+    def write(self, ids: list[int], steps: int) -> tuple[list[int], int, dict[int, float]]:
         prompt = torch.tensor([ids], device=self.model.device)
         row = self.model(prompt).logits[0, -1].float().log_softmax(-1)
         top = row.topk(min(TOP, len(row)))
         text = self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0
         )  # fmt: skip
-        return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)), text[0, len(ids) :].tolist()
+        return text[0, len(ids) :].tolist(), 0, dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
     def never_written(self) -> list[int]:
         return []

@@ -30,7 +30,9 @@ class Written:
     """What the engine wrote after a prompt, greedily."""
 
     tokens: tuple[int, ...]
-    logprobs: tuple[dict[int, float], ...]  # of the most likely tokens, step by step
+    logprobs: dict[
+        int, dict[int, float]
+    ]  # by step: of the most likely tokens; the engine leaves out a step in the middle of a character
     prefill_s: float
     decode_s: float  # for all steps but the first, which the prefill gives
 
@@ -90,16 +92,18 @@ class LlamaCpp:
             "prompt": ids, "n_predict": steps, "temperature": 0, "n_probs": logprobs, "ignore_eos": True, "cache_prompt": False, "return_tokens": True,
         }  # fmt: skip
         found = self._ask("completion", asked)
-        times, steps_found = found["timings"], found["completion_probabilities"]
+        times = found["timings"]
         if len(found["tokens"]) != steps:
             raise UserError(
                 f"llama.cpp wrote {len(found['tokens'])} of {steps} tokens of {self.file.name}: its context is too short"
             )
-        return Written(
-            tuple(found["tokens"]),
-            tuple({top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in steps_found),
-            times["prompt_ms"] / 1000, times["predicted_ms"] / 1000,
-        )  # fmt: skip
+        rows: dict[int, dict[int, float]] = {}
+        step = 0
+        for one in found.get("completion_probabilities", []):
+            step = found["tokens"].index(one["id"], step)
+            rows[step] = {top["id"]: top["logprob"] for top in one["top_logprobs"]}
+            step += 1
+        return Written(tuple(found["tokens"]), rows, times["prompt_ms"] / 1000, times["predicted_ms"] / 1000)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, as the engine reads them."""

@@ -6,7 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).parent]  # its transformers.py is not the library
+sys.path[:] = [
+    place for place in sys.path if Path(place) != Path(__file__).parent
+]  # its transformers.py is not the library
 
 
 def _main() -> None:
