@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import byte_tokenizer, space_tokenizer, tiny
 
 import prunescope
-from families import tiny_folder
+from families import tiny_folder, tiny_tokenizer
 from prunescope.errors import UserError
 from prunescope.export.card import card
+from prunescope.export.check import TEXTS
 from prunescope.export.transformers import write_folder
 from prunescope.runs.folder import Run
 
@@ -206,3 +208,76 @@ def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
     assert "By `prunescope divergence`:\n\n| | |\n|---|---|\n| p kl_dense_target | 0.0625 |\n" in text
     assert "| pruned arc | 0.75 |" in text
     assert "0.5 |" not in text and str(tmp_path) not in text
+
+
+def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
+    """A script in the place of a Python with vllm, that prints what plain transformers writes; then one wrong token. Would catch tokens and
+    log-probabilities that are not compared, and a prompt compared with another's text."""
+    dense = tiny("llama", tmp_path / "dense")
+    model = prunescope.load(dense, dtype="float32", drop="attn=2")
+    answers = []
+    for text in TEXTS:
+        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            first = model.model(ids).logits[0, -1].log_softmax(-1)
+        new = model.model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}})
+    script, printed = tmp_path / "python", tmp_path / "answers"
+    script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else cat > /dev/null; cat {printed}; fi\n')
+    script.chmod(0o755)
+    how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "check": True, "engine_python": str(script)}
+    printed.write_text(json.dumps(answers))
+    folder = prunescope.export(dense, dtype="float32", out=str(tmp_path / "out"), **how)
+    assert "checked in vllm 0: 3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
+    answers[1]["first"]["7"] += 0.5
+    printed.write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"off by 0\.5"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "off"), **how)
+    answers[2]["tokens"][63] += 1
+    printed.write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"token 64 of 64"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "wrong"), **how)
+    printed.write_text("")
+    with pytest.raises(UserError, match=r"vllm ended with 0"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "silent"), **how)
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "out")
+    for how, message in (
+        ({"engine": "sglang", "check": True}, "--check runs llama.cpp, transformers, vllm, not sglang"),
+        ({"engine": "vllm", "engine_python": "/no/python"}, "give both or neither"),
+        ({"engine": "vllm", "check": True, "engine_python": "/no/python"}, "--engine-python /no/python: No such file"),
+        ({"engine": "transformers", "private": True}, "--push-to-hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prunescope.export("no-model", out=out, **how)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.modules["prunescope.export.llama_cpp_engine"], "ENGINE", "no_such_engine")
+    with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
+        prunescope.export("no-model", engine="llama.cpp", check=True, out=out)
+    with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
+        prunescope.speed(["no-model"], engine="llama.cpp")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces", "words"])
+def test_gguf_tokenizer_is_that_of_the_folder(kind: str, tmp_path: Path) -> None:
+    """Would catch texts at other ids, merges or scores in another order, and a tokenizer that llama.cpp would read otherwise written all the same."""
+    tokenizer = {"bytes": byte_tokenizer, "spaces": space_tokenizer, "words": tiny_tokenizer}[kind]()
+    folder = prunescope.export(tiny("llama", tmp_path / "dense", tokenizer), engine="llama.cpp", out=str(tmp_path / "out"))  # fmt: skip
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    found = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.ggml.")}
+    if kind == "words":
+        assert found == {"tokenizer.ggml.model": "none"}
+        assert "has no tokenizer: its tokenizer is of type WordLevel" in (folder / "README.md").read_text("utf-8")
+        return
+    texts = found["tokenizer.ggml.tokens"]
+    assert len(texts) == 320 and all(texts[i] == text for text, i in tokenizer.get_vocab().items())
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    if kind == "bytes":
+        assert found["tokenizer.ggml.pre"] == "qwen2"
+        assert [merge.split(" ") for merge in found["tokenizer.ggml.merges"]] == [list(merge) for merge in merges]
+    else:
+        scores = dict(zip(texts, found["tokenizer.ggml.scores"], strict=True))
+        made = list(dict.fromkeys(left + right for left, right in merges))
+        assert sorted(made, key=lambda text: -scores[text]) == made
+        assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from prunescope.errors import UserError
 from prunescope.export.card import card
-from prunescope.export.check import CHECKED, check
+from prunescope.export.check import check, require
 from prunescope.export.hub import push
 from prunescope.export.llama_cpp import write_gguf
 from prunescope.export.no_ops import write_no_ops
@@ -31,6 +31,7 @@ class ExportOptions(Options):
     engine: Engine
     drop: str | None
     check_it: bool
+    engine_python: str | None
     measured: str | None
     push_to_hub: str | None
     private: bool
@@ -40,9 +41,9 @@ class ExportOptions(Options):
     def check(self) -> None:
         super().check()
         if self.check_it:
-            if self.engine not in CHECKED:
-                raise UserError(f"--check runs {' and '.join(CHECKED)}, not {self.engine}; leave --check out")
-            CHECKED[self.engine][0]()
+            require(self.engine, self.engine_python)
+        elif self.engine_python is not None:
+            raise UserError("--engine-python is for --check; give both or neither")
         if self.private and self.push_to_hub is None:
             raise UserError("--private says how --push-to-hub makes the repository; give both or neither")
 
@@ -66,7 +67,7 @@ def run(options: ExportOptions) -> Path:
         if options.check_it:
             if without_tokenizer:
                 raise UserError(f"--check: llama.cpp needs a tokenizer in the file, and {without_tokenizer}")
-            checked = check(loaded, options.engine, folder)
+            checked = check(loaded, options.engine, folder, options.engine_python)
             console.print(str(checked), markup=False)
         write_config(folder, options.config())
         text = card(

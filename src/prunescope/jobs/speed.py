@@ -90,7 +90,7 @@ def run(options: SpeedOptions) -> SpeedResult:
     started = time.monotonic()
     options.check()
     if options.engine == "llama.cpp":
-        return run_in_llama_cpp(options)
+        return run_in_llama_cpp(options.models, options.workload, options.config(), options.loading, options.output)
     names, workload = options.names, options.workload
     found: dict[int, Measured] = {}
     descriptions: dict[int, dict[str, Any]] = {}

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -14,6 +14,7 @@ import torch
 from prunescope.errors import UserError
 from prunescope.export.llama_cpp import write_gguf
 from prunescope.export.llama_cpp_engine import LlamaCpp, require_engine
+from prunescope.jobs.options import LoadOptions, Model, OutputOptions
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import read_variant
@@ -21,33 +22,37 @@ from prunescope.progress import progress
 from prunescope.report.terminal.scoring import show_engine_speed
 from prunescope.results import SpeedResult
 from prunescope.runs.provenance import run_record
+from prunescope.speed.measure import Workload
 from prunescope.speed.timing import Timing
-
-if TYPE_CHECKING:
-    from prunescope.jobs.speed import SpeedOptions
 
 __all__ = ["run_in_llama_cpp"]
 
-_CACHE = "F16"  # of keys and values, as llama.cpp has it if nothing else is said
+_CACHE: Literal["F16"] = "F16"  # of keys and values, as llama.cpp has it if nothing else is said
 
 
-def run_in_llama_cpp(options: SpeedOptions) -> SpeedResult:
-    """Raises UserError: the engine is not here, or cannot run one of the models."""
+def run_in_llama_cpp(
+    models: list[Model], work: Workload, config: dict[str, Any], loading: LoadOptions, output: OutputOptions
+) -> SpeedResult:
+    """Measure ``models``, the first of which is the base; ``config`` is what the run folder says of the options.
+
+    Raises:
+        UserError: the engine is not here, or cannot run one of the models.
+    """
     started = time.monotonic()
-    engine, names = require_engine(), options.names
-    length, steps = options.length, options.max_new_tokens
+    engine, names = require_engine(), [str(ref) for ref in models]
+    length, steps = work.length, work.max_new_tokens
     context = length + steps + 1
-    with options.output.staged() as staging, TemporaryDirectory() as folder, ExitStack() as stack:
-        descriptions, files, vocabulary = _exported(options, Path(folder))
-        generator = torch.Generator().manual_seed(options.seed)
+    with output.staged() as staging, TemporaryDirectory() as folder, ExitStack() as stack:
+        descriptions, files, vocabulary = _exported(models, names, work, loading, Path(folder))
+        generator = torch.Generator().manual_seed(work.seed)
         ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
         engines = [
             stack.enter_context(LlamaCpp(file, context=context, threads=torch.get_num_threads(), cache=_CACHE, exact=False))
             for file in files
         ]  # fmt: skip
         times: list[list[tuple[float, float]]] = [[] for _ in names]
-        with progress(f"{len(names)} models", options.repeats + 1) as advance:
-            for repeat in range(options.repeats + 1):  # the first warms up
+        with progress(f"{len(names)} models", work.repeats + 1) as advance:
+            for repeat in range(work.repeats + 1):  # the first warms up
                 for one, found in zip(engines, times, strict=True):
                     written = one.write(ids, steps)
                     if repeat:
@@ -55,7 +60,7 @@ def run_in_llama_cpp(options: SpeedOptions) -> SpeedResult:
                 advance(1)
         rows = _rows(names, files, engines, times, length, steps, context)
         info = {
-            **run_record("speed", options.config(), torch.device("cpu"), descriptions, started),
+            **run_record("speed", config, torch.device("cpu"), descriptions, started),
             "engine": engine,
             "threads": torch.get_num_threads(),
             "cache": _CACHE,
@@ -65,20 +70,22 @@ def run_in_llama_cpp(options: SpeedOptions) -> SpeedResult:
         if staging is not None:
             result.write(staging)
     show_engine_speed(rows, info)
-    options.output.say_written()
+    output.say_written()
     return result
 
 
-def _exported(options: SpeedOptions, folder: Path) -> tuple[list[dict[str, Any]], list[Path], int]:
+def _exported(
+    models: list[Model], names: list[str], work: Workload, loading: LoadOptions, folder: Path
+) -> tuple[list[dict[str, Any]], list[Path], int]:
     """What each model is, its GGUF file, and how many tokens the first has."""
-    first = options.loading.load(options.models[0])
+    first = loading.load(models[0])
     descriptions, files = [], []
-    for i, (ref, name) in enumerate(zip(options.models, options.names, strict=True)):
+    for i, (ref, name) in enumerate(zip(models, names, strict=True)):
         spec = read_variant(ref)
         drop = spec if isinstance(spec, DropSpec) else DropSpec()
         drop.check(len(first.anatomy))
-        loaded: LoadedModel = first if i == 0 or drop else options.loading.load_other(ref)
-        if loaded.context is not None and options.length + options.max_new_tokens > loaded.context:
+        loaded: LoadedModel = first if i == 0 or drop else loading.load_other(ref)
+        if loaded.context is not None and work.length + work.max_new_tokens > loaded.context:
             raise UserError(f"{name}: --length and --max-new-tokens are more than its context of {loaded.context} tokens; ask for less")  # fmt: skip
         with loaded.dropping(drop):
             file = folder / f"{i}.gguf"

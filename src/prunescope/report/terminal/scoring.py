@@ -200,8 +200,8 @@ def show_engine_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], conso
     for heading in ("weights", "", "cache", ""):
         sizes.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [(row[f"{what}_bytes"], row[f"{what}_ratio"]) for what in ("weight", "cache")]
-        sizes.add_row(row["model"], *(c for size, ratio in cells for c in (_count(size, "B"), _change(ratio))))
+        stored = [(row[f"{what}_bytes"], row[f"{what}_ratio"]) for what in ("weight", "cache")]
+        sizes.add_row(row["model"], *(cell for size, ratio in stored for cell in (_count(size, "B"), _change(ratio))))
     console.print(sizes)
     for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
         times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
