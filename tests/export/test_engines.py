@@ -134,13 +134,13 @@ def test_check_fails_where_the_file_computes_something_else(tmp_path: Path, monk
 
     monkeypatch.setattr(job, "write_gguf", wrong)
     with pytest.raises(UserError, match="--check"):
-        prunescope.export(dense, engine="llama.cpp", drop="attn=2", check=True, device="cpu", dtype="float32", out=str(tmp_path / "out"))  # fmt: skip
+        prunescope.export(dense, engine="llama.cpp", drop="attn=2", run_check=True, device="cpu", dtype="float32", out=str(tmp_path / "out"))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
 def test_check_says_what_it_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = tiny("qwen2", tmp_path / "dense")
-    folder = prunescope.export(dense, engine="llama.cpp", drop="attn=2", check=True, device="cpu", dtype="float32", out=str(tmp_path / "out"))  # fmt: skip
+    folder = prunescope.export(dense, engine="llama.cpp", drop="attn=2", run_check=True, device="cpu", dtype="float32", out=str(tmp_path / "out"))  # fmt: skip
     assert "3 prompts x 64 greedy tokens equal" in capsys.readouterr().err
     assert "3 texts read as the same tokens" in (folder / "README.md").read_text("utf-8")
 

@@ -152,7 +152,7 @@ def test_check_compares_with_prunescope(tmp_path: Path, monkeypatch: pytest.Monk
     import prunescope.jobs.export as job
 
     dense = tiny("llama", tmp_path / "dense")
-    folder = prunescope.export(dense, engine="transformers", drop="attn=2", check=True, out=str(tmp_path / "out"))
+    folder = prunescope.export(dense, engine="transformers", drop="attn=2", run_check=True, out=str(tmp_path / "out"))
     assert "3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
     other = tiny("llama", tmp_path / "other", seed=1)
 
@@ -162,7 +162,7 @@ def test_check_compares_with_prunescope(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(job, "write_folder", wrong)
     with pytest.raises(UserError, match=r"--check: the engine does not write what prunescope writes"):
-        prunescope.export(dense, engine="transformers", drop="attn=2", check=True, out=str(tmp_path / "wrong"))
+        prunescope.export(dense, engine="transformers", drop="attn=2", run_check=True, out=str(tmp_path / "wrong"))
     assert not (tmp_path / "wrong").exists()
 
 
@@ -225,7 +225,7 @@ def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
     script, printed = tmp_path / "python", tmp_path / "answers"
     script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else cat > /dev/null; cat {printed}; fi\n')
     script.chmod(0o755)
-    how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "check": True, "engine_python": str(script)}
+    how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "run_check": True, "engine_python": str(script)}
     printed.write_text(json.dumps(answers))
     folder = prunescope.export(dense, dtype="float32", out=str(tmp_path / "out"), **how)
     assert "checked in vllm 0: 3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
@@ -245,16 +245,19 @@ def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(tmp_path / "out")
     for how, message in (
-        ({"engine": "sglang", "check": True}, "--check runs llama.cpp, transformers, vllm, not sglang"),
+        ({"engine": "sglang", "run_check": True}, "--check runs llama.cpp, transformers, vllm, not sglang"),
         ({"engine": "vllm", "engine_python": "/no/python"}, "give both or neither"),
-        ({"engine": "vllm", "check": True, "engine_python": "/no/python"}, "--engine-python /no/python: No such file"),
+        (
+            {"engine": "vllm", "run_check": True, "engine_python": "/no/python"},
+            "--engine-python /no/python: No such file",
+        ),
         ({"engine": "transformers", "private": True}, "--push-to-hub"),
     ):
         with pytest.raises(UserError, match=message):
             prunescope.export("no-model", out=out, **how)  # type: ignore[arg-type]
     monkeypatch.setattr(sys.modules["prunescope.export.llama_cpp_engine"], "ENGINE", "no_such_engine")
     with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
-        prunescope.export("no-model", engine="llama.cpp", check=True, out=out)
+        prunescope.export("no-model", engine="llama.cpp", run_check=True, out=out)
     with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
         prunescope.speed(["no-model"], engine="llama.cpp")
 

@@ -307,7 +307,7 @@ def export(
     out: str,
     engine: Literal["llama.cpp", "transformers", "vllm", "sglang"],
     drop: str | None = None,
-    check: bool = False,
+    run_check: bool = False,
     engine_python: str | None = None,
     measured: str | None = None,
     push_to_hub: str | None = None,
@@ -327,7 +327,7 @@ def export(
         out: folder to write
         engine: what shall run it; on the command line also --for
         drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
-        check: run what was written in its engine on this machine, and fail where it does not write the same tokens
+        run_check: run what was written in its engine on this machine (on the command line also --check), and fail where it does not write the same tokens
         engine_python: Python of an environment that has vllm, for --check of it
         measured: run folders that measured the damage, for the model card, several with commas between them
         push_to_hub: repository of the Hugging Face hub to upload the folder to, OWNER/NAME
@@ -350,7 +350,7 @@ def export(
 
     return run(
         ExportOptions(
-            model=model, engine=engine, drop=drop, check_it=check, engine_python=engine_python, measured=measured, push_to_hub=push_to_hub, private=private,
+            model=model, engine=engine, drop=drop, run_check=run_check, engine_python=engine_python, measured=measured, push_to_hub=push_to_hub, private=private,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )

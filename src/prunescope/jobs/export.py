@@ -30,7 +30,7 @@ class ExportOptions(Options):
     model: Model
     engine: Engine
     drop: str | None
-    check_it: bool
+    run_check: bool
     engine_python: str | None
     measured: str | None
     push_to_hub: str | None
@@ -40,7 +40,7 @@ class ExportOptions(Options):
 
     def check(self) -> None:
         super().check()
-        if self.check_it:
+        if self.run_check:
             require(self.engine, self.engine_python)
         elif self.engine_python is not None:
             raise UserError("--engine-python is for --check; give both or neither")
@@ -64,7 +64,7 @@ def run(options: ExportOptions) -> Path:
         trust, without_tokenizer = write_for(options.engine, loaded, folder)
         if without_tokenizer:
             console.print(f"no tokenizer in model.gguf: {without_tokenizer}", markup=False)
-        if options.check_it:
+        if options.run_check:
             if without_tokenizer:
                 raise UserError(f"--check: llama.cpp needs a tokenizer in the file, and {without_tokenizer}")
             checked = check(loaded, options.engine, folder, options.engine_python)
