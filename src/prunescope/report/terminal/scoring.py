@@ -15,6 +15,7 @@ __all__ = [
     "STEP_HEADINGS",
     "remarks",
     "score_rows",
+    "show_engine_speed",
     "show_scores_of_tasks",
     "show_speed",
     "step_rows",
@@ -182,6 +183,48 @@ def show_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Con
             style="dim",
         )
     )
+
+
+def show_engine_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Console | None = None) -> None:
+    """A line a model: bytes of weights and of the key/value cache, and times, each against the first model."""
+    console = console or Console()
+    config = info["config"]
+    console.print(
+        Text(
+            f"{info['engine']}, {info['threads']} threads, keys and values in {info['cache']}: a prompt of {config['length']} tokens, {config['max_new_tokens']} new ones, median of {config['repeats']}, models in turn",
+            style="bold",
+        )
+    )
+    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    sizes.add_column("model", min_width=16)
+    for heading in ("weights", "", "cache", ""):
+        sizes.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        stored = [(row[f"{what}_bytes"], row[f"{what}_ratio"]) for what in ("weight", "cache")]
+        sizes.add_row(row["model"], *(cell for size, ratio in stored for cell in (_count(size, "B"), _change(ratio))))
+    console.print(sizes)
+    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
+        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
+        times.add_column("model")
+        for heading in ("tokens/s", "ms", "spread", "gain"):
+            times.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            middle = row[f"{kind}_s"]
+            spread = (row[f"{kind}_s_max"] - row[f"{kind}_s_min"]) / middle
+            gain = f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
+            cells = (f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{1000 * middle:.4g}", f"{100 * spread:.0f} %")
+            times.add_row(row["model"], *cells, "" if row is rows[0] else gain)
+        console.print(times)
+    console.print(
+        Text(
+            "spread: slowest less fastest, over the median; ~ : a difference within the spread, that is, noise",
+            style="dim",
+        )
+    )
+
+
+def _change(ratio: float) -> str:
+    return "" if ratio == 1 else f"{100 * (ratio - 1):+.0f} %"
 
 
 def _count(value: float | None, unit: str = "") -> str:
