@@ -71,7 +71,7 @@ def _groups(by: Mapping[str, Any], several: bool) -> Iterator[dict[str, Any]]:
     """Tables of the main rows by group, each row with its name and the length of its bar in percent."""
     titles = {
         "slice": ("by text", "text"),
-        "confidence": ("by the dense model's confidence", "probability of its most likely token"),
+        "confidence": ("by the dense model's confidence", "its top p"),
         "position": ("by position in the chunk", "positions"),
         "chunk": ("by chunk", "chunk"),
     }
