@@ -6,11 +6,13 @@ the two KLs and the two sides, and nothing else.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -19,16 +21,75 @@ import transformers
 from test_loading import mxfp4_folder
 from test_packed import FORMATS, wide  # noqa: F401  (a fixture)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import families
 import prunescope
 from prunescope.errors import UserError
 from prunescope.models.loading import load_model
+from prunescope.models.references import bundled_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own
 HOW: dict[str, Any] = {"device": "cpu", "dtype": "float32", "seed": 0}
-NAMES = [*FORMATS, "mxfp4"]
+NAMES = [*FORMATS, "mxfp4", "gguf"]
 ALONE = ("bitsandbytes 8",)  # what a token gives depends on those beside it, see docs/quantised.md
+
+
+def gguf_file(file: Path) -> Path:
+    """The bundled model cut down to three blocks of width 128, its matrices in Q5_0, as a GGUF file."""
+    q5, f32 = gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.F32
+    sizes = {
+        "block_count": 3,
+        "embedding_length": 128,
+        "feed_forward_length": 256,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+    }
+    limits = {
+        "ffn_down": (128, 256),
+        "ffn_gate": (256, 128),
+        "ffn_up": (256, 128),
+        "attn_k": (64, 128),
+        "attn_v": (64, 128),
+    }
+    reader, writer = gguf.GGUFReader(bundled_file()), gguf.GGUFWriter(file, "llama")
+    signs = list(bytes_to_unicode().values())
+    words = {  # one token a byte, so that the tokenizer is made in no time
+        "tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *signs, "\u0120a"], "token_type": [3] * 3 + [1] * 257, "merges": ["\u0120 a"],
+    }  # fmt: skip
+    sizes |= {"vocab_size": 260}
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            value = sizes.get(field.name.removeprefix("llama."))
+            if value is None:
+                value = words.get(field.name.removeprefix("tokenizer.ggml."), field.contents())
+            writer.add_key_value(field.name, value, *[*field.types, None][:2])
+    for tensor in reader.tensors:
+        pieces = tensor.name.split(".")
+        if pieces[0] == "blk" and int(pieces[1]) >= 3:
+            continue
+        whole = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if whole.ndim == 1:
+            data, kind = whole[:128].astype(np.float32), f32
+        elif pieces[0] == "blk":
+            rows, width = limits.get(pieces[2], (128, 128))
+            data, kind = gguf.quantize(np.ascontiguousarray(whole[:rows, :width]), q5), q5
+        else:
+            data, kind = np.ascontiguousarray(whole[:260, :128], dtype=np.float32), f32
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def plain_transformers(ref: str) -> Any:
+    """The model as transformers and the format's own package load it."""
+    place = Path(ref)
+    how = {"gguf_file": place.name} if place.suffix == ".gguf" else {}
+    where = place.parent if how else place
+    return transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **how).eval()
 
 
 def spelling_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -55,26 +116,35 @@ def pair(request: pytest.FixtureRequest, wide: Path, tmp_path: Path) -> tuple[st
     name: str = request.param
     if name in ("gptq", "awq") and "GPTQMODEL" not in os.environ:
         pytest.importorskip("gptqmodel", reason="gptqmodel is not installed; `make test-quant` installs it")
-    folder = tmp_path / "packed"
-    if name == "mxfp4":  # random codes, and as its dense model the same with other ones
-        mxfp4_folder(folder)
-        dense = tmp_path / "plain"
-        opened = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        del config.quantization_config
-        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(opened.state_dict())
-        with torch.no_grad():
-            for number, layer in enumerate(plain.model.layers):
-                layer.mlp.experts.down_proj.mul_(1 + 0.1 * (number + 1))
-        plain.save_pretrained(dense)
+    folder, dense = tmp_path / "packed", wide
+    if name in ("mxfp4", "gguf"):  # the dense model is made of the packed one
+        folder = gguf_file(tmp_path / "packed.gguf") if name == "gguf" else mxfp4_folder(folder)
+        dense = other_of(str(folder), tmp_path / "plain")
     else:
         folder.mkdir()
-        dense = wide
         FORMATS[name](dense, folder)
     for place in (dense, folder):
-        spelling_tokenizer().save_pretrained(place)
+        if name == "gguf":
+            load_model(folder, device="cpu").tokenizer.save_pretrained(dense)
+        else:
+            spelling_tokenizer().save_pretrained(place)
     return name, str(dense), str(folder)
+
+
+def other_of(packed: str, folder: Path) -> Path:
+    """A plain model of the numbers that ``packed`` stands for, the last matrix of every block by some percent larger."""
+    opened = plain_transformers(packed)
+    config = copy.deepcopy(opened.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(opened.state_dict())
+    with torch.no_grad():
+        for number, layer in enumerate(plain.model.layers):
+            down = layer.mlp.experts.down_proj if hasattr(layer.mlp, "experts") else layer.mlp.down_proj.weight
+            down.mul_(1 + 0.1 * (number + 1))
+    plain.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -114,13 +184,11 @@ def test_mcq_and_generate_both_ways(pair: tuple[str, str, str], files: dict[str,
     there = prunescope.mcq(dense, packed, questions=files["questions"], **HOW)
     back = prunescope.mcq(packed, dense, questions=files["questions"], **HOW)
     rows, other = (found.table().filter(pc.equal(found.table()["space"], "global")) for found in (there, back))
-    theirs = {
-        ref: transformers.AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float32).eval()
-        for ref in (dense, packed)
-    }
+    theirs = {ref: plain_transformers(ref) for ref in (dense, packed)}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
     expected = []
     for row in there.samples():
-        ids = torch.tensor([spelling_tokenizer()(row["text"])["input_ids"]])
+        ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
         with torch.no_grad():
             p, q = (theirs[ref](ids).logits[0, -1].double().log_softmax(-1) for ref in (dense, packed))
         expected.append((p.exp() * (p - q)).sum().item())
@@ -130,6 +198,9 @@ def test_mcq_and_generate_both_ways(pair: tuple[str, str, str], files: dict[str,
         close(kl, expected, name)
         close(kl, reverse_back, name)
         close(reverse, kl_back, name)
+    alike = prunescope.layerwise(packed, packed, **files["writing"], **HOW).table()
+    for column in ("h_orth_rel", "z_cos_dev", "kl_dense_target"):
+        assert np.abs(columns(alike, column)[0]).max() < 1e-6, column
     for ours, target in ((dense, packed), (packed, dense), (packed, packed)):
         written = prunescope.generate(ours, target, **files["writing"], **HOW)
         mean = written.summary["p"]["kl_dense_target"]["mean"]
