@@ -31,7 +31,14 @@ from prunescope.models.references import bundled_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own
 HOW: dict[str, Any] = {"device": "cpu", "dtype": "float32", "seed": 0}
-NAMES = [*FORMATS, "mxfp4", "gguf"]
+QUICK = (
+    "bitsandbytes 4",
+    "torchao int4",
+    "compressed-tensors W8A16",
+    "fp8 blocks",
+    "gguf",
+)  # in `make test`; all in `make test-quant`
+NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.quant]) for name in (*FORMATS, "mxfp4", "gguf")]
 ALONE = ("bitsandbytes 8",)  # what a token gives depends on those beside it, see docs/quantised.md
 
 
