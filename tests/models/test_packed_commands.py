@@ -28,6 +28,7 @@ import prunescope
 from prunescope.errors import UserError
 from prunescope.models.loading import load_model
 from prunescope.models.references import bundled_file
+from prunescope.sweep.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packages' own
 HOW: dict[str, Any] = {"device": "cpu", "dtype": "float32", "seed": 0}
@@ -255,6 +256,7 @@ def test_sweep_and_speed(pair: tuple[str, str, str], files: dict[str, Any], tmp_
     assert 0 < size["attn-001"] < size["dense"] and swept.summary["kl"]["attn-001"] > 0
     is_packed = load_model(packed, device="cpu").describe().get("quantisation", {}).get("packed", False)
     if is_packed:
+        assert size["dense"] < Storage(load_model(dense, device="cpu")).bytes()
         with pytest.raises(UserError, match="--dequantise"):
             prunescope.sweep(packed, quant="int8", **few)
     opened = prunescope.sweep(packed, quant="int8", dequantise=True, **few)
