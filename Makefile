@@ -7,10 +7,11 @@ DEV := $(VENV)/.installed-dev
 QUANT := $(VENV)/quant
 QUANT_TESTS := tests/models/test_quantised.py tests/models/test_packed.py tests/models/test_packed_commands.py
 ENGINES := $(VENV)/.installed-engines
+DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-quant test-engines lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-quant test-engines docs docs-look notebooks lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -34,6 +35,16 @@ test-quant: $(QUANT)/.installed
 test-engines: $(ENGINES)
 	$(BIN)/python -m pytest tests/export
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# links, anchors and files of the site are checked as it is built; this looks at it in a browser
+docs-look: docs
+	$(BIN)/python docs/look.py site
+
+notebooks: $(DOCS)
+	cd notebooks && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
+
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
 	$(BIN)/ruff check src tests benchmarks paper
@@ -49,6 +60,7 @@ paper: $(RUN)
 
 docs-figures: demo $(DEV)
 	$(BIN)/python docs/make_figures.py $(DEMO)
+	$(BIN)/python docs/make_hero.py $(DEMO)
 
 $(RUN): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -72,9 +84,13 @@ $(QUANT)/.installed: $(DEV) requirements-quant.txt
 	BUILD_CUDA_EXT=0 $(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
 	touch $@
 
+$(DOCS): $(DEV) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 $(ENGINES): $(DEV) requirements-engines.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) site $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
