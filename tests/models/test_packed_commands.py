@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -41,6 +43,13 @@ QUICK = (
 )  # in `make test`; all in `make test-quant`
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.quant]) for name in (*FORMATS, "mxfp4", "gguf")]
 ALONE = ("bitsandbytes 8",)  # what a token gives depends on those beside it, see docs/quantised.md
+
+
+@cache
+def gguf_content() -> bytes:
+    """Of `gguf_file`, which takes seconds to write."""
+    with TemporaryDirectory() as folder:
+        return gguf_file(Path(folder) / "model.gguf").read_bytes()
 
 
 def gguf_file(file: Path) -> Path:
@@ -126,7 +135,11 @@ def pair(request: pytest.FixtureRequest, wide: Path, tmp_path: Path) -> tuple[st
         pytest.importorskip("gptqmodel", reason="gptqmodel is not installed; `make test-quant` installs it")
     folder, dense = tmp_path / "packed", wide
     if name in ("mxfp4", "gguf"):  # the dense model is made of the packed one
-        folder = gguf_file(tmp_path / "packed.gguf") if name == "gguf" else mxfp4_folder(folder)
+        if name == "gguf":
+            folder = tmp_path / "packed.gguf"
+            folder.write_bytes(gguf_content())
+        else:
+            mxfp4_folder(folder)
         dense = other_of(str(folder), tmp_path / "plain")
     else:
         folder.mkdir()
