@@ -38,7 +38,6 @@ QUICK = (
     "bitsandbytes 4",
     "torchao int4",
     "compressed-tensors W8A16",
-    "fp8 blocks",
     "gguf",
 )  # in `make test`; all in `make test-quant`
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.quant]) for name in (*FORMATS, "mxfp4", "gguf")]
