@@ -46,7 +46,7 @@ from prunescope.results import (
 from prunescope.runs.folder import Run
 from prunescope.runs.folder import open_run as open
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdviseResult",
     "DemoResult",
