@@ -54,6 +54,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/words --calibration {folder}/words.txt --perplexity {folder}/words.txt --device cpu --samples 2 --seq-len 16 --perplexity-windows 2",
         ("RESULT sparsegpt", "SparseGPT <= Wanda < magnitude"),
     ),
+    "sweep_bytes.py": (
+        "--model {folder}/chars --out {folder}/bytes --parts 2 --limit 2 --device cpu",
+        ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
+    ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip
 

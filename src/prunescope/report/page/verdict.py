@@ -110,7 +110,12 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
     if accuracy["dense"]["ci95"][0] <= info["chance"]:
         words += " The dense accuracy is not above chance, so accuracies say nothing here; only agreement does."
     low, high = info["agreement"]["ci95"]
-    options = info["summary_by_space"]["options"]["p"]["kl_dense_target"]
+    kls = {space: info["summary_by_space"][space]["p"]["kl_dense_target"] for space in ("options", "global")}
+    placed = []
+    for space, where in (("options", "over the options"), ("global", "over the vocabulary")):
+        placed.append((f"KL {where}", _mean(kls[space])))
+        if like := (info.get("like") or {}).get(space):
+            placed.append((f"KL {where}, beside its own quantised types", like))
     return Verdict(
         use,
         "options",
@@ -123,7 +128,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
             ("accuracy, target", f"{accuracy['target']['accuracy']:.3f}"),
             ("right to wrong / wrong to right", f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"),
             ("McNemar p", f"{flips['mcnemar_p']:.3g}"),
-            ("KL over the options", _mean(options)),
+            *placed,
         ],
     )
 
