@@ -54,6 +54,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/words --calibration {folder}/words.txt --perplexity {folder}/words.txt --device cpu --samples 2 --seq-len 16 --perplexity-windows 2",
         ("RESULT sparsegpt", "SparseGPT <= Wanda < magnitude"),
     ),
+    "sparsify_refine.py": (
+        "--model {folder}/chars --device cpu --samples 3 --seq-len 8 --held-out 2 --goals 2:4 --ways none,swaps-admm",
+        ("held out: 2 texts", "RESULT sparsegpt 2:4 swaps-admm"),
+    ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip
 

@@ -180,7 +180,7 @@ def sparsify(
         block_size: of sparsegpt, columns of a block
         damping: of sparsegpt and of refining, relative to the mean of the Hessian's diagonal
         refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the weights that the mask should have), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
-        refine_steps: of refining, by default at most 10 scans of swaps, 20 steps of admm, 50 of admm-gradual
+        refine_steps: of refining, by default at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
         calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context

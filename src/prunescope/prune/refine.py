@@ -15,7 +15,7 @@ from prunescope.prune.swaps import swap
 __all__ = ["GRADUAL_STEPS", "SCANS", "STEPS", "Refine", "refine"]
 
 Refine = Literal["swaps", "admm", "swaps-admm", "admm-gradual"]
-SCANS, STEPS, GRADUAL_STEPS = 10, 20, 50
+SCANS, STEPS, GRADUAL_STEPS = 5, 20, 50
 
 
 def refine(
@@ -42,7 +42,7 @@ def refine(
         damping: of the mean of G's diagonal, added to it where the refined weights are found; the rows' errors are without it.
         fit: of swaps, whether a weight that comes back gets the value that fits best; else its dense one.
         per_row: of ``admm-gradual``, whether every row loses the same number.
-        steps: scans of swaps, or steps of ADMM; None for 10 scans, 20 steps, or 50 where the mask grows.
+        steps: scans of swaps, or steps of ADMM; None for 5 scans, 20 steps, or 50 where the mask grows.
         rounded: how the weights will be stored, so that errors are compared as they will be.
     """
     damped = gram.clone()

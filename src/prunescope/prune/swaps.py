@@ -114,15 +114,21 @@ class _Search:
 
     def _try(self, rows: Tensor, u: Tensor, dense: Tensor, weights: Tensor, slope: Tensor, bar: Tensor) -> Tensor:
         """Bring back ``u`` of each row for the best partner that it has now, if that is better; in place. Gives the rows where it was."""
-        group = self.groups[u // self.size]  # (n, size) inputs
-        values, slopes = (t[rows[:, None], group] for t in (weights, slope))
-        cost = torch.where(values != 0, values * (2 * slopes + values * self.diagonal[group]), torch.inf)
         shared = self.hessian[u]  # (n, in)
         old, own = dense[rows, u], slope[rows, u]
         at = [t[:, None] for t in (own, old, self.diagonal[u])]
-        changes = self._changes(cost, values, shared.gather(1, group), *at)
+        if len(self.inside) == 1:
+            near, values, slopes, diagonal = shared, weights[rows], slope[rows], self.diagonal
+            first = torch.zeros_like(u)
+        else:
+            first = u - u % self.size  # of the group's inputs
+            group = first[:, None] + self.groups[0]
+            near, diagonal = shared.gather(1, group), self.diagonal[group]
+            values, slopes = (t[rows[:, None], group] for t in (weights, slope))
+        cost = (slopes.mul_(2).addcmul_(values, diagonal)).mul_(values).masked_fill_(values == 0, torch.inf)
+        changes = self._changes(cost, values, near, *at)
         change, place = changes.min(1)
-        p = group.gather(1, place[:, None])[:, 0]
+        p = first + place
         lost = values.gather(1, place[:, None])[:, 0]
         back = (own + lost * shared.gather(1, p[:, None])[:, 0]) * self.inverse[u] if self.fit else old
         good = ((change < bar[rows]) & (back != 0)).nonzero().flatten()
