@@ -51,9 +51,9 @@ def main() -> None:
         common |= {"calibration": options.calibration, "method": options.method, "perplexity": options.perplexity}
         if options.perplexity:
             common["perplexity_windows"] = options.perplexity_windows
-        for goal in options.goals.split(","):
-            plain: np.ndarray | None = None
-            for way in options.ways.split(","):
+        plain: dict[str, np.ndarray] = {}
+        for way in options.ways.split(","):
+            for goal in options.goals.split(","):
                 started = time.process_time()
                 given: dict[str, Any] = {"pattern": goal} if ":" in goal else {"sparsity": float(goal)}
                 out = Path(scratch) / "pruned"
@@ -63,10 +63,9 @@ def main() -> None:
                 took = time.process_time() - started
                 student = prunescope.load(str(out), device=options.device)
                 each = np.array([held_out_kl(student, dense, [text], HealPlan(steps=1)) for text in texts])
-                plain = each if plain is None else plain
                 errors = np.array([row["error"] for row in record["modules"]])
                 before = np.array([row.get("error_unrefined") or row["error"] for row in record["modules"]])
-                found = paired(plain, each)
+                found = paired(plain.setdefault(goal, each), each)
                 perplexity = record["perplexity"] or {}
                 print(
                     f"RESULT {options.method} {goal} {way:12s} mean relative error {errors.mean():.4f}, squared error {np.mean((errors / before) ** 2):.3f} of the unrefined  "

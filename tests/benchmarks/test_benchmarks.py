@@ -29,6 +29,11 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
         ("the same bits", "ratio", "generate with all columns"),
     ),
+    "heal_choice.py": (
+        "--model {folder}/chars --out {folder}/choice --device cpu --ways attn_1,sparsegpt_2:4 --samples 8 --new-tokens 4 --held-out 2 --steps 1 --batch-size 2"
+        " --choose-samples 2 --choose-tokens 4 --sparse-samples 2 --sparse-tokens 8",
+        ("zeros_kept", "heal-choice.png"),
+    ),
     "heal_gpu.py": (
         "--device cpu --layers 2 --width 32 --inner 48 --heads 2 --kv-heads 2 --vocab 256 --batch 2 --length 8 --steps 1",
         ("s a million tokens", "x the floor"),
