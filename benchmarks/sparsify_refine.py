@@ -9,6 +9,7 @@ text with the unrefined model of the same goal. A line a run, as soon as it is d
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--kept", type=Path, help="JSON file of what each text cost so far, to go on from")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
@@ -51,7 +53,9 @@ def main() -> None:
         common |= {"calibration": options.calibration, "method": options.method, "perplexity": options.perplexity}
         if options.perplexity:
             common["perplexity_windows"] = options.perplexity_windows
-        plain: dict[str, np.ndarray] = {}
+        kept: dict[str, list[float]] = {}
+        if options.kept and options.kept.is_file():
+            kept = json.loads(options.kept.read_text("utf-8"))
         for way in options.ways.split(","):
             for goal in options.goals.split(","):
                 started = time.process_time()
@@ -65,7 +69,10 @@ def main() -> None:
                 each = np.array([held_out_kl(student, dense, [text], HealPlan(steps=1)) for text in texts])
                 errors = np.array([row["error"] for row in record["modules"]])
                 before = np.array([row.get("error_unrefined") or row["error"] for row in record["modules"]])
-                found = paired(plain.setdefault(goal, each), each)
+                found = paired(kept.get(f"{goal} none", list(each)), list(each))
+                kept[f"{goal} {way}"] = list(each)
+                if options.kept:
+                    options.kept.write_text(json.dumps(kept), "utf-8")
                 perplexity = record["perplexity"] or {}
                 print(
                     f"RESULT {options.method} {goal} {way:12s} mean relative error {errors.mean():.4f}, squared error {np.mean((errors / before) ** 2):.3f} of the unrefined  "

@@ -40,6 +40,7 @@ from prunescope.runs.provenance import device_name, versions
 __all__ = ["SparsifyOptions", "run"]
 
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
+_NEWER = ("refine", "refine_steps")  # left out of the key where they are not given, so that older unfinished runs go on
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
 
@@ -352,7 +353,11 @@ def _key(
         else {k: v for k, v in calibration.describe().items() if k not in ("source", "traces")}
     )
     content = {
-        "config": {name: value for name, value in options.config().items() if name not in (*_FREE, *_BY_CONTENT)},
+        "config": {
+            name: value
+            for name, value in options.config().items()
+            if name not in (*_FREE, *_BY_CONTENT) and not (name in _NEWER and value is None)
+        },
         "map": {pattern: str(goal) for pattern, goal in overrides.items()},
         "model": streamed.loaded.identity,
         "dtype": str(streamed.model.dtype),
