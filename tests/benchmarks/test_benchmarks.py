@@ -63,6 +63,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/chars --device cpu --samples 3 --seq-len 8 --held-out 2 --goals 2:4 --ways none,swaps-admm",
         ("held out: 2 texts", "RESULT sparsegpt 2:4 swaps-admm"),
     ),
+    "sparsify_refine_layers.py": (
+        "--model {folder}/words --text {folder}/words.txt --layers 0,2 --samples 8 --seq-len 16 --device cpu",
+        ("matrices", "RESULT wanda     0.5  admm-gradual"),
+    ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip
 
