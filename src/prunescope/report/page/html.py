@@ -27,7 +27,7 @@ from prunescope.errors import UserError, first_line
 from prunescope.files import replacing
 from prunescope.report.page import payload
 from prunescope.report.page.divergence import divergence_section
-from prunescope.report.page.scores import scores_section
+from prunescope.report.page.scores import generation_section, scores_section
 from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.verdict import Verdict, judge, warnings_of
 from prunescope.runs import folder as results
@@ -127,6 +127,8 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
     scores = [_guarded(run.folder, scores_section, run) for run in scored]
     divergences = [_guarded(run.folder, divergence_section, run) for run in read]
+    if len(runs) > 1 and (steps := _guarded(runs[0].folder, generation_section, runs, names)) is not None:
+        scores.append(steps)
     targets = [t for found in _targets(runs, views).values() for t in [found]]
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
     # < never stands in the JSON, so no text in it can end the script element that holds it
