@@ -67,6 +67,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/words --text {folder}/words.txt --layers 0,2 --samples 8 --seq-len 16 --device cpu",
         ("matrices", "RESULT wanda     0.5  admm-gradual"),
     ),
+    "sweep_bytes.py": (
+        "--model {folder}/chars --out {folder}/bytes --parts 2 --limit 2 --device cpu",
+        ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
+    ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip
 

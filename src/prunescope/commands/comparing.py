@@ -53,8 +53,8 @@ def layerwise(
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature of the dense text; 0 is greedy
-        top_k: sample from the k likeliest tokens only; 0 is off
-        top_p: sample from the likeliest tokens of this total probability only
+        top_k: sample from the k most likely tokens only; 0 is off
+        top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling and the bootstrap
         batch_size: prompts at a time
@@ -123,8 +123,8 @@ def generate(
         regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature; 0 is greedy
-        top_k: sample from the k likeliest tokens only; 0 is off
-        top_p: sample from the likeliest tokens of this total probability only
+        top_k: sample from the k most likely tokens only; 0 is off
+        top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling, the same draws for both models, and of the bootstrap
         batch_size: prompts at a time
@@ -170,6 +170,8 @@ def mcq(
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
+    ladder: str | None = None,
+    cache: bool = True,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -194,6 +196,8 @@ def mcq(
         seed: of the bootstrap
         batch_size: questions at a time
         memory_mb: memory that the metrics may use, in MB
+        ladder: types of GGUF to place the KLs among, such as q8_0,q4_k,q2_k, measured once on the same questions; left out, those measured before
+        cache: keep the rungs of the ladder for the next call
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
@@ -211,7 +215,7 @@ def mcq(
     return job.run(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
-            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
+            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -309,8 +309,13 @@ def export(
     model: Model,
     *,
     out: str,
-    engine: Literal["llama.cpp", "transformers"],
+    engine: Literal["llama.cpp", "transformers", "vllm", "sglang"],
     drop: str | None = None,
+    run_check: bool = False,
+    engine_python: str | None = None,
+    measured: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -326,6 +331,11 @@ def export(
         out: folder to write
         engine: what shall run it; on the command line also --for
         drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
+        run_check: run what was written in its engine on this machine (on the command line also --check), and fail where it does not write the same tokens
+        engine_python: Python of an environment that has vllm, for --check of it
+        measured: run folders that measured the damage, for the model card, several with commas between them
+        push_to_hub: repository of the Hugging Face hub to upload the folder to, OWNER/NAME
+        private: make that repository a private one
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
@@ -335,16 +345,17 @@ def export(
         overwrite: replace an existing folder
 
     Returns:
-        The folder: model.gguf for llama.cpp, safetensors and a modelling file for transformers, and README.md.
+        The folder: model.gguf for llama.cpp, safetensors and if needed a modelling file for the others, and README.md.
 
     Raises:
-        UserError: the engine cannot run the model, or whatever is wrong with the reference or the folder.
+        UserError: the engine cannot run the model or computes something else, or whatever is wrong with the reference or the folder.
     """
     from prunescope.jobs.export import ExportOptions, run
 
     return run(
         ExportOptions(
-            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            model=model, engine=engine, drop=drop, run_check=run_check, engine_python=engine_python, measured=measured, push_to_hub=push_to_hub, private=private,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

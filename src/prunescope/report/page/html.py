@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from prunescope.errors import UserError, first_line
 from prunescope.files import replacing
 from prunescope.report.page import payload
+from prunescope.report.page.divergence import divergence_section
 from prunescope.report.page.scores import generation_section, scores_section
 from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.verdict import Verdict, judge, warnings_of
@@ -58,7 +59,7 @@ def expand(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     unique = list(dict.fromkeys(found))
     if not unique:
         raise UserError(
-            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, evaluate, drop, sparsify or heal"
+            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, divergence, evaluate, sweep, drop, sparsify or heal"
         )
     return unique
 
@@ -68,7 +69,7 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
         run = results.open_run(folder)
-        if run.command not in (*_VIEWS, "sweep", "evaluate"):
+        if run.command not in (*_VIEWS, "divergence", "sweep", "evaluate"):
             raise UserError(
                 f"{folder}: the page has no view of {run.command} runs yet; look at run.json and figures/ in it"
             )
@@ -116,6 +117,7 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     all_runs = [one for one in opened if isinstance(one, results.Run)]
     swept = [run for run in all_runs if run.command == "sweep"]
     scored = [run for run in all_runs if run.command == "evaluate"]
+    read = [run for run in all_runs if run.command == "divergence"]
     runs = [run for run in all_runs if run.command in _VIEWS]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
     aliases = _aliases(runs, checkpoints)
@@ -124,6 +126,7 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
     sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
     scores = [_guarded(run.folder, scores_section, run) for run in scored]
+    divergences = [_guarded(run.folder, divergence_section, run) for run in read]
     if len(runs) > 1 and (steps := _guarded(runs[0].folder, generation_section, runs, names)) is not None:
         scores.append(steps)
     targets = [t for found in _targets(runs, views).values() for t in [found]]
@@ -135,15 +138,16 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _asset("report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
-        title=_title(runs, checkpoints)
+        title=_title([*runs, *read], checkpoints)
         or ", ".join(dict.fromkeys([sweep["model"] for sweep in sweeps] + [one["models"][0] for one in scores])),
         runs=views,
         sweeps=sweeps,
         scores=scores,
+        divergences=divergences,
         checkpoints=made,
         targets=targets,
         verdicts=[(target["name"], [Verdict(**v) for v in target["verdicts"]]) for target in targets],
-        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed([*swept, *runs]),
+        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed([*swept, *runs, *read]),
         columns=columns(),
         commands={view["command"] for view in views},
         data=Markup(text),

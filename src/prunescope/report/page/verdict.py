@@ -17,7 +17,7 @@ KEPT, RISK, BROKEN, UNCLEAR = "kept", "at risk", "broken", "not shown"
 TOO_FEW = 5  # prompts or questions
 _H = (0.95, 0.80)  # mean cosine of the final h
 _SAME = (0.90, 0.70)  # same choice
-_AGREE, _KL = (0.95, 0.80), 0.05  # same likeliest token a step; nats a step
+_AGREE, _KL = (0.95, 0.80), 0.05  # same most likely token a step; nats a step
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
     if accuracy["dense"]["ci95"][0] <= info["chance"]:
         words += " The dense accuracy is not above chance, so accuracies say nothing here; only agreement does."
     low, high = info["agreement"]["ci95"]
-    options = info["summary_by_space"]["options"]["p"]["kl_dense_target"]
+    kls = {space: info["summary_by_space"][space]["p"]["kl_dense_target"] for space in ("options", "global")}
+    placed = []
+    for space, where in (("options", "over the options"), ("global", "over the vocabulary")):
+        placed.append((f"KL {where}", _mean(kls[space])))
+        if like := (info.get("like") or {}).get(space):
+            placed.append((f"KL {where}, beside its own quantised types", like))
     return Verdict(
         use,
         "options",
@@ -123,7 +128,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
             ("accuracy, target", f"{accuracy['target']['accuracy']:.3f}"),
             ("right to wrong / wrong to right", f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"),
             ("McNemar p", f"{flips['mcnemar_p']:.3g}"),
-            ("KL over the options", _mean(options)),
+            *placed,
         ],
     )
 
@@ -131,7 +136,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
 def _generation(info: Mapping[str, Any] | None) -> Verdict:
     use = "Generation"
     rule = (
-        f"Same likeliest token a step: kept from {_AGREE[0]:g} with a mean KL of at most {_KL:g} nats, broken below {_AGREE[1]:g}; "
+        f"Same most likely token a step: kept from {_AGREE[0]:g} with a mean KL of at most {_KL:g} nats, broken below {_AGREE[1]:g}; "
         "kept is not said where the target's texts end in loops more often."
     )
     if info is None:
@@ -150,7 +155,7 @@ def _generation(info: Mapping[str, Any] | None) -> Verdict:
         RISK: "Single steps mostly agree, but the texts part; small errors add up over time.",
         BROKEN: "The full distribution has changed: the target writes other texts.",
     }[level]
-    numbers = [(f"same likeliest token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
+    numbers = [(f"same most likely token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
     if like := info.get("like"):
         numbers.append(("KL on the dense model's texts, beside its own quantised types", str(like)))
     if parts:
