@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from safetensors import safe_open
 
 import prunescope
@@ -107,8 +107,9 @@ def draw(rows: list[dict[str, Any]], model: str, file: Path) -> None:
         axes.margins(x=0.15)
         axes.set(xscale="log", xlabel="KL(dense || pruned) on held-out texts, nats a token", title=model)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="lower left")
+        figure.legend(loc="outside upper right", ncols=2)
         figure.savefig(file, dpi=200)
 
 
