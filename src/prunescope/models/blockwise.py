@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from prunescope.errors import UserError
 from prunescope.files import parse_json
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
-from prunescope.models.anatomy import find_anatomy
-from prunescope.models.finding import find_blocks, hooks
+from prunescope.models.anatomy import find_anatomy, probe_ids
+from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
@@ -47,6 +47,8 @@ class StreamedModel:
     weights: Mapping[str, Tensor]  # by the model's own names
     blocks: nn.ModuleList
     names: tuple[str, ...]  # of the blocks
+    probe_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # what it was read with when it was opened, (1, tokens)
+    probe: list[Tensor] = field(default_factory=list)  # the streams (1, tokens, d) into every block then, and after the last
 
     @property
     def model(self) -> Any:
@@ -57,11 +59,17 @@ class StreamedModel:
         return find_matrices(self.loaded.anatomy.blocks[layer], self.names[layer])
 
     @contextmanager
-    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``."""
+    def block(
+        self, layer: int, weights: Mapping[str, Tensor] | None = None, *, mapped: bool = False
+    ) -> Iterator[None]:
+        """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``.
+
+        Args:
+            mapped: leave what can be used as it is in its mapped file, as `load_model` does.
+        """
         source = self.weights if weights is None else weights
         # copies: what lies in a mapped file is aligned at random, and products round by that
-        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=True):
+        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=not mapped):
             yield
 
     @contextmanager
@@ -184,10 +192,36 @@ def stream_model(
     names = tuple(where[id(block)] for block in blocks)
     loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
-    with streamed.running():
+    with streamed.running(), _looking(streamed):
+        streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     return streamed
+
+
+@contextmanager
+def _looking(streamed: StreamedModel) -> Iterator[None]:
+    """Keep the probe's streams and count the zeros of every matrix while the model is run for the first time."""
+    streams: dict[int, Tensor] = {}
+    meta = dict(streamed.model.named_parameters(remove_duplicate=False))
+
+    with hooks() as handles:
+        for layer, block in enumerate(streamed.blocks):
+
+            def into(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                streams[layer] = first_tensor(args, kwargs).clone()
+                for name, parameter in module.named_parameters():
+                    if parameter.dim() >= 2:
+                        zeros = int(parameter.numel() - parameter.count_nonzero())
+                        streamed.loaded.zeros[id(meta[f"{streamed.names[layer]}.{name}"])] = zeros
+
+            def out(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+                streams[layer + 1] = first_output(output).clone()
+
+            handles.append(block.register_forward_pre_hook(into, with_kwargs=True))
+            handles.append(block.register_forward_hook(out))
+        yield
+    streamed.probe = [streams[layer] for layer in range(len(streamed.blocks) + 1)]
 
 
 def pruned_weights(streamed: StreamedModel, parts: Collection[Path], scratch: Path) -> Mapping[str, Tensor]:

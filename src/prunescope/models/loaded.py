@@ -34,6 +34,8 @@ class LoadedModel:
     dense_layers: int
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
     stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
+    # zeros of matrices whose weights stay on disk, by the id of the parameter that stands for them
+    zeros: dict[int, int] = field(default_factory=dict)
     _drops: list[Dropped] = field(default_factory=list)
     # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
     decoding: dict[str, str | None] = field(default_factory=dict)
@@ -111,7 +113,10 @@ class LoadedModel:
         matrices = [
             p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2 and not is_packed(p)
         ]
-        zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
+        zeros = sum(
+            self.zeros[id(matrix)] if matrix.is_meta else int(matrix.numel() - matrix.count_nonzero())
+            for matrix in matrices
+        )
         return zeros / max(1, sum(matrix.numel() for matrix in matrices))
 
     def describe(self) -> dict[str, Any]:
