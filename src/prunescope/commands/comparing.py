@@ -21,6 +21,8 @@ def layerwise(
     *,
     out: str | None = None,
     prompts: str | None = None,
+    continuations: str | None = None,
+    stream: bool = False,
     chat: bool = False,
     max_new_tokens: int = 64,
     lens: Literal["raw", "final-norm"] = "raw",
@@ -48,6 +50,8 @@ def layerwise(
         target: a model, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +; left out, every sublayer is dropped in turn
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; left out, the dense model writes them
+        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
@@ -75,7 +79,7 @@ def layerwise(
 
     return job.run(
         job.LayerwiseOptions(
-            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
+            dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),

@@ -1,0 +1,68 @@
+"""The two sides of a comparison with both models on disk, and the folder that such a run works in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prunescope.errors import UserError
+from prunescope.jobs.options import LoadOptions, Model, OutputOptions
+from prunescope.jobs.pair import Pair
+from prunescope.models.blockwise import StreamedModel, stream_model
+from prunescope.models.dropping import DropSpec
+from prunescope.models.variants import VariantSpec, read_variant
+
+__all__ = ["StreamedPair", "stream_folder"]
+
+
+@dataclass(frozen=True)
+class StreamedPair:
+    """``target`` is None where every sublayer of the dense model is dropped in turn."""
+
+    dense: StreamedModel
+    target: StreamedModel | DropSpec | None
+
+    @classmethod
+    def open(cls, dense: Model, target: Model | None, options: LoadOptions, scratch: Path) -> StreamedPair:
+        """Open both sides.
+
+        Args:
+            scratch: for what has to be converted before it can be read a block at a time, see `stream_model`.
+        Raises:
+            UserError: as `stream_model`, and for a model in memory or a target that is made from a dense model in memory.
+        """
+        for model in (dense, target):
+            if model is not None and not isinstance(model, str):
+                raise UserError(f"{model}: --stream reads models from disk; give its folder, or leave --stream out")
+        spec = read_variant(target)
+        if isinstance(spec, VariantSpec):
+            raise UserError(
+                f"target {spec}: weights are quantised in memory; with --stream give a checkpoint that holds them as floats, or leave --stream out"
+            )
+        base = stream_model(str(dense), scratch / "dense", **options.config())
+        if spec is not None or target is None:
+            return cls(base, spec)
+        other = LoadOptions(options.dtype, options.device, None, options.trust_remote_code, None, options.dequantise)
+        return cls(base, stream_model(str(target), scratch / "target", **other.config()))
+
+    @property
+    def pair(self) -> Pair:
+        """What is known of the two without their weights."""
+        return Pair(self.dense.loaded, self.target.loaded if isinstance(self.target, StreamedModel) else self.target)
+
+
+@contextmanager
+def stream_folder(output: OutputOptions) -> Iterator[Path]:
+    """The folder to work in, a temporary one where nothing is to be written or the run is complete."""
+    if output.out is None or output.exists():
+        with TemporaryDirectory(prefix="prunescope-") as folder:
+            yield Path(folder)
+        return
+    with output.staged() as staging:
+        assert staging is not None
+        yield staging
+        shutil.rmtree(staging / "scratch", ignore_errors=True)
