@@ -43,11 +43,11 @@ class StreamedPair:
             raise UserError(
                 f"target {spec}: weights are quantised in memory; with --stream give a checkpoint that holds them as floats, or leave --stream out"
             )
-        base = stream_model(str(dense), scratch / "dense", **options.config())
+        base = stream_model(str(dense), scratch / "dense", experts=None, **options.config())
         if spec is not None or target is None:
             return cls(base, spec)
         other = LoadOptions(options.dtype, options.device, None, options.trust_remote_code, None, options.dequantise)
-        return cls(base, stream_model(str(target), scratch / "target", **other.config()))
+        return cls(base, stream_model(str(target), scratch / "target", experts=None, **other.config()))
 
     @property
     def pair(self) -> Pair:

@@ -142,6 +142,7 @@ def stream_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     dequantise: bool = False,
+    experts: str | None = "eager",
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
@@ -151,6 +152,7 @@ def stream_model(
             whole model with an adapter merged, which is in memory for a moment.
         dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
+        experts: how transformers runs fused experts: one by one, so that each one's input is seen, or None for its own choice, as `load_model`.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -178,7 +180,7 @@ def stream_model(
         folder = _unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
         identity["dequantised"] = "true"
     stored = stored_tensors(folder, ref)
-    opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
+    opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code, experts)
     model, tokenizer, weights, stored_dtype = opened
     if config_drop_lists(ref, model.config):
         raise UserError(
@@ -273,7 +275,7 @@ def _link(file: Path, link: Path) -> None:
 
 
 def _open(
-    ref: str, folder: Path, converted: Path, dtype: Any, trust_remote_code: bool
+    ref: str, folder: Path, converted: Path, dtype: Any, trust_remote_code: bool, experts: str | None = "eager"
 ) -> tuple[Any, Any, Mapping[str, Tensor], torch.dtype | None]:
     """Structure, tokenizer, weights by name, and the dtype on disk. No weight is in memory afterwards."""
     from accelerate.hooks import remove_hook_from_submodules
@@ -285,7 +287,9 @@ def _open(
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
     _check_plain(ref, config)
-    placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
+    placement = {"device_map": {"": "disk"}, "offload_folder": str(converted)}
+    if experts is not None:
+        placement["experts_implementation"] = experts
     options = {"trust_remote_code": trust_remote_code}
     model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement=placement)
     if missing:
