@@ -131,7 +131,7 @@ def final_head(loaded: LoadedModel) -> Head:
     """From what the head reads to the model's own logits, logit scale and soft-capping included."""
     anatomy = loaded.anatomy
     bias = getattr(anatomy.head, "bias", None)
-    return Head(anatomy.head.weight.detach(), bias, anatomy.logit_scale, anatomy.logit_softcap)  # type: ignore[operator]
+    return Head(loaded.head_weight, bias, anatomy.logit_scale, anatomy.logit_softcap)
 
 
 def check_pair(dense: LoadedModel, target: Changed) -> None:
@@ -168,10 +168,17 @@ def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) ->
 
 @torch.no_grad()
 def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
-    """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``."""
+    """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``.
+
+    A model whose weights stay on disk must have read the texts: `prunescope.models.streaming.having_read`.
+    """
+    ids = padded(sequences, loaded.device)
     caught: list[Tensor] = []
-    with final_states(loaded, caught.append):
-        loaded.model(input_ids=padded(sequences, loaded.device), use_cache=False, logits_to_keep=1)
+    if loaded.source is not None:
+        caught.append(loaded.source.states(ids))
+    else:
+        with final_states(loaded, caught.append):
+            loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     found = caught[0][step_index(sequences, loaded.device)]
     return list(found.split([len(s.continuation) for s in sequences]))
 

@@ -74,7 +74,7 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
     if lens == "final-norm" and anatomy.final_norm is None:
         raise UserError(f"{dense.ref} has no final norm; use --lens raw")
     return Head(
-        anatomy.head.weight.detach(),  # type: ignore[operator]
+        dense.head_weight,
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,

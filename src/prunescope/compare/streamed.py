@@ -8,7 +8,7 @@ same rows in the same order as those of models in memory, so that they are the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,7 +74,7 @@ def streamed_layerwise_rows(
         FloatingPointError: a NaN or infinite value.
     """
     check_comparable(dense.loaded, target.loaded if isinstance(target, StreamedModel) else target)
-    with _head_of(dense):
+    with dense.ending():
         lens_head(dense.loaded, lens)
         check_memory(memory, dense.loaded)
     save_state(folder, key, [s.continuation for s in sequences])
@@ -82,7 +82,7 @@ def streamed_layerwise_rows(
     few, looked_at = floor_texts(sequences, batch_size)
     passes = [*batches, *([s] for s in looked_at), few]
     layers, blocks = len(dense.blocks), f"{len(dense.blocks)} blocks from disk, {sum(map(len, passes))} texts"
-    carried = Carried(dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, [pieces(s) for s in looked_at])
+    carried = Carried(dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, stepped=[pieces(s) for s in looked_at])
     theirs = target if isinstance(target, StreamedModel) else None
     rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
     with rows.watched(), progress(blocks, layers) as advance:
@@ -93,7 +93,7 @@ def streamed_layerwise_rows(
                 carried.run(rows.before, rows.after)
             advance(1)
     steps = [len(s.continuation) for s in sequences]
-    with _head_of(dense):
+    with dense.ending():
         head = lens_head(dense.loaded, lens)
 
         def table(batch: Sequence[int]) -> pa.Table:
@@ -113,15 +113,6 @@ def streamed_layerwise_rows(
         together = rows.read(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
         floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), list(sequences), floor, key)
-
-
-@contextmanager
-def _head_of(streamed: StreamedModel) -> Iterator[None]:
-    """The final norm and the head with their weights. On a CPU they stay in their mapped file, a tile of the vocabulary used at a time."""
-    embedding = streamed.model.get_input_embeddings()
-    tied = streamed.model.get_output_embeddings().weight is embedding.weight
-    with streamed.outside(skip=() if tied else (embedding,)):
-        yield
 
 
 class _Rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from prunescope.models.loading import choose_device, choose_dtype, from_pretrain
 from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
-from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
+from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
@@ -49,6 +49,7 @@ class StreamedModel:
     names: tuple[str, ...]  # of the blocks
     probe_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # what it was read with when it was opened, (1, tokens)
     probe: list[Tensor] = field(default_factory=list)  # the streams (1, tokens, d) into every block then, and after the last
+    read: Callable[[Tensor], Tensor] | None = None
 
     @property
     def model(self) -> Any:
@@ -73,11 +74,36 @@ class StreamedModel:
             yield
 
     @contextmanager
-    def outside(self, skip: Collection[nn.Module] = ()) -> Iterator[None]:
+    def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
         """Everything outside the blocks with its weights (embeddings, final norm, head), but for ``skip``."""
-        skipped = {id(parameter) for module in (self.blocks, *skip) for parameter in module.parameters()}
+        parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (self.blocks, *skip)]
+        skipped = {id(parameter) for part in parts for parameter in part}
         with _filled(self.model, "", self.weights, self.device, skipped):
             yield
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """What comes after the blocks with its weights; on a CPU but for the head's matrix, which `head_weight` reads by tiles."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        cpu = [embedding, head.weight] if self.device.type == "cpu" else []
+        with self.outside(skip=cpu or ([] if tied else [embedding])):
+            yield
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``; on a CPU as `Tiles`, elsewhere there within `ending`."""
+        weight = self.model.get_output_embeddings().weight
+        if self.device.type != "cpu":
+            return weight.detach()  # type: ignore[no-any-return]
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
+        return Tiles(self.weights, name, weight.shape, weight.dtype)  # type: ignore[return-value]
+
+    def states(self, ids: Tensor) -> Tensor:
+        """What the head reads of texts that were read, see `prunescope.models.streaming.having_read`."""
+        if self.read is None:
+            raise RuntimeError("the model has not read these texts")
+        return self.read(ids)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -198,6 +224,7 @@ def stream_model(
         streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
+    loaded.source = streamed
     return streamed
 
 

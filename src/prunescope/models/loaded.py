@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
 from prunescope.models.packed import format_of, is_packed
 
-__all__ = ["LoadedModel"]
+__all__ = ["LoadedModel", "Source"]
+
+
+class Source(Protocol):
+    """Where the weights of a model are whose parameters are on the meta device."""
+
+    device: torch.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``, of which a few rows are looked at at a time."""
+        ...
+
+    def states(self, ids: Tensor) -> Tensor:
+        """What the head reads ``(batch, tokens, d)`` of texts ``(batch, tokens)`` that the model has read."""
+        ...
 
 
 @dataclass(repr=False)
@@ -36,6 +51,7 @@ class LoadedModel:
     stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
     # zeros of matrices whose weights stay on disk, by the id of the parameter that stands for them
     zeros: dict[int, int] = field(default_factory=dict)
+    source: Source | None = field(default=None, repr=False)
     _drops: list[Dropped] = field(default_factory=list)
     # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
     decoding: dict[str, str | None] = field(default_factory=dict)
@@ -62,7 +78,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.anatomy.head.weight.device  # type: ignore[return-value]
+        return self.source.device if self.source is not None else self.anatomy.head.weight.device  # type: ignore[return-value]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``."""
+        return self.source.head_weight if self.source is not None else self.anatomy.head.weight.detach()  # type: ignore[operator]
 
     @property
     def dtype(self) -> torch.dtype:

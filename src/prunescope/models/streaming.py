@@ -25,7 +25,7 @@ from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.finding import first_output, swap_first_tensor
 
-__all__ = ["Carried", "Recorded", "recording"]
+__all__ = ["Carried", "Recorded", "having_read", "recording"]
 
 
 @dataclass
@@ -143,24 +143,30 @@ def _fill(cache: Cache, layer: int, tokens: int) -> None:
 class Carried:
     """Forward passes on their way through a streamed model, all of them in front of the same block.
 
-    Their hidden states are a file of ``folder``, ``part-hidden-LAYER.bin``, read a pass at a time and written anew beside it while a block runs;
+    Their hidden states are a file of ``folder``, ``part-NAME-LAYER.bin``, read a pass at a time and written anew beside it while a block runs;
     so memory holds one pass, and an interrupted run goes on in front of the block that it had reached, with the same bytes.
 
     Args:
         inputs: token ids of each pass, ``(batch, tokens)``.
+        name: of this model's files among others.
         stepped: texts read token by token with a key/value cache: the pieces ``(1, tokens)`` of each, which are passes after ``inputs``.
     """
 
     def __init__(
-        self, streamed: StreamedModel, inputs: Sequence[Tensor], folder: Path, stepped: Sequence[Sequence[Tensor]] = ()
+        self,
+        streamed: StreamedModel,
+        inputs: Sequence[Tensor],
+        folder: Path,
+        name: str = "dense",
+        stepped: Sequence[Sequence[Tensor]] = (),
     ) -> None:
-        self.streamed, self.folder = streamed, folder
+        self.streamed, self.folder, self.name = streamed, folder, name
         self.recorded = Recorded()
         self.count = len(inputs)
         self._shapes: list[tuple[int, ...]] = []
         self._dtype = torch.float32
         self._texts: list[tuple[Cache, list[int]]] = []  # of each stepped text an empty cache, and its passes
-        found = sorted(folder.glob("part-hidden-*.bin"))
+        found = sorted(folder.glob(f"part-{name}-*.bin"))
         self.layer = int(found[-1].stem.rpartition("-")[2]) if found else 0  # the block that is next
         for older in found[:-1]:  # of a run that was cut off between two blocks
             older.unlink()
@@ -198,7 +204,7 @@ class Carried:
                 self._texts.append((_emptied(cache), numbers))
 
     def _file(self, layer: int) -> Path:
-        return self.folder / f"part-hidden-{layer:05d}.bin"
+        return self.folder / f"part-{self.name}-{layer:05d}.bin"
 
     @property
     def nbytes(self) -> int:
@@ -242,11 +248,55 @@ class Carried:
         self._file(layer).unlink()
         self.layer += 1
 
+    def stream(self, number: int) -> Tensor:
+        """The stream of a pass in front of the block that is next, or after the last, ``(batch, tokens, d)``."""
+        with self._file(self.layer).open("rb") as file:
+            file.seek(sum(map(prod, self._shapes[:number])) * self._dtype.itemsize)
+            return self._read(file, number)
+
     def _read(self, file: Any, number: int) -> Tensor:
         shape = self._shapes[number]
         buffer = torch.empty(prod(shape) * self._dtype.itemsize, dtype=torch.uint8)
         file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
         return buffer.view(self._dtype).view(shape).to(self.streamed.device)
+
+
+@contextmanager
+def having_read(
+    streamed: StreamedModel, texts: Sequence[Tensor], folder: Path, name: str, advance: Callable[[int], None]
+) -> Iterator[None]:
+    """Let a model read batches of texts ``(batch, tokens)``, block by block; within the ``with`` block `StreamedModel.states` knows them.
+
+    Args:
+        folder, name: see `Carried`.
+        advance: told of every block that is done.
+    """
+    numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+    for ids in texts:
+        numbers.setdefault(_key(ids), len(numbers))
+    distinct = {_key(ids): ids for ids in texts}
+    carried = Carried(streamed, list(distinct.values()), folder, name)
+    advance(carried.layer)
+    while carried.layer < len(streamed.blocks):
+        with streamed.block(carried.layer, mapped=True):
+            carried.run(lambda number: None, lambda number, hidden: None)
+        advance(1)
+    norm = streamed.loaded.anatomy.final_norm
+
+    def read(ids: Tensor) -> Tensor:
+        stream = carried.stream(numbers[_key(ids)])
+        return stream if norm is None else norm(stream)
+
+    with streamed.ending():
+        streamed.read = read
+        try:
+            yield
+        finally:
+            streamed.read = None
+
+
+def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(ids.shape), ids.cpu().numpy().tobytes()
 
 
 def _write(file: Any, tensor: Tensor) -> None:
