@@ -170,6 +170,7 @@ def mcq(
     shots: int = 0,
     subjects: str | None = None,
     limit: int | None = None,
+    stream: bool = False,
     metric_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -194,6 +195,7 @@ def mcq(
         shots: solved examples before each question, from the folder's dev files
         subjects: of an MMLU folder, names with commas between them
         limit: take only the first so many questions
+        stream: leave both models on disk and read them a block at a time, with the same numbers
         metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
         seed: of the bootstrap
         batch_size: questions at a time
@@ -214,7 +216,7 @@ def mcq(
 
     return job.run(
         job.McqOptions(
-            dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
+            dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, stream=stream, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
@@ -230,6 +232,7 @@ def divergence(
     context: int = 512,
     chunks: int | None = None,
     scale: bool = True,
+    stream: bool = False,
     ladder: str | None = None,
     metric_temperature: float = 1.0,
     seed: int = 0,
@@ -255,6 +258,7 @@ def divergence(
         context: tokens of a chunk; the second half of each is scored
         chunks: take only the first so many chunks of each file
         scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale
         ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         seed: of the bootstrap over chunks
@@ -277,7 +281,7 @@ def divergence(
 
     return job.run(
         job.DivergenceOptions(
-            dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, ladder=ladder,
+            dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, stream=stream, ladder=ladder,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
+from prunescope.compare.context import Transcript, check_pair, padded
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, OutputOptions
 from prunescope.jobs.pair import Pair
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.dropping import DropSpec
+from prunescope.models.streaming import having_read
 from prunescope.models.variants import VariantSpec, read_variant
+from prunescope.progress import progress
 
 __all__ = ["StreamedPair", "stream_folder"]
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,22 @@ class StreamedPair:
             return cls(base, spec)
         other = LoadOptions(options.dtype, options.device, None, options.trust_remote_code, None, options.dequantise)
         return cls(base, stream_model(str(target), scratch / "target", experts=None, **other.config()))
+
+    @contextmanager
+    def having_read(
+        self, both: Sequence[Sequence[Transcript]], dense_only: Sequence[Sequence[Transcript]], folder: Path
+    ) -> Iterator[None]:
+        """Batches of texts read by both models, some by the dense one alone; within the ``with`` block `read_states` has their states."""
+        check_pair(self.dense.loaded, self.pair.pruned)
+        ours, theirs = ([padded(texts, CPU) for texts in batches] for batches in ([*both, *dense_only], both))
+        target = self.target if isinstance(self.target, StreamedModel) else self.dense
+        drop = self.target if isinstance(self.target, DropSpec) else None
+        blocks = len(self.dense.blocks) + len(target.blocks)
+        with ExitStack() as stack:
+            with progress(f"{blocks} blocks from disk, {len(ours) + len(theirs)} batches", blocks) as advance:
+                stack.enter_context(having_read(self.dense, ours, folder, "dense", advance))
+                stack.enter_context(having_read(target, theirs, folder, "target", advance, drop))
+            yield
 
     @property
     def pair(self) -> Pair:

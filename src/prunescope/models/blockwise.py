@@ -49,7 +49,8 @@ class StreamedModel:
     names: tuple[str, ...]  # of the blocks
     probe_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # what it was read with when it was opened, (1, tokens)
     probe: list[Tensor] = field(default_factory=list)  # the streams (1, tokens, d) into every block then, and after the last
-    read: Callable[[Tensor], Tensor] | None = None
+    # by what is dropped: what the head reads of texts that were read
+    read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -101,9 +102,7 @@ class StreamedModel:
 
     def states(self, ids: Tensor) -> Tensor:
         """What the head reads of texts that were read, see `prunescope.models.streaming.having_read`."""
-        if self.read is None:
-            raise RuntimeError("the model has not read these texts")
-        return self.read(ids)
+        return self.read[str(self.loaded.dropped)](ids)
 
     @contextmanager
     def running(self) -> Iterator[None]:

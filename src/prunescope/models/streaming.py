@@ -23,6 +23,7 @@ from transformers import Cache
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
+from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, swap_first_tensor
 
 __all__ = ["Carried", "Recorded", "having_read", "recording"]
@@ -212,17 +213,21 @@ class Carried:
         return sum(map(prod, self._shapes)) * self._dtype.itemsize
 
     @torch.no_grad()
-    def run(self, before: Callable[[int], None], after: Callable[[int, Tensor], None]) -> None:
+    def run(
+        self, before: Callable[[int], None], after: Callable[[int, Tensor], None], *, check: bool = True
+    ) -> None:
         """Run block ``layer``, whose weights are in memory, on all passes, and go on to the next.
 
         Args:
             before: called with the number of each pass before it runs; ``after`` with the number and the stream into the block.
+            check: that the block is the one with which the model was opened, see `Recorded.check`.
         Raises:
             UserError: see `Recorded.check`.
             FloatingPointError: the block's output holds NaN or infinite values.
         """
         layer, streamed = self.layer, self.streamed
-        self.recorded.check(streamed, layer)
+        if check:
+            self.recorded.check(streamed, layer)
         with self._file(layer).open("rb") as file, replacing(self._file(layer + 1)) as beside, beside.open("wb") as out:
 
             def one(number: int, cache: Cache | None = None) -> None:
@@ -263,24 +268,32 @@ class Carried:
 
 @contextmanager
 def having_read(
-    streamed: StreamedModel, texts: Sequence[Tensor], folder: Path, name: str, advance: Callable[[int], None]
+    streamed: StreamedModel,
+    texts: Sequence[Tensor],
+    folder: Path,
+    name: str,
+    advance: Callable[[int], None],
+    drop: DropSpec | None = None,
 ) -> Iterator[None]:
     """Let a model read batches of texts ``(batch, tokens)``, block by block; within the ``with`` block `StreamedModel.states` knows them.
 
     Args:
         folder, name: see `Carried`.
         advance: told of every block that is done.
+        drop: sublayers to leave out; it knows them while the same are dropped.
     """
     numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
     for ids in texts:
         numbers.setdefault(_key(ids), len(numbers))
     distinct = {_key(ids): ids for ids in texts}
-    carried = Carried(streamed, list(distinct.values()), folder, name)
-    advance(carried.layer)
-    while carried.layer < len(streamed.blocks):
-        with streamed.block(carried.layer, mapped=True):
-            carried.run(lambda number: None, lambda number, hidden: None)
-        advance(1)
+    with streamed.loaded.dropping(drop or DropSpec()):
+        dropped = str(streamed.loaded.dropped)
+        carried = Carried(streamed, list(distinct.values()), folder, name)
+        advance(carried.layer)
+        while carried.layer < len(streamed.blocks):
+            with streamed.block(carried.layer, mapped=True):
+                carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
+            advance(1)
     norm = streamed.loaded.anatomy.final_norm
 
     def read(ids: Tensor) -> Tensor:
@@ -288,11 +301,11 @@ def having_read(
         return stream if norm is None else norm(stream)
 
     with streamed.ending():
-        streamed.read = read
+        streamed.read[dropped] = read
         try:
             yield
         finally:
-            streamed.read = None
+            del streamed.read[dropped]
 
 
 def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
