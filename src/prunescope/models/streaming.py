@@ -25,8 +25,9 @@ from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, swap_first_tensor
+from prunescope.progress import progress
 
-__all__ = ["Carried", "Recorded", "having_read", "recording"]
+__all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
 
 
 @dataclass
@@ -253,6 +254,10 @@ class Carried:
         self._file(layer).unlink()
         self.layer += 1
 
+    def close(self) -> None:
+        """Remove the file of the hidden states."""
+        self._file(self.layer).unlink(missing_ok=True)
+
     def stream(self, number: int) -> Tensor:
         """The stream of a pass in front of the block that is next, or after the last, ``(batch, tokens, d)``."""
         with self._file(self.layer).open("rb") as file:
@@ -264,6 +269,30 @@ class Carried:
         buffer = torch.empty(prod(shape) * self._dtype.itemsize, dtype=torch.uint8)
         file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
         return buffer.view(self._dtype).view(shape).to(self.streamed.device)
+
+
+def pass_through(
+    streamed: StreamedModel,
+    texts: Sequence[Tensor],
+    folder: Path,
+    before: Callable[[int], None],
+    after: Callable[[], None],
+    *,
+    check: bool = True,
+) -> None:
+    """Let every block read batches of texts ``(batch, tokens)``, all of them before the next block does.
+
+    Args:
+        before: called with the number of a batch before a block reads it, ``after`` when it has: what runs outside these is a check.
+        check: see `Carried.run`.
+    """
+    carried = Carried(streamed, texts, folder)
+    with progress(f"{len(streamed.blocks)} blocks from disk", len(streamed.blocks)) as advance:
+        while carried.layer < len(streamed.blocks):
+            with streamed.block(carried.layer, mapped=True):
+                carried.run(before, lambda number, hidden: after(), check=check)
+            advance(1)
+    carried.close()
 
 
 @contextmanager
