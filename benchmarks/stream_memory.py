@@ -26,7 +26,13 @@ import transformers
 
 from prunescope.models.shards import INDEX, write_shard
 
-COMMON = {"tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+COMMON = {
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 5120},
@@ -129,7 +135,11 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--commands", nargs="+", default=["layerwise", "mcq", "divergence", "drop"])
     parser.add_argument("--check", action="store_true", help="run each without --stream too, and compare")
-    parser.add_argument("--folder", default=None, help="where to put the models, which stay there and are used again (default: a temporary folder)")
+    parser.add_argument(
+        "--folder",
+        default=None,
+        help="where to put the models, which stay there and are used again (default: a temporary folder)",
+    )
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as place:
@@ -174,7 +184,9 @@ def main() -> None:
             if options.check:
                 peak, seconds = run([*argv, str(folder / f"{name}-held")])
                 equal = same(folder / name, folder / f"{name}-held")
-                print(f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds:.0f} s; the same bits: {equal}", flush=True)
+                print(
+                    f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds:.0f} s; the same bits: {equal}", flush=True
+                )
                 shutil.rmtree(folder / f"{name}-held")
 
 

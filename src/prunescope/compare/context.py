@@ -32,8 +32,10 @@ __all__ = [
     "check_pair",
     "final_head",
     "largest",
+    "last_place",
     "mark_under_floor",
     "padded",
+    "pieces",
     "read_states",
     "run_key",
     "step_index",
@@ -74,6 +76,18 @@ def padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
 def step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
     where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
     return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
+
+
+def pieces(sequence: Transcript) -> list[Tensor]:
+    """The ids ``(1, tokens)`` of a prefill and of every cached forward after it, as many as there are steps."""
+    read, first = sequence.read, len(sequence.prompt)
+    bounds = [(0, first), *((i, i + 1) for i in range(first, len(read)))]
+    return [torch.tensor([read[start:stop]]) for start, stop in bounds]
+
+
+def last_place(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of the last token of a single text, as `step_index` gives it."""
+    return torch.tensor([0], device=device), torch.tensor([-1], device=device)
 
 
 # --- two models --------------------------------------------------------------------------------------------------------

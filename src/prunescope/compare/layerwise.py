@@ -27,8 +27,10 @@ from prunescope.compare.context import (
     check_comparable,
     check_memory,
     largest,
+    last_place,
     mark_under_floor,
     padded,
+    pieces,
     run_key,
     step_index,
     switched,
@@ -52,12 +54,10 @@ __all__ = [
     "batch_rows",
     "floor_of",
     "floor_texts",
-    "last_place",
     "layerwise_key",
     "layerwise_rows",
     "lens_head",
     "noise_floor",
-    "pieces",
     "product_error",
     "rows_table",
     "slot_pairs",
@@ -438,15 +438,3 @@ def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
             ids = ids.to(dense.device)
             cache = dense.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
     return torch.cat([step.rows for step in taken])
-
-
-def pieces(sequence: Transcript) -> list[Tensor]:
-    """The ids ``(1, tokens)`` of a prefill and of every cached forward after it, as many as there are steps."""
-    read, first = sequence.read, len(sequence.prompt)
-    bounds = [(0, first), *((i, i + 1) for i in range(first, len(read)))]
-    return [torch.tensor([read[start:stop]]) for start, stop in bounds]
-
-
-def last_place(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The index of the last token of a single text, as `step_index` gives it."""
-    return torch.tensor([0], device=device), torch.tensor([-1], device=device)

@@ -10,13 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from prunescope.compare.columns import DEFAULT_MEMORY
-from prunescope.compare.context import Transcript, check_comparable, check_memory, mark_under_floor, padded, step_index
+from prunescope.compare.context import (
+    Transcript,
+    check_comparable,
+    check_memory,
+    last_place,
+    mark_under_floor,
+    padded,
+    pieces,
+    step_index,
+)
 from prunescope.compare.layerwise import (
     DenseRows,
     LayerwiseRows,
@@ -24,9 +34,7 @@ from prunescope.compare.layerwise import (
     TargetRows,
     floor_of,
     floor_texts,
-    last_place,
     lens_head,
-    pieces,
     rows_table,
     slot_pairs,
 )
@@ -47,7 +55,8 @@ def rows_bytes(dense: StreamedModel, target: StreamedTarget, sequences: Sequence
     slots = (4 if isinstance(target, StreamedModel) else 2) * len(dense.blocks) + 1
     steps = sum(len(s.continuation) for s in sequences)
     read = sum(len(s.read) for s in sequences)
-    return (steps * slots + 2 * read) * dense.loaded.anatomy.hidden_size * dense.model.dtype.itemsize
+    width: int = dense.loaded.anatomy.hidden_size * dense.model.dtype.itemsize
+    return (steps * slots + 2 * read) * width
 
 
 @torch.no_grad()
@@ -82,7 +91,9 @@ def streamed_layerwise_rows(
     few, looked_at = floor_texts(sequences, batch_size)
     passes = [*batches, *([s] for s in looked_at), few]
     layers, blocks = len(dense.blocks), f"{len(dense.blocks)} blocks from disk, {sum(map(len, passes))} texts"
-    carried = Carried(dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, stepped=[pieces(s) for s in looked_at])
+    carried = Carried(
+        dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, stepped=[pieces(s) for s in looked_at]
+    )
     theirs = target if isinstance(target, StreamedModel) else None
     rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
     with rows.watched(), progress(blocks, layers) as advance:
@@ -180,8 +191,8 @@ class _Rows:
             file, step = self.cached[number - len(self.passes)]
             self.taken = DenseRows(last_place(self.dense.device), slots, made=self.read(file)[step : step + 1])
         else:
-            keep = {} if self.target is not None and number < self.batches else None
-            self.taken = DenseRows(self.index[number], slots, keep, self.read(number))  # type: ignore[arg-type]
+            keep: dict[Any, Any] | None = {} if self.target is not None and number < self.batches else None
+            self.taken = DenseRows(self.index[number], slots, keep, self.read(number))
 
     def after(self, number: int, hidden: Tensor) -> None:
         """The target's block, on what the dense one has just read."""

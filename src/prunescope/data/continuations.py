@@ -68,9 +68,7 @@ def encode_continued(
         ids = row.continuation
         if isinstance(ids, str):
             ids = loaded.tokenizer(ids, add_special_tokens=False)["input_ids"]
-        check_tokens(
-            loaded, f"continuation of prompt {row.prompt.id!r}", ids, empty=" has no tokens; write some text"
-        )
+        check_tokens(loaded, f"continuation of prompt {row.prompt.id!r}", ids, empty=" has no tokens; write some text")
         texts.append(list(ids[:max_new_tokens]))
         if loaded.context and len(prompt) + len(texts[-1]) > loaded.context:
             raise UserError(

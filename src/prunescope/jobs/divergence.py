@@ -51,9 +51,7 @@ class DivergenceOptions(Options):
     def check(self) -> None:
         super().check()
         if self.stream and self.scale:
-            raise UserError(
-                "--stream: the ladder quantises the dense model in memory; leave it out with --scale false"
-            )
+            raise UserError("--stream: the ladder quantises the dense model in memory; leave it out with --scale false")
         for name in self.rungs:
             ggml.check(QuantSpec.parse(name).scheme)
 

@@ -112,9 +112,7 @@ def _loaded(
         return _finished(options, pair, pair.dense.device, prompts, found, staging, started), False
 
 
-def _streamed(
-    options: LayerwiseOptions, given: Sequence[Continued], started: float
-) -> tuple[LayerwiseResult, bool]:
+def _streamed(options: LayerwiseOptions, given: Sequence[Continued], started: float) -> tuple[LayerwiseResult, bool]:
     """The same with both models on disk."""
     output = options.output
     with stream_folder(output) as folder:

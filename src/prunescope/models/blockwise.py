@@ -47,8 +47,12 @@ class StreamedModel:
     weights: Mapping[str, Tensor]  # by the model's own names
     blocks: nn.ModuleList
     names: tuple[str, ...]  # of the blocks
-    probe_ids: Tensor = field(default_factory=lambda: torch.empty(0))  # what it was read with when it was opened, (1, tokens)
-    probe: list[Tensor] = field(default_factory=list)  # the streams (1, tokens, d) into every block then, and after the last
+    probe_ids: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # what it was read with when it was opened, (1, tokens)
+    probe: list[Tensor] = field(
+        default_factory=list
+    )  # the streams (1, tokens, d) into every block then, and after the last
     # by what is dropped: what the head reads of texts that were read
     read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
@@ -61,9 +65,7 @@ class StreamedModel:
         return find_matrices(self.loaded.anatomy.blocks[layer], self.names[layer])
 
     @contextmanager
-    def block(
-        self, layer: int, weights: Mapping[str, Tensor] | None = None, *, mapped: bool = False
-    ) -> Iterator[None]:
+    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None, *, mapped: bool = False) -> Iterator[None]:
         """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``.
 
         Args:

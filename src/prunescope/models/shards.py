@@ -50,8 +50,11 @@ class Tiles:
     name: str
     shape: torch.Size
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
     is_cuda: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def __getitem__(self, rows: slice) -> Tensor:
         entry = getattr(self.weights, "index", {}).get(self.name, {})

@@ -60,7 +60,9 @@ class Recorded:
             return kept if isinstance(value, list) else tuple(kept)
         return value
 
-    def run(self, streamed: StreamedModel, number: int, layer: int, hidden: Tensor, cache: Cache | None = None) -> Tensor:
+    def run(
+        self, streamed: StreamedModel, number: int, layer: int, hidden: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         """What block ``layer``, whose weights are in memory, makes of ``hidden`` in pass ``number``, with ``cache`` for the recorded one."""
         args, kwargs = self.calls[number][layer]
         if cache is not None:
@@ -214,9 +216,7 @@ class Carried:
         return sum(map(prod, self._shapes)) * self._dtype.itemsize
 
     @torch.no_grad()
-    def run(
-        self, before: Callable[[int], None], after: Callable[[int, Tensor], None], *, check: bool = True
-    ) -> None:
+    def run(self, before: Callable[[int], None], after: Callable[[int, Tensor], None], *, check: bool = True) -> None:
         """Run block ``layer``, whose weights are in memory, on all passes, and go on to the next.
 
         Args:
