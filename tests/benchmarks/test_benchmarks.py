@@ -54,6 +54,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/words --calibration {folder}/words.txt --perplexity {folder}/words.txt --device cpu --samples 2 --seq-len 16 --perplexity-windows 2",
         ("RESULT sparsegpt", "SparseGPT <= Wanda < magnitude"),
     ),
+    "stream_memory.py": (
+        "--shape tiny --blocks 2 --chunks 2 --context 16 --steps 2 --commands layerwise --check --folder {folder}/streamed",
+        ("layerwise --stream: peak", "x the floor", "the same bits: True"),
+    ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip
 
