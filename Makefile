@@ -9,7 +9,7 @@ ENGINES := $(VENV)/.installed-engines
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-quant test-engines lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-stream test-quant test-engines lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -25,6 +25,9 @@ test-families: $(DEV)
 
 test-kill: $(DEV)
 	$(BIN)/python -m pytest -m kill
+
+test-stream: $(DEV)
+	$(BIN)/python -m pytest -m stream
 
 test-quant: $(QUANT)
 	$(BIN)/python -m pytest tests/models/test_quantised.py tests/models/test_packed.py tests/compare/test_divergence_llama_cpp.py

@@ -105,13 +105,15 @@ def bare_process() -> float:
     return 1024 * float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def run(argv: list[str]) -> tuple[float, float]:
-    """Peak bytes and seconds of a command in a process of its own."""
-    started = time.perf_counter()
+def run(argv: list[str]) -> tuple[float, str]:
+    """Peak bytes of a command in a process of its own, and what to say of its time."""
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run([sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    return 1024 * float(done.stderr.split("PEAK")[1]), time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
+    busy = after.children_user + after.children_system - before.children_user - before.children_system
+    return 1024 * float(done.stderr.split("PEAK")[1]), f"{seconds:.0f} s, {busy:.0f} s of a core"
 
 
 def same(one: Path, other: Path) -> bool:
@@ -178,15 +180,13 @@ def main() -> None:
             models = 1 if name == "drop" else 2
             least = 2 * models * options.blocks * block / rate
             print(
-                f"{name} --stream: peak {peak / 1e9:.2f} GB, {peak / floor:.2f} x the floor of {floor / 1e9:.2f} GB; {seconds:.0f} s, the floor of reading is {least:.0f} s",
+                f"{name} --stream: peak {peak / 1e9:.2f} GB, {peak / floor:.2f} x the floor of {floor / 1e9:.2f} GB; {seconds}, the floor of reading is {least:.0f} s",
                 flush=True,
             )
             if options.check:
                 peak, seconds = run([*argv, str(folder / f"{name}-held")])
                 equal = same(folder / name, folder / f"{name}-held")
-                print(
-                    f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds:.0f} s; the same bits: {equal}", flush=True
-                )
+                print(f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds}; the same bits: {equal}", flush=True)
                 shutil.rmtree(folder / f"{name}-held")
 
 

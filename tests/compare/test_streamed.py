@@ -106,6 +106,7 @@ def test_dtypes_and_lenses(dtype: str, lens: str, tmp_path: Path) -> None:
     assert_same(*both_ways(dense, target, tmp_path, dtype=dtype, lens=lens))
 
 
+@pytest.mark.stream
 def test_the_bundled_model(tmp_path: Path) -> None:
     """A real model, from a GGUF file."""
     prompts, texts = [[504, 3575, 282, 4649, 314]], [[7042]]
