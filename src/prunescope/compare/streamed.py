@@ -7,6 +7,7 @@ same rows in the same order as those of models in memory, so that they are the s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,8 +161,12 @@ class _Rows:
         slots = 2 * self.layers + 1 + (2 * self.layers if self.target is not None and number < self.batches else 0)
         shape = (self.steps[number], slots, self.dense.loaded.anatomy.hidden_size)
         size = shape[0] * shape[1] * shape[2]
-        path = str(self.folder / f"part-rows-{number:05d}.bin")
-        return torch.from_file(path, shared=True, size=size, dtype=self.dense.model.dtype).view(shape)
+        path, dtype = self.folder / f"part-rows-{number:05d}.bin", self.dense.model.dtype
+        if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
+            with path.open("wb") as file:  # its space now: a write to a mapped file on a full disk kills the process
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -103,13 +103,15 @@ def _measured(
     if done := options.output.complete(key, "other models, texts or options"):
         return DivergenceResult.of_run(done), True
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
-    options.output.require_space(2 * scored * _ROW_BYTES + 2**24)
+    passes = divergence_passes(slices, options.batch_size)
+    read = 0 if streamed is None else streamed.bytes_read(*passes)
+    options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + read)
     with ExitStack() as stack:
         parts = folder or stack.enter_context(options.output.staged())
         stack.enter_context(pair.blaming())
         if streamed is not None and folder is not None:
             begin(folder, key)
-            stack.enter_context(streamed.having_read(*divergence_passes(slices, options.batch_size), folder))
+            stack.enter_context(streamed.having_read(*passes, folder))
         found = divergence_rows(
             pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
         )  # fmt: skip

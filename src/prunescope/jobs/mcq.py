@@ -94,13 +94,15 @@ def _asked(
     key = run_key(pair.dense, pair.target, tokens, "mcq", options.batch_size, options.metric_temperature)
     if done := options.output.complete(key):
         return McqResult.of_run(done), True
-    options.output.require_space(len(asked) * 8000 + 2**24)
+    passes = mcq_passes(asked, options.batch_size)
+    read = 0 if streamed is None else streamed.bytes_read(*passes)
+    options.output.require_space(len(asked) * 8000 + 2**24 + read)
     with ExitStack() as stack:
         parts = folder or stack.enter_context(options.output.staged())
         stack.enter_context(pair.blaming())
         if streamed is not None and folder is not None:
             begin(folder, key)
-            stack.enter_context(streamed.having_read(*mcq_passes(asked, options.batch_size), folder))
+            stack.enter_context(streamed.having_read(*passes, folder))
         found = mcq_rows(
             pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
             memory=options.memory_mb * 2**20, parts=parts, key=key,

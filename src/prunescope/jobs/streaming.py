@@ -72,6 +72,12 @@ class StreamedPair:
                 stack.enter_context(having_read(target, theirs, folder, "target", advance, drop))
             yield
 
+    def bytes_read(self, both: Sequence[Sequence[Transcript]], dense_only: Sequence[Sequence[Transcript]]) -> int:
+        """What the hidden states of these texts take on the disk while they are read."""
+        tokens = sum(padded(texts, CPU).numel() for texts in (*both, *both, *dense_only))
+        width: int = self.dense.loaded.anatomy.hidden_size * self.dense.model.dtype.itemsize
+        return 2 * tokens * width  # in front of a block and after it
+
     @property
     def pair(self) -> Pair:
         """What is known of the two without their weights."""
