@@ -6,10 +6,11 @@ RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUANT := $(VENV)/.installed-quant
 ENGINES := $(VENV)/.installed-engines
+DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-stream test-quant test-engines lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-stream test-quant test-engines docs docs-look notebooks lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -35,6 +36,16 @@ test-quant: $(QUANT)
 test-engines: $(ENGINES)
 	$(BIN)/python -m pytest tests/export
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# links, anchors and files of the site are checked as it is built; this looks at it in a browser
+docs-look: docs
+	$(BIN)/python docs/look.py site
+
+notebooks: $(DOCS)
+	cd notebooks && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
+
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
 	$(BIN)/ruff check src tests benchmarks paper
@@ -50,6 +61,7 @@ paper: $(RUN)
 
 docs-figures: demo $(DEV)
 	$(BIN)/python docs/make_figures.py $(DEMO)
+	$(BIN)/python docs/make_hero.py $(DEMO)
 
 $(RUN): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -70,9 +82,13 @@ $(QUANT): $(DEV) requirements-quant.txt
 	BUILD_CUDA_EXT=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
 	touch $@
 
+$(DOCS): $(DEV) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 $(ENGINES): $(DEV) requirements-engines.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) site $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -10,6 +10,7 @@ import prunescope.report
 import prunescope.speed
 import prunescope.sweep  # noqa: F401 (packages first, so that the functions of these names are what stays)
 from prunescope.commands import (
+    advise,
     divergence,
     drop,
     evaluate,
@@ -28,6 +29,7 @@ from prunescope.commands import (
 from prunescope.demo import demo
 from prunescope.errors import UserError
 from prunescope.results import (
+    AdviseResult,
     DemoResult,
     DivergenceResult,
     DropResult,
@@ -44,8 +46,9 @@ from prunescope.results import (
 from prunescope.runs.folder import Run
 from prunescope.runs.folder import open_run as open
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
+    "AdviseResult",
     "DemoResult",
     "DivergenceResult",
     "DropResult",
@@ -60,6 +63,7 @@ __all__ = [
     "SpeedResult",
     "SweepResult",
     "UserError",
+    "advise",
     "demo",
     "divergence",
     "drop",

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "retrieve": commands.retrieve,
     "evaluate": commands.evaluate,
     "sweep": commands.sweep,
+    "advise": commands.advise,
     "speed": commands.speed,
     "report": commands.report,
 }

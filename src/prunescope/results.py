@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prunescope.sweep.tables import Tables
 
 __all__ = [
+    "AdviseResult",
     "DemoResult",
     "DivergenceResult",
     "DropResult",
@@ -144,6 +145,11 @@ class EvaluateResult(RunResult):
 class SpeedResult(RunResult):
     """What `speed` measured: a row per model and batch size, with parameters, bytes, seconds with their spread and floor, tokens a second
     and the gain over the first model. ``summary`` is per model and batch size."""
+
+
+class AdviseResult(RunResult):
+    """What `advise` found: a row per point, with what it saves, what it keeps of the use, the fit with its interval, and the verdict.
+    ``summary`` has the best point, the command that makes it, and the advice in sentences."""
 
 
 class SweepResult(RunResult):

@@ -125,7 +125,7 @@ def test_a_complete_folder_is_said_to_be_complete_once(
 
 
 @pytest.mark.draws
-@pytest.mark.parametrize("command", [name for name in JOBS if name not in ("report", "export")])
+@pytest.mark.parametrize("command", [name for name in JOBS if name not in ("report", "export", "advise")])
 def test_a_result_is_what_its_folder_holds_and_home_is_found(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -425,7 +425,7 @@ def test_every_line_of_every_prompt_says_what_the_run_says(
 def test_options_are_logged_at_the_temperature_of_their_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """log p of " a", " b", ... at T = 0.5 as plain transformers gives it, with the blocks in the order of the paper's code; pruned mode.
 
-    Would catch log-likelihoods of T = 1 (which the table holds) beside likeliest tokens at T = 0.5.
+    Would catch log-likelihoods of T = 1 (which the table holds) beside most likely tokens at T = 0.5.
     """
     monkeypatch.chdir(tmp_path)
     dense, pruned = (letters_folder(tmp_path / name, whole_words=True) for name in ("dense", "pruned"))

@@ -134,3 +134,14 @@ def test_the_key_of_a_sparsified_checkpoint(place: Path, named: dict[str, str], 
     }  # fmt: skip
     text = json.dumps(content, sort_keys=True)
     assert json.loads((out / "prunescope.json").read_text("utf-8"))["key"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_summary_under_its_old_name(tmp_path: Path) -> None:
+    """A sweep of 0.1 says `foretells`, where 0.2 says `predicts`."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    best = {"all generative": [{"column": "kl_dense_target", "spearman": 0.9, "count": 5}]}
+    info = {"schema_version": 1, "command": "sweep", "complete": True, "summary": {"foretells": best}}
+    (folder / "run.json").write_text(json.dumps(info), "utf-8")
+    pq.write_table(pa.table({"point": ["dense"]}), folder / "sweep.parquet")
+    assert prunescope.open(folder).summary == {"predicts": best}

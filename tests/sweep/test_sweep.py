@@ -119,6 +119,7 @@ def assert_same(one: results.Run, other: results.Run) -> None:
     for name, table in tables(one).items():
         assert table.equals(tables(other)[name]), name
     assert one.summary == other.summary
+    assert one.info["points_done"] == other.info["points_done"]
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def test_rank_correlations_equal_those_of_scipy() -> None:
 
 
 def made_up() -> list[Measured]:
-    """A sweep whose truth is known: KL foretells, h_cos does not; writing goes, choosing stays; lookup is at floor; names are hostile."""
+    """A sweep whose truth is known: KL predicts, h_cos does not; writing goes, choosing stays; lookup is at floor; names are hostile."""
     rng = np.random.default_rng(1)
     points = [DENSE, *(Point(s, n=n) for s in ("attn", "mlp") for n in range(1, 6)), Point("wanda N:M", method="wanda", sparsity=0.5, pattern="2:4"), Point("wanda", method="wanda", sparsity=0.6)]  # fmt: skip
     level = {"arithmetic-gen": (0.8, 0.0), "arithmetic-mc": (0.9, 0.25), "lookup-gen": (0.0, 0.0), "lookup-mc": (0.9, 0.25), "<b>$x_1$": (0.7, 0.25)}  # fmt: skip
@@ -463,7 +464,7 @@ def made_up() -> list[Measured]:
 
 
 def test_tables_of_a_sweep_whose_truth_is_known() -> None:
-    """Floors go by pairs, kept shares and paired intervals by hand, the metric that foretells is found, and `split` is the way back."""
+    """Floors go by pairs, kept shares and paired intervals by hand, the metric that predicts is found, and `split` is the way back."""
     measured = made_up()
     found = assemble(measured)
     rows = {(row["point"], row["task"]): row for row in found.sweep.to_pylist()}
@@ -482,7 +483,7 @@ def test_tables_of_a_sweep_whose_truth_is_known() -> None:
     each = lost / 0.8 - chosen / 0.65
     assert more["choice_keeps_more"] == pytest.approx(each.mean()) and more["pairs"] == 1
     assert more["ci95"][1] - each.mean() == pytest.approx(1.959964 * each.std(ddof=1) / np.sqrt(40), rel=1e-5)
-    best = found.summary["foretells"]["all generative"][0]
+    best = found.summary["predicts"]["all generative"][0]
     assert best["column"] in ("kl_dense_target", COUNTED) and best["spearman"] > 0.97
     assert not any(row["outcome"].startswith("lookup") for row in found.correlations.to_pylist())
     again = assemble(split(found))
@@ -503,7 +504,7 @@ def test_figures_and_page_of_a_sweep(tmp_path: Path) -> None:
     found = assemble(made_up())
     run = prunescope.SweepResult(info | {"summary": found.summary}, found).save(tmp_path / "run")
     names = {path.stem for path in (tmp_path / "run" / "figures").glob("*.svg")}
-    assert names == {"fig01_by_dropped", "fig01_by_sparsity", "fig03_tasks_attn", "fig03_tasks_mlp", "fig03_tasks_wanda", "foretells", "metrics_and_loss"}  # fmt: skip
+    assert names == {"fig01_by_dropped", "fig01_by_sparsity", "fig03_tasks_attn", "fig03_tasks_mlp", "fig03_tasks_wanda", "predicts", "metrics_and_loss"}  # fmt: skip
     assert {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")} == names
     assert "lookup: at floor, says nothing" in (run.folder / "figures" / "fig03_tasks_attn.svg").read_text("utf-8")
     prunescope.report([str(run.folder)], out=str(tmp_path / "page.html"))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from prunescope.commands.comparing import divergence, generate, layerwise, mcq, retrieve
 from prunescope.commands.pruning import drop, export, heal, load, sparsify
-from prunescope.commands.scoring import evaluate, report, speed, sweep
+from prunescope.commands.scoring import advise, evaluate, report, speed, sweep
 
 __all__ = [
+    "advise",
     "divergence",
     "drop",
     "evaluate",

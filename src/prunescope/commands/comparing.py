@@ -57,8 +57,8 @@ def layerwise(
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature of the dense text; 0 is greedy
-        top_k: sample from the k likeliest tokens only; 0 is off
-        top_p: sample from the likeliest tokens of this total probability only
+        top_k: sample from the k most likely tokens only; 0 is off
+        top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling and the bootstrap
         batch_size: prompts at a time
@@ -127,8 +127,8 @@ def generate(
         regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature; 0 is greedy
-        top_k: sample from the k likeliest tokens only; 0 is off
-        top_p: sample from the likeliest tokens of this total probability only
+        top_k: sample from the k most likely tokens only; 0 is off
+        top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling, the same draws for both models, and of the bootstrap
         batch_size: prompts at a time

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prunescope.jobs.options import DType, LoadOptions, OutputOptions
-from prunescope.results import EvaluateResult, SpeedResult, SweepResult
+from prunescope.results import AdviseResult, EvaluateResult, SpeedResult, SweepResult
 
 if TYPE_CHECKING:
     from prunescope.jobs.options import Model
 else:
     Model = str  # what it is on the command line
 
-__all__ = ["evaluate", "report", "speed", "sweep"]
+__all__ = ["advise", "evaluate", "report", "speed", "sweep"]
 
 
 def evaluate(
@@ -215,6 +215,44 @@ def speed(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
             sparse_kernels=sparse_kernels, seed=seed, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
+        )
+    )  # fmt: skip
+
+
+def advise(
+    model: str,
+    *,
+    sweep: str | None = None,
+    use: str = "writing",
+    budget: Literal["bytes", "score"] = "bytes",
+    loss: float = 0.05,
+    seed: int = 0,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> AdviseResult:
+    """Say from sweeps how much may go before a use breaks, which kind of pruning or rounding, and the command that makes it.
+
+    A point is safe where even the low end of its 95 % interval over items loses no more than --loss of what the dense model scores above
+    chance. No model is loaded.
+
+    Args:
+        model: the model of the sweeps, as they name it; or the folder of one sweep
+        sweep: folders of sweep runs of that model, several with commas between them
+        use: writing, choice, chat, code, maths, retrieval, or the name of a task in the sweeps
+        budget: bytes takes the point of the fewest bytes that is safe, score the safe point that keeps most
+        loss: share of what is above chance that may be lost
+        seed: of the draws for intervals
+        out: run folder to write
+        overwrite: replace an existing run folder
+
+    Raises:
+        UserError: no sweep, a sweep of another model, or no task of that use; nothing is written.
+    """
+    from prunescope.jobs import advise as job
+
+    return job.run(
+        job.AdviseOptions(
+            model=model, sweep=sweep, use=use, budget=budget, loss=loss, seed=seed, output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def compare_final(
         memory: bytes that this function may hold beyond its inputs and its result.
     Returns:
         Column name -> ``(rows,)`` float64 on the CPU: the spec's columns, and ``confidence_dense`` and ``confidence_target``, the
-        probability of the likeliest token.
+        probability of the most likely token.
     Raises:
         ValueError: T <= 0, a vocabulary that differs, or a ``memory`` too small for one pair.
         FloatingPointError: a NaN or infinite logit.

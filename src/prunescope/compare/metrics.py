@@ -176,7 +176,7 @@ class RowFacts(NamedTuple):
 
     peak_logit: Tensor  # (rows, 1) largest logit
     log_mass: Tensor  # (rows, 1) float64, log sum exp((z - peak_logit) / T)
-    top: Tensor  # (rows, <= 10) ids of the likeliest tokens, likeliest first
+    top: Tensor  # (rows, <= 10) ids of the most likely tokens, most likely first
     entropy: Tensor  # (rows,) float64, nats
 
     def take(self, index: Tensor) -> RowFacts:
@@ -197,7 +197,7 @@ def describe_rows(z: Tensor, temperature: float) -> RowFacts:
     top = most_likely(z)
     peak = z.gather(-1, top[:, :1])
     lowered = (z - peak).div_(temperature)
-    # the mass of all but the likeliest token, whose own is 1: nothing is lost beside it
+    # the mass of all but the most likely token, whose own is 1: nothing is lost beside it
     mass = lowered_exp(lowered).scatter_(-1, top[:, :1], 0.0)
     rest = mass.sum(-1, keepdim=True).double()
     log_mass = torch.log1p(rest)

@@ -29,7 +29,7 @@ _EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)  # of the dense model's confi
 
 
 def by_confidence(rows: pa.Table) -> list[dict[str, Any]]:
-    """Share of steps at which both models find the same token likeliest, by the probability that the dense model gives its own.
+    """Share of steps at which both models find the same token most likely, by the probability that the dense model gives its own.
 
     Bins are [from, to), the last one closed. The interval takes steps for independent, which those of one text are not quite.
     """

@@ -149,7 +149,7 @@ def run(options: SweepOptions) -> SweepResult:
             tables.summary["like"] = likenesses(tables.summary["kl"], rungs)
             state = {
                 "complete": complete,
-                "points_done": kept.names,
+                "points_done": [point.info["point"] for point in measured],
                 "wall_time_s": round(time.monotonic() - started, 3),
             }
             return SweepResult(info | state | {"summary": tables.summary}, tables)

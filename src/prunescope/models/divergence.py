@@ -37,7 +37,7 @@ def kl_divergence(
     """KL(p || q) for ``log q - log p = shift - log_mass_ratio``, all over the last dimension.
 
     With x = shift - E_p[shift] the identity KL = log E_p[e^x] holds, and E_p[x] = 0 turns it into
-    log(1 + E_p[e^x - 1 - x]): a sum of terms that are >= 0. The mean is taken relative to the likeliest token, so that it is
+    log(1 + E_p[e^x - 1 - x]): a sum of terms that are >= 0. The mean is taken relative to the most likely token, so that it is
     exact also where p is nearly one-hot. Where KL > 1 the plain ``log_mass_ratio - E_p[shift]`` is just as good and cannot overflow.
 
     Args:

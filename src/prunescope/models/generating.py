@@ -57,7 +57,7 @@ def uniform_draws(sampling: Sampling, prompts: Sequence[int], steps: int) -> Ten
 
 
 def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """The token of each row of logits ``(rows, V)``: the likeliest if greedy, else where ``draws`` (rows,) falls in the cumulated
+    """The token of each row of logits ``(rows, V)``: the most likely if greedy, else where ``draws`` (rows,) falls in the cumulated
     distribution. The same draw chooses the same token from the same distribution, whatever the batch, the device or the model."""
     if not sampling.temperature:
         return scores.argmax(-1)

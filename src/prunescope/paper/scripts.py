@@ -3,7 +3,7 @@
 The scripts in `paper/` are one call each of a function here. Every one writes an ordinary run folder or checkpoint, and prints and logs
 the lines that the paper's code logs, under the same path and with the same labels. What a line means follows the paper's code in
 that mode (docs/paper.md says where that differs from the paper, and where our numbers differ from that code). Not written: its lists
-of the five likeliest tokens at every sublayer and the medians over the vocabulary.
+of the five most likely tokens at every sublayer and the medians over the vocabulary.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ TABLES = {
     "evaluate": "items.parquet",
     "sweep": "sweep.parquet",
     "speed": "speed.parquet",
+    "advise": "advice.parquet",
 }
-_NO_SAMPLES = ("sweep", "speed")  # commands whose folders hold no samples.jsonl
+_NO_SAMPLES = ("sweep", "speed", "advise")  # commands whose folders hold no samples.jsonl
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -126,6 +127,9 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
         )
     if command not in TABLES or not (path / TABLES[command]).is_file():
         raise UserError(f"{path} lacks the table of its command {command!r}; the run folder is damaged, run it again")
+    summary = info.get("summary")
+    if isinstance(summary, dict) and "foretells" in summary:  # the name until 0.2
+        summary["predicts"] = summary.pop("foretells")
     return Run(path, info)
 
 

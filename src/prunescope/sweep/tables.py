@@ -80,7 +80,7 @@ def assemble(measured: Sequence[Measured]) -> Tables:
     summary = {
         "dense": {row["task"]: {key: row[key] for key in _DENSE} for row in rows if row["point"] == "dense"},
         "half_lost": _half_lost(rows),
-        "foretells": best_predictors(ranked),
+        "predicts": best_predictors(ranked),
         "kl": {point.info["point"]: kl for point in measured if (kl := kl_of(point.info)) is not None},
         "front": _front(measured, rows),
         "discrepancy": _discrepancy(measured, lost, at_floor),

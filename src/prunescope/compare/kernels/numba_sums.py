@@ -32,7 +32,7 @@ from prunescope.compare.kernels.sums import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT
 __all__ = ["hidden_change", "pair_sums", "prepare", "row_sums"]
 
 _BLOCK = 1024  # tokens of one float32 accumulation
-_GLANCE = 128  # tokens of which only the largest is looked at, to see whether one is among the likeliest
+_GLANCE = 128  # tokens of which only the largest is looked at, to see whether one is among the most likely
 _HIDDEN = 2**17  # entries of hidden states that are handled at once
 _SHARES = 4  # pieces of work for each thread
 

@@ -3,12 +3,12 @@
 `metrics.py` takes about fifty elementwise passes over the logits of a pair. A GPU, and a CPU too, spends that time moving bytes. Here the
 same columns are put together, in float64, from two short lists of sums, and a kernel has to read each logit once per list:
 
-* of every row: `ROW_SUMS` and its ten likeliest tokens;
+* of every row: `ROW_SUMS` and its ten most likely tokens;
 * of every pair of rows: `PAIR_SUMS`.
 
 One sweep is enough, and loses nothing, because every quantity that would need a sweep of its own (the means that variances are taken
 about, the factor along the dense vector, the log of the ratio of normalisers) is guessed first: `pilots`, from the row sums, the ten
-likeliest tokens and a sample of the vocabulary. The sums are taken about the guess, and the guess is corrected exactly
+most likely tokens and a sample of the vocabulary. The sums are taken about the guess, and the guess is corrected exactly
 afterwards. A guess that is off costs digits only where it is off by many standard deviations.
 
 The correction of the normalisers. With L~ = log(q/p) + e, where e is the rounding error of the guessed ratio, the identities
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 SEGMENT = 16_384  # tokens that one float32 accumulation covers; sums of segments are added in float64
-TOP = 10  # likeliest tokens kept of every row
+TOP = 10  # most likely tokens kept of every row
 _RUNS, _RUN = 16, 128  # runs of tokens that the factor along the dense vector is guessed from
 
 ROW_SUMS = (
@@ -110,7 +110,7 @@ class Prepared(NamedTuple):
 
     rows: RowStats
     guess: Tensor  # (pairs, len(PILOTS)) float32
-    top_z: Tensor  # (pairs, <= TOP) float64, z' at the dense row's likeliest tokens
+    top_z: Tensor  # (pairs, <= TOP) float64, z' at the dense row's most likely tokens
     next_z: Tensor  # (pairs, 3) float64: z at the token that follows, z' at the one that follows there, z' at the former; NaN where none does
 
 
@@ -118,7 +118,7 @@ class Backend(Protocol):
     """Gathers the sums. Logits are ``(rows, V)`` float32 with unit stride along V."""
 
     def row_sums(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """``(rows, segments, len(ROW_SUMS))``, float32 or float64, and ``(rows, TOP)`` int64 ids of the likeliest tokens, likeliest first, ties by
+        """``(rows, segments, len(ROW_SUMS))``, float32 or float64, and ``(rows, TOP)`` int64 ids of the most likely tokens, most likely first, ties by
         lower id; where V < TOP, only the first V count."""
 
     def prepare(
@@ -190,7 +190,7 @@ def row_stats(z: Tensor, sums: Tensor, top: Tensor, temperature: float) -> RowSt
 
 
 class _Likeliest(NamedTuple):
-    """The change at the likeliest tokens of one side, ``(pairs, <= TOP)`` float64."""
+    """The change at the most likely tokens of one side, ``(pairs, <= TOP)`` float64."""
 
     delta: Tensor
     p: Tensor

@@ -4,7 +4,7 @@ Every program handles one segment of one row or pair. Sums are kept lane by lane
 reduced as a tree at the end, so that nothing depends on how many rows there are or on the order in which programs run: results are
 the same to the bit from run to run and from batch to batch.
 
-The ten likeliest tokens need no second sweep: the row kernel leaves the maximum of every 64 tokens, the ten largest of these name
+The ten most likely tokens need no second sweep: the row kernel leaves the maximum of every 64 tokens, the ten largest of these name
 the only places where the ten largest logits can be (also with ties, which go to the lower id).
 """
 
@@ -322,7 +322,7 @@ def _pilot_kernel(
     peak_y, mass_y, mean_y = tl.load(stats_ptr + j * S), tl.load(stats_ptr + j * S + 1), tl.load(stats_ptr + j * S + 3)
     mean_d = mean_y - mean
 
-    # the change at the likeliest tokens of either side
+    # the change at the most likely tokens of either side
     place = tl.arange(0, K2)
     there = (place < K) & (place < vocab)
     z_at = tl.load(top_z_ptr + i * K + place, mask=there, other=0.0)

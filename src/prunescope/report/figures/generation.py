@@ -26,7 +26,7 @@ __all__ = ["draw_generation", "draw_targets"]
 LINES = {"free-running": "-", "teacher-forced": "--"}
 LOCAL, HISTORY = "#56B4E9", "#CC79A7"
 _BELOW: dict[str, Any] = {"fontsize": 6.5, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
-_PANELS = (  # paper Fig. 12: the whole vocabulary above, the dense model's likeliest tokens below
+_PANELS = (  # paper Fig. 12: the whole vocabulary above, the dense model's most likely tokens below
     ("dz_l1", "mean |Δz|, all tokens"),
     ("dz_rms", "RMS of Δz, all tokens"),
     ("var_uniform", "variance of Δz, uniform"),
@@ -128,7 +128,7 @@ def _divergence(table: pa.Table, info: Mapping[str, Any]) -> Figure:
 
 
 def _six_panels(runs: Sequence[tuple[pa.Table, Mapping[str, Any]]]) -> Figure:
-    """Paper Fig. 12: how far the logits move, over the whole vocabulary and among the likeliest tokens, by step."""
+    """Paper Fig. 12: how far the logits move, over the whole vocabulary and among the most likely tokens, by step."""
     figure = Figure(figsize=(7.8, 4.6), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True)
     for axes, (column, name) in zip(grid.flat, _PANELS, strict=True):
@@ -169,7 +169,7 @@ def _spaces_of_targets(runs: Sequence[tuple[pa.Table, Mapping[str, Any]]]) -> Fi
 
 
 def _agreement(info: Mapping[str, Any]) -> Figure:
-    """Survival of the common text, and agreement of the likeliest token by the dense model's confidence."""
+    """Survival of the common text, and agreement of the most likely token by the dense model's confidence."""
     first, bins = info.get("first_difference"), info.get("agreement_by_confidence")
     panels = [part for part in (first, bins) if part]
     figure = Figure(figsize=(3.9 * len(panels), 3.0), layout="constrained")
@@ -193,7 +193,7 @@ def _agreement(info: Mapping[str, Any]) -> Figure:
         axes.set(
             ylim=(-0.03, 1.14),
             xlabel="dense model's confidence (number of steps above)",
-            title="Same likeliest token, teacher-forced",
+            title="Same most likely token, teacher-forced",
         )
     figure.suptitle(_title(info))
     return figure

@@ -1,4 +1,4 @@
-"""Figures of mcq runs: the likeliest tokens and the options of one question (paper Fig. 8), margins before and after.
+"""Figures of mcq runs: the most likely tokens and the options of one question (paper Fig. 8), margins before and after.
 
 As SVG and PNG, from run folders alone. Imports neither torch nor transformers.
 """
@@ -44,7 +44,7 @@ def draw_mcq(
 
 
 def _tokens_and_options(table: pa.Table, sample: Mapping[str, Any], info: Mapping[str, Any]) -> Figure:
-    """Paper Fig. 8: probabilities of the dense model's likeliest tokens, and of the options among themselves, under both models."""
+    """Paper Fig. 8: probabilities of the dense model's most likely tokens, and of the options among themselves, under both models."""
     figure = Figure(figsize=(7.8, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.1))
     top = sample["top_dense"][:_TOKENS]
@@ -54,7 +54,7 @@ def _tokens_and_options(table: pa.Table, sample: Mapping[str, Any], info: Mappin
     left.set_xticks(
         places, [_token(row["text"]) for row in top], rotation=90, fontsize=6, family="monospace", parse_math=False
     )
-    left.set(yscale="log", ylabel="probability", title=f"the dense model's {len(top)} likeliest tokens")
+    left.set(yscale="log", ylabel="probability", title=f"the dense model's {len(top)} most likely tokens")
     rows = {row["space"]: row for row in table.filter(pc.equal(table["question"], sample["question"])).to_pylist()}
     letters = [text.strip() for text in sample["option_strings"]]
     places = np.arange(len(letters))

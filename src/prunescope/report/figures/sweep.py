@@ -1,4 +1,4 @@
-"""Figures of a sweep: score against dropped sublayers or sparsity, what is written beside what is chosen, and which metric foretells the loss.
+"""Figures of a sweep: score against dropped sublayers or sparsity, what is written beside what is chosen, and which metric predicts the loss.
 
 As SVG and PNG, from the tables of a run alone. Imports neither torch nor transformers.
 """
@@ -32,7 +32,7 @@ _SCATTERED = (
     ("z_cos_dev", "1 - cos(z)", "log"),
     ("p_cos_dev", "1 - cos(p)", "log"),
     ("kl_dense_target", "KL(p || q), nats", "log"),
-    ("top1_agree", "same likeliest token", "linear"),
+    ("top1_agree", "same most likely token", "linear"),
     ("weights_removed", "share of weights removed", "linear"),
 )
 
@@ -64,8 +64,8 @@ def draw_sweep(
         if len(metrics) and len({row["point"] for row in everything}) > 2:
             figure = _scatter(everything, metrics.to_pylist(), title)
             written += save(figure, folder / "metrics_and_loss") if figure is not None else []
-            figure = _foretells(correlations.to_pylist(), title)
-            written += save(figure, folder / "foretells") if figure is not None else []
+            figure = _predicts(correlations.to_pylist(), title)
+            written += save(figure, folder / "predicts") if figure is not None else []
     return written
 
 
@@ -213,7 +213,7 @@ def _lost(rows: Rows, kind: str) -> dict[str, float]:
 
 
 def _scatter(rows: Rows, metrics: Rows, title: str) -> Figure | None:
-    """Share lost against the mean of a metric, a mark a point of the sweep: a metric that foretells puts all marks on one curve."""
+    """Share lost against the mean of a metric, a mark a point of the sweep: a metric that predicts puts all marks on one curve."""
     values = {(row["point"], row["column"]): row["mean"] for row in metrics}
     values |= {(row["point"], "weights_removed"): row["weights_removed"] for row in rows}
     lost = {kind: _lost(rows, kind) for kind in KINDS}
@@ -251,7 +251,7 @@ def _scatter(rows: Rows, metrics: Rows, title: str) -> Figure | None:
     return figure
 
 
-def _foretells(correlations: Rows, title: str) -> Figure | None:
+def _predicts(correlations: Rows, title: str) -> Figure | None:
     """Spearman's correlation of every column with every loss, over all points."""
     scopes = list(dict.fromkeys(row["points"] for row in correlations))
     mine = [row for row in correlations if row["points"] == scopes[0] and row["spearman"] is not None] if scopes else []
@@ -281,5 +281,5 @@ def _foretells(correlations: Rows, title: str) -> Figure | None:
             )
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="Spearman's rank correlation with the loss", pad=0.02)
-    figure.suptitle(f"{title}: which metric foretells which loss\n{mine[0]['count']} points ({scopes[0]})", fontsize=8)
+    figure.suptitle(f"{title}: which metric predicts which loss\n{mine[0]['count']} points ({scopes[0]})", fontsize=8)
     return figure

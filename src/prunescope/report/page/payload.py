@@ -171,7 +171,7 @@ def _prompts(
 def generation_view(
     table: pa.Table, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], share: int = 1
 ) -> dict[str, Any]:
-    """By step and regime over all prompts; texts token by token with both models' likeliest tokens."""
+    """By step and regime over all prompts; texts token by token with both models' most likely tokens."""
     columns = metric_columns(table)
     step = table["step"].to_numpy().astype(int)
     steps = int(step.max()) + 1
@@ -233,7 +233,7 @@ def _texts(table: pa.Table, samples: Sequence[Mapping[str, Any]], share: int) ->
 
 
 def _step(lists: Mapping[str, Sequence[Any]], row: int, names: Mapping[str, str]) -> dict[str, Any]:
-    """KL, agreement and the likeliest tokens of both at one step."""
+    """KL, agreement and the most likely tokens of both at one step."""
     found: dict[str, Any] = {"kl": lists["kl_dense_target"][row], "same": lists["top1_agree"][row]}
     for side in ("dense", "target"):
         if f"top_{side}" in lists:
@@ -250,7 +250,7 @@ def _step(lists: Mapping[str, Sequence[Any]], row: int, names: Mapping[str, str]
 def mcq_view(
     table: pa.Table, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], share: int = 1
 ) -> dict[str, Any]:
-    """A point a question; the text of those whose choice flipped; likeliest tokens of some."""
+    """A point a question; the text of those whose choice flipped; most likely tokens of some."""
     columns = metric_columns(table)
     whole, options = (table.filter(pc.equal(table["space"], space)) for space in ("global", "options"))
     stride = _stride(len(whole), POINTS)

@@ -342,7 +342,7 @@
       if (items[chosen]) items[chosen].setAttribute("aria-selected", "false");
       chosen = step;
       readout.replaceChildren();
-      if (!items[step]) return readout.append("Point at a step, or walk with the arrow keys, to see the likeliest tokens of both models.");
+      if (!items[step]) return readout.append("Point at a step, or walk with the arrow keys, to see the most likely tokens of both models.");
       items[step].setAttribute("aria-selected", "true");
       list.setAttribute("aria-activedescendant", items[step].id);
       if (scroll) items[step].scrollIntoView({ block: "nearest" });
@@ -350,12 +350,12 @@
       const head = make("div", `Step ${step}: `);
       readout.append(head);
       if (!row) return head.append("one of the texts has ended; there is nothing to compare.");
-      head.append(make("span", "KL = "), make("b", digits(row.kl), { "data-v": row.kl }), make("span", ` nats, ${row.same ? "same" : "another"} likeliest token`));
-      if (!row.dense) return head.append("; this run was made before likeliest tokens were kept");
+      head.append(make("span", "KL = "), make("b", digits(row.kl), { "data-v": row.kl }), make("span", ` nats, ${row.same ? "same" : "another"} most likely token`));
+      if (!row.dense) return head.append("; this run was made before most likely tokens were kept");
       const box = make("div", undefined, { class: "two" });
       for (const side of ["dense", "target"]) {
         const table = make("table");
-        table.append(make("caption", `${side}: likeliest tokens`, { style: "text-align:left" }));
+        table.append(make("caption", `${side}: most likely tokens`, { style: "text-align:left" }));
         for (const [token, p] of row[side]) {
           const line = make("tr");
           line.append(make("td", visible(token.replace(/ /g, "\u2423")), { class: "text" }), make("td", p.toPrecision(4), { class: "n", "data-v": p }));
@@ -445,7 +445,7 @@
           error_y: { type: "data", symmetric: false, array: rows.map((row) => row.ci95[1] - row.agreement), arrayminus: rows.map((row) => row.agreement - row.ci95[0]), thickness: 1.2 }, hovertemplate: "%{x}: %{y:.3f}, %{text}",
         };
       });
-      await plot(figure, traces, { showlegend: true, scattermode: "group", xaxis: { title: "the dense model's confidence in its likeliest token", type: "category", categoryorder: "array", categoryarray: runs[0].view.confidence ? runs[0].view.confidence.map((row) => `${row.from} to ${row.to}`) : [] }, yaxis: { range: [-0.03, 1.05], title: "same likeliest token" } }, 330);
+      await plot(figure, traces, { showlegend: true, scattermode: "group", xaxis: { title: "the dense model's confidence in its most likely token", type: "category", categoryorder: "array", categoryarray: runs[0].view.confidence ? runs[0].view.confidence.map((row) => `${row.from} to ${row.to}`) : [] }, yaxis: { range: [-0.03, 1.05], title: "same most likely token" } }, 330);
       say(figure, "Agreement by the dense model's confidence, teacher-forced, with Wilson's 95 % intervals.");
     });
     options();
@@ -500,7 +500,7 @@
         yaxis: { type: "log", title: "probability", domain: tall ? [0.62, 1] : [0, 1] }, xaxis2: { domain: tall ? [0, 1] : [0.74, 1], tickvals: letters.map((_, i) => i), ticktext: letters, anchor: "y2" }, yaxis2: { range: [0, 1], domain: tall ? [0, 0.32] : [0, 1], anchor: "x2", title: "among the options" },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
       }, tall ? 620 : 400);
-      say(figure, `Question ${q.id} (Fig. 8): the dense model's ${q.tokens.length} likeliest tokens under both models, and the options among themselves. KL over the vocabulary ${digits(q.kl)} nats.`);
+      say(figure, `Question ${q.id} (Fig. 8): the dense model's ${q.tokens.length} most likely tokens under both models, and the options among themselves. KL over the vocabulary ${digits(q.kl)} nats.`);
       chart.rows = [["token", "p_dense", "p_target"], ...q.tokens, ...q.letters.map((x, i) => [`option ${x}`, d[i], t[i]])];
     });
     add("margins", async (figure, chart) => {

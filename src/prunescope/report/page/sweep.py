@@ -40,9 +40,9 @@ def sweep_section(run: Run) -> dict[str, Any]:
             for point in _points(rows)
         ],
         "images": images,
-        "foretells": [
+        "predicts": [
             (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
-            for outcome, best in info["summary"]["foretells"].items()
+            for outcome, best in info["summary"]["predicts"].items()
         ],
     }
 

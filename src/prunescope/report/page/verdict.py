@@ -17,7 +17,7 @@ KEPT, RISK, BROKEN, UNCLEAR = "kept", "at risk", "broken", "not shown"
 TOO_FEW = 5  # prompts or questions
 _H = (0.95, 0.80)  # mean cosine of the final h
 _SAME = (0.90, 0.70)  # same choice
-_AGREE, _KL = (0.95, 0.80), 0.05  # same likeliest token a step; nats a step
+_AGREE, _KL = (0.95, 0.80), 0.05  # same most likely token a step; nats a step
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
 def _generation(info: Mapping[str, Any] | None) -> Verdict:
     use = "Generation"
     rule = (
-        f"Same likeliest token a step: kept from {_AGREE[0]:g} with a mean KL of at most {_KL:g} nats, broken below {_AGREE[1]:g}; "
+        f"Same most likely token a step: kept from {_AGREE[0]:g} with a mean KL of at most {_KL:g} nats, broken below {_AGREE[1]:g}; "
         "kept is not said where the target's texts end in loops more often."
     )
     if info is None:
@@ -150,7 +150,7 @@ def _generation(info: Mapping[str, Any] | None) -> Verdict:
         RISK: "Single steps mostly agree, but the texts part; small errors add up over time.",
         BROKEN: "The full distribution has changed: the target writes other texts.",
     }[level]
-    numbers = [(f"same likeliest token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
+    numbers = [(f"same most likely token, {where}", _mean(agree)), (f"KL a step, {where}", _mean(kl))]
     if like := info.get("like"):
         numbers.append(("KL on the dense model's texts, beside its own quantised types", str(like)))
     if parts:

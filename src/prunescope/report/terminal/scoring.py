@@ -89,7 +89,7 @@ def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None
     numbers = {model: str(number) for number, model in enumerate(info["summary"], 1)}
     for model, number in numbers.items():
         console.print(Text(f"{number}: {model}"))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     for heading in ("task", "", "score", "95 %", "change (95 %)", "lost", "won", "p"):
         table.add_column(
             heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task", overflow="fold"
@@ -101,7 +101,7 @@ def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None
     console.print(table)
     if steps := step_rows(info):
         console.print(Text("against the model before it"))
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
         for heading in ("task", "", "change (95 %)", "lost", "won", "p"):
             table.add_column(heading, justify="left" if heading in ("task", "") else "right", no_wrap=heading != "task")
         for task, model, earlier, change, interval, *rest in steps:

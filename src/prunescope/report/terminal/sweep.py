@@ -69,7 +69,7 @@ def show_sweep(
     for name, points in summary.get("front", {}).items():
         what = {"generative": "what is written", "choice": "what is chosen", "kl": "KL"}[name]
         console.print(Text(f"Pareto front of bytes and {what}: {', '.join(points)}"))
-    for outcome, best in summary["foretells"].items():
+    for outcome, best in summary["predicts"].items():
         names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
         console.print(Text(f"ranks of the loss, {outcome}, by Spearman over {best[0]['count']} points: {names}"))
 
