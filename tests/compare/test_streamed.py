@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,6 +171,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     characters_folder(folder / "chars")
     for seed in (0, 1):
         tiny_folder("llama", folder / f"llama{seed}", seed)
+    for name in ("recipe", "packed"):
+        (folder / name).mkdir()
+    save_dropped(load_model(folder / "llama0", device="cpu"), DropSpec((1,), ()), folder / "recipe", "recipe")
+    for path in (folder / "llama0").iterdir():
+        shutil.copy(path, folder / "packed")
+    config = json.loads((folder / "packed" / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "packed" / "config.json").write_text(json.dumps(config), "utf-8")
     rows = [
         {"prompt": "w5 w6 w7 w8 w9", "continuation": "w10 w11 w12 w13", "id": "a"},
         {"prompt": "w20 w21", "continuation": [5, 6], "id": "b"},
@@ -302,6 +311,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no texts": (("layerwise", *DENSE), "give its texts with --continuations FILE"),
     "prompts twice": (("layerwise", *DENSE, *GIVEN, "--prompts", "{place}/text.txt"), "leave --prompts out"),
     "quantised in memory": (("layerwise", DENSE[0], "quant:int8", *DENSE[1:], *GIVEN), "give a checkpoint that holds them as floats"),
+    "recipe": (("layerwise", DENSE[0], "{place}/recipe", *DENSE[1:], *GIVEN), "--format zeroed or compact"),
+    "packed": (("layerwise", DENSE[0], "{place}/packed", *DENSE[1:], *GIVEN), "give --dequantise"),
     "ladder": (("divergence", DENSE[0], "drop:attn=1", *DENSE[1:], "--text", "{place}/text.txt"), "--scale false"),
     "search": (("drop", *DENSE, "--select", "kl", "--n", "1"), "--select cosine"),
     "run of blocks": (("drop", *DENSE, "--target", "block", "--order", "consecutive", "--n", "1"), "--order discrete"),
