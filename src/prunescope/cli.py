@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     function = COMMANDS.get(words[0]) if words else None
-    if words[:1] == ["export"]:  # `for` cannot be the name of a parameter
+    if words[:1] == ["export"]:  # `for` cannot be the name of a parameter, and `check` is a method of all options
         words = [re.sub(r"^--for(?==|$)", "--engine", word) for word in words]
+        words = [re.sub(r"^--check(?==|$)", "--run-check", word) for word in words]
     try:
         options = _parse(words, function)
         if words[0] == "sparsify" and options["out"] is None and not options["dry_run"]:

@@ -314,6 +314,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "recipe": (("layerwise", DENSE[0], "{place}/recipe", *DENSE[1:], *GIVEN), "--format zeroed or compact"),
     "packed": (("layerwise", DENSE[0], "{place}/packed", *DENSE[1:], *GIVEN), "give --dequantise"),
     "ladder": (("divergence", DENSE[0], "drop:attn=1", *DENSE[1:], "--text", "{place}/text.txt"), "--scale false"),
+    "ladder of mcq": (("mcq", DENSE[0], "drop:attn=1", *DENSE[1:], "--ladder", "q8_0"), "leave --ladder out"),
     "search": (("drop", *DENSE, "--select", "kl", "--n", "1"), "--select cosine"),
     "run of blocks": (("drop", *DENSE, "--target", "block", "--order", "consecutive", "--n", "1"), "--order discrete"),
     "weights": (("drop", *DENSE, "--n", "1", "--format", "compact", "--calibration", "{place}/text.txt"), "--format recipe"),

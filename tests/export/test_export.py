@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, space_tokenizer, tiny
 
 import prunescope
-from families import tiny_folder
+from families import tiny_folder, tiny_tokenizer
 from prunescope.errors import UserError
+from prunescope.export.card import card
+from prunescope.export.check import TEXTS
+from prunescope.export.transformers import write_folder
+from prunescope.runs.folder import Run
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
@@ -67,3 +75,212 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"qwen3.*--for transformers"):
         prunescope.export(dense, engine="llama.cpp", drop="attn=2", out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_no_op_folder_is_the_same_function(family: str, engine: str, tmp_path: Path) -> None:
+    """Read by plain transformers through `block_configs` alone. Would catch blocks marked that are not dropped, blocks renumbered wrongly, and
+    MLPs filled up in the wrong place."""
+    dense = tiny(family, tmp_path / "dense")
+    drop = "attn=0,3;mlp=1;block=4"
+    ours = prunescope.load(dense, dtype="float32", drop=drop).model
+    folder = prunescope.export(dense, engine=engine, drop=drop, dtype="float32", out=str(tmp_path / "out"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_no_op_folder_is_what_the_engines_read(engine: str, tmp_path: Path) -> None:
+    """By the rules in the engines' own `nemotron_nas.py`: would catch an MLP width that SGLang rounds otherwise, weights that vLLM has no place for,
+    and a first block without the norm that begins the residual stream."""
+    dense = tiny("qwen2", tmp_path / "dense")
+    folder = prunescope.export(dense, engine=engine, drop="attn=0,3;mlp=1;block=4", out=str(tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    blocks = config["block_configs"]
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    assert [block["attention"]["no_op"] for block in blocks] == [False, False, False, True, False]
+    assert [block["ffn"]["no_op"] for block in blocks] == [False, True, False, False, False]
+    assert config["num_attention_heads"] // blocks[1]["attention"]["n_heads_in_group"] == config["num_key_value_heads"]
+    ffn = blocks[0]["ffn"]
+    weights = load_file(folder / "model.safetensors")
+    width = weights["model.layers.0.mlp.up_proj.weight"].shape[0]
+    if engine == "sglang":
+        plain = int(2 * ffn["ffn_mult"] * config["hidden_size"] / 3)
+        assert plain + (-plain) % 256 == width == 256
+        assert not weights["model.layers.1.self_attn.o_proj.bias"].any()
+    else:
+        assert "ffn_mult" not in ffn and ffn["intermediate_size"] == width == 96
+        assert "model.layers.1.self_attn.o_proj.bias" not in weights and config["qkv_bias"]
+    left_out = ("model.layers.3.self_attn.", "model.layers.3.input_", "model.layers.1.mlp.", "model.layers.1.post_")
+    assert not [name for name in weights if name.startswith(left_out)]
+    assert not weights["model.layers.0.self_attn.o_proj.weight"].any()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+def test_half_a_block_is_refused_where_the_engine_has_no_class(engine: str, family: str, tmp_path: Path) -> None:
+    dense = tiny(family, tmp_path / "dense")
+    with pytest.raises(UserError, match=r"whole blocks"):
+        prunescope.export(dense, engine=engine, drop="attn=2", out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_whole_blocks_are_a_plain_folder(engine: str, tmp_path: Path) -> None:
+    """The family's own class runs it: would catch code of ours where none is needed, and per-layer lists that are not cut."""
+    dense = tiny("gemma3", tmp_path / "dense")
+    folder = prunescope.export(dense, engine=engine, drop="block=1,2", dtype="float32", out=str(tmp_path / "out"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs) is transformers.Gemma3ForCausalLM and not list(folder.glob("*.py"))
+    ids = torch.randint(4, 60, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = prunescope.load(dense, dtype="float32", drop="block=1,2").model(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_pattern_of_windows_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
+    dense = tiny("gemma3", tmp_path / "dense")
+    with pytest.raises(UserError, match=r"pattern of sliding windows.*--for transformers"):
+        prunescope.export(dense, engine="llama.cpp", drop="block=2", out=str(tmp_path / "out"))
+
+
+def test_check_compares_with_prunescope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal and said so in the card; with another model in the folder exit 2 and nothing written."""
+    import prunescope.jobs.export as job
+
+    dense = tiny("llama", tmp_path / "dense")
+    folder = prunescope.export(dense, engine="transformers", drop="attn=2", run_check=True, out=str(tmp_path / "out"))
+    assert "3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
+    other = tiny("llama", tmp_path / "other", seed=1)
+
+    def wrong(loaded: Any, place: Path) -> bool:
+        loaded = prunescope.load(other, dtype="float32", drop="attn=2")
+        return write_folder(loaded, place)
+
+    monkeypatch.setattr(job, "write_folder", wrong)
+    with pytest.raises(UserError, match=r"--check: the engine does not write what prunescope writes"):
+        prunescope.export(dense, engine="transformers", drop="attn=2", run_check=True, out=str(tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_push_to_hub_uploads_the_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub in the place of HfApi: would catch an upload of another folder, or before it is complete."""
+    calls: list[tuple[str, Any]] = []
+
+    class Stub:
+        def create_repo(self, repository: str, **how: Any) -> None:
+            calls.append((repository, how))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            return f"https://hub.test/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Stub)
+    dense = tiny("llama", tmp_path / "dense")
+    prunescope.export(
+        dense, engine="transformers", drop="attn=2", push_to_hub="me/pruned", private=True, out=str(tmp_path / "out")
+    )
+    assert calls[0] == ("me/pruned", {"private": True, "exist_ok": True})
+    assert {"README.md", "config.json", "model.safetensors", "modeling_pruned.py"} <= set(calls[1][1])
+
+    def refuse(self: Any, repository: str, **how: Any) -> None:
+        raise PermissionError("401 no token")
+
+    monkeypatch.setattr(Stub, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"--push-to-hub me/pruned: 401 no token.*complete"):
+        prunescope.export(dense, engine="transformers", push_to_hub="me/pruned", out=str(tmp_path / "kept"))
+    assert (tmp_path / "kept" / "README.md").is_file()
+
+
+def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
+    """Numbers of run folders, by the right column: would catch a median in the place of a mean, and a local path on the hub."""
+    loaded = prunescope.load(tiny("llama", tmp_path / "dense"), drop="attn=2")
+    kl = Run(
+        tmp_path, {"command": "divergence", "summary": {"p": {"kl_dense_target": {"median": 0.5, "mean": 0.0625}}}}
+    )
+    tasks = {str(tmp_path / "pruned"): {"arc": {"value": 0.75, "n": 40}}}
+    runs = [kl, Run(tmp_path, {"command": "evaluate", "summary": tasks})]
+    text = card(loaded, "vllm", trust=True, without_tokenizer=None, checked=None, runs=runs)
+    assert "| attention sublayers dropped | [2] of 6 |" in text and "vllm serve . --trust-remote-code" in text
+    assert "By `prunescope divergence`:\n\n| | |\n|---|---|\n| p kl_dense_target | 0.0625 |\n" in text
+    assert "| pruned arc | 0.75 |" in text
+    assert "0.5 |" not in text and str(tmp_path) not in text
+
+
+def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
+    """A script in the place of a Python with vllm, that prints what plain transformers writes; then one wrong token. Would catch tokens and
+    log-probabilities that are not compared, and a prompt compared with another's text."""
+    dense = tiny("llama", tmp_path / "dense")
+    model = prunescope.load(dense, dtype="float32", drop="attn=2")
+    answers = []
+    for text in TEXTS:
+        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            first = model.model(ids).logits[0, -1].log_softmax(-1)
+        new = model.model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}})
+    script, printed = tmp_path / "python", tmp_path / "answers"
+    script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else cat > /dev/null; cat {printed}; fi\n')
+    script.chmod(0o755)
+    how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "run_check": True, "engine_python": str(script)}
+    printed.write_text(json.dumps(answers))
+    folder = prunescope.export(dense, dtype="float32", out=str(tmp_path / "out"), **how)
+    assert "checked in vllm 0: 3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
+    answers[1]["first"]["7"] += 0.5
+    printed.write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"off by 0\.5"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "off"), **how)
+    answers[2]["tokens"][63] += 1
+    printed.write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"token 64 of 64"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "wrong"), **how)
+    printed.write_text("")
+    with pytest.raises(UserError, match=r"vllm ended with 0"):
+        prunescope.export(dense, dtype="float32", out=str(tmp_path / "silent"), **how)
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "out")
+    for how, message in (
+        ({"engine": "sglang", "run_check": True}, "--check runs llama.cpp, transformers, vllm, not sglang"),
+        ({"engine": "vllm", "engine_python": "/no/python"}, "give both or neither"),
+        (
+            {"engine": "vllm", "run_check": True, "engine_python": "/no/python"},
+            "--engine-python /no/python: No such file",
+        ),
+        ({"engine": "transformers", "private": True}, "--push-to-hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prunescope.export("no-model", out=out, **how)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.modules["prunescope.export.llama_cpp_engine"], "ENGINE", "no_such_engine")
+    with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
+        prunescope.export("no-model", engine="llama.cpp", run_check=True, out=out)
+    with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
+        prunescope.speed(["no-model"], engine="llama.cpp")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces", "words"])
+def test_gguf_tokenizer_is_that_of_the_folder(kind: str, tmp_path: Path) -> None:
+    """Would catch texts at other ids, merges or scores in another order, and a tokenizer that llama.cpp would read otherwise written all the same."""
+    tokenizer = {"bytes": byte_tokenizer, "spaces": space_tokenizer, "words": tiny_tokenizer}[kind]()
+    folder = prunescope.export(tiny("llama", tmp_path / "dense", tokenizer), engine="llama.cpp", out=str(tmp_path / "out"))  # fmt: skip
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    found = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.ggml.")}
+    if kind == "words":
+        assert found == {"tokenizer.ggml.model": "none"}
+        assert "has no tokenizer: its tokenizer is of type WordLevel" in (folder / "README.md").read_text("utf-8")
+        return
+    texts = found["tokenizer.ggml.tokens"]
+    assert len(texts) == 320 and all(texts[i] == text for text, i in tokenizer.get_vocab().items())
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    if kind == "bytes":
+        assert found["tokenizer.ggml.pre"] == "qwen2"
+        assert [merge.split(" ") for merge in found["tokenizer.ggml.merges"]] == [list(merge) for merge in merges]
+    else:
+        scores = dict(zip(texts, found["tokenizer.ggml.scores"], strict=True))
+        made = list(dict.fromkeys(left + right for left, right in merges))
+        assert sorted(made, key=lambda text: -scores[text]) == made
+        assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]

@@ -145,6 +145,8 @@ def sparsify(
     owl_threshold: float = 5.0,
     block_size: int = 128,
     damping: float = 0.01,
+    refine: Literal["swaps", "admm", "swaps-admm", "admm-gradual"] | None = None,
+    refine_steps: int | None = None,
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -178,7 +180,9 @@ def sparsify(
         owl_spread: of owl, how far a block's sparsity may be from the mean
         owl_threshold: of owl, how many times the mean score makes an outlier
         block_size: of sparsegpt, columns of a block
-        damping: of sparsegpt, relative to the mean of the Hessian's diagonal
+        damping: of sparsegpt and of refining, relative to the mean of the Hessian's diagonal
+        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the weights that the mask should have), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
+        refine_steps: of refining, by default at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
         calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
@@ -207,7 +211,7 @@ def sparsify(
         job.SparsifyOptions(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
-            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
+            refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
@@ -307,8 +311,13 @@ def export(
     model: Model,
     *,
     out: str,
-    engine: Literal["llama.cpp", "transformers"],
+    engine: Literal["llama.cpp", "transformers", "vllm", "sglang"],
     drop: str | None = None,
+    run_check: bool = False,
+    engine_python: str | None = None,
+    measured: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -324,6 +333,11 @@ def export(
         out: folder to write
         engine: what shall run it; on the command line also --for
         drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
+        run_check: run what was written in its engine on this machine (on the command line also --check), and fail where it does not write the same tokens
+        engine_python: Python of an environment that has vllm, for --check of it
+        measured: run folders that measured the damage, for the model card, several with commas between them
+        push_to_hub: repository of the Hugging Face hub to upload the folder to, OWNER/NAME
+        private: make that repository a private one
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
@@ -333,16 +347,17 @@ def export(
         overwrite: replace an existing folder
 
     Returns:
-        The folder: model.gguf for llama.cpp, safetensors and a modelling file for transformers, and README.md.
+        The folder: model.gguf for llama.cpp, safetensors and if needed a modelling file for the others, and README.md.
 
     Raises:
-        UserError: the engine cannot run the model, or whatever is wrong with the reference or the folder.
+        UserError: the engine cannot run the model or computes something else, or whatever is wrong with the reference or the folder.
     """
     from prunescope.jobs.export import ExportOptions, run
 
     return run(
         ExportOptions(
-            model=model, engine=engine, drop=drop, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            model=model, engine=engine, drop=drop, run_check=run_check, engine_python=engine_python, measured=measured, push_to_hub=push_to_hub, private=private,
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

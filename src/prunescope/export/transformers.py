@@ -1,22 +1,37 @@
 """A folder that plain transformers runs: a short modelling file that leaves out what is dropped, beside ordinary safetensors.
 
 The file subclasses the family's own classes, so nothing of the arithmetic is copied. Its model type is one of its own: without
-`trust_remote_code` transformers refuses the folder, instead of loading a dense model with random weights.
+`trust_remote_code` transformers refuses the folder, instead of loading a dense model with random weights. Where whole blocks alone are dropped,
+a plain class fits: the folder is that of `drop --format compact`, and needs no file.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prunescope.errors import UserError
 from prunescope.export.parts import dropped_here, whole
+from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.record import RECORD
+from prunescope.models.saving import save_dropped
 
-__all__ = ["FAMILIES", "write_folder"]
+__all__ = ["FAMILIES", "lacking", "write_class", "write_folder", "write_plain"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # `layer.self_attn` and `layer.mlp`
+_LLAMA_NORMS = ({"input_layernorm"}, {"post_attention_layernorm"})
+_GEMMA_NORMS = (
+    {"input_layernorm", "post_attention_layernorm"},
+    {"pre_feedforward_layernorm", "post_feedforward_layernorm"},
+)
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_NORMS) | {"gemma3_text": _GEMMA_NORMS}
+"""Families of `layer.self_attn` and `layer.mlp`, with the norms that serve the one and the other."""
 MODELLING = "modeling_pruned.py"
+LISTS = """
+    model_type = "prunescope_{family}"
+"""
 _SOURCE = '''"""{base} without the attentions and MLPs that config.json lists. Written by prunescope."""
 
 import torch
@@ -47,8 +62,7 @@ class NoMLP(nn.Module):
 
 
 class PrunedConfig({config}):
-    model_type = "prunescope_{family}"
-
+{body}
 
 class PrunedForCausalLM({base}):
     config_class = PrunedConfig
@@ -57,46 +71,81 @@ class PrunedForCausalLM({base}):
         super().__init__(config)
         for i in config.no_attention:
             self.model.layers[i].self_attn = NoAttention(i)
+            for name in {attn_norms}:
+                setattr(self.model.layers[i], name, nn.Identity())
         for i in config.no_mlp:
             self.model.layers[i].mlp = NoMLP()
+            for name in {mlp_norms}:
+                setattr(self.model.layers[i], name, nn.Identity())
 '''
 
 
 def write_folder(loaded: LoadedModel, folder: Path) -> bool:
-    """Write ``loaded`` into the existing, empty ``folder``. Returns whether it needs `trust_remote_code`: not where nothing is dropped.
+    """Write ``loaded`` into the existing, empty ``folder``. Returns whether it needs `trust_remote_code`: not where a plain class fits.
 
     Raises:
         UserError: the family's layers have other names than the modelling file replaces.
     """
-    config = loaded.model.config
-    spec = dropped_here(loaded)
-    if spec and config.model_type not in FAMILIES:
+    config, spec = loaded.model.config, dropped_here(loaded)
+    if write_plain(loaded, folder, spec):
+        return False
+    if config.model_type not in FAMILIES:
         raise UserError(
             f"--for transformers: no modelling file for {config.model_type}, only for {', '.join(FAMILIES)}; use drop --format zeroed or compact"
         )
     with whole(loaded) as model:
-        gone = tuple(
-            f"model.layers.{i}.{name}."
-            for name, layers in (("self_attn", spec.attn), ("mlp", spec.mlp))
-            for i in layers
+        gone = lacking(config.model_type, spec)
+        model.save_pretrained(
+            folder, state_dict={n: v for n, v in model.state_dict().items() if not n.startswith(gone)}
         )
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith(gone)}
-        model.save_pretrained(folder, state_dict=weights)
     loaded.tokenizer.save_pretrained(folder)
-    if not spec:
-        return False
-    base, kind = type(loaded.model), type(config)
-    module = base.__module__.split(".")[-2]
-    source = _SOURCE.format(base=base.__name__, module=module, config=kind.__name__, family=config.model_type)
-    (folder / MODELLING).write_text(source, "utf-8")
-    stem = MODELLING.removesuffix(".py")
-    path = folder / "config.json"
-    values = json.loads(path.read_text("utf-8")) | {
+    values = {
         "architectures": ["PrunedForCausalLM"],
-        "auto_map": {"AutoConfig": f"{stem}.PrunedConfig", "AutoModelForCausalLM": f"{stem}.PrunedForCausalLM"},
         "model_type": f"prunescope_{config.model_type}",
         "no_attention": list(spec.attn),
         "no_mlp": list(spec.mlp),
     }
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_class(loaded, folder, values, LISTS.format(family=config.model_type))
     return True
+
+
+def write_plain(loaded: LoadedModel, folder: Path, spec: DropSpec) -> bool:
+    """Write what the family's own class computes: nothing dropped, or whole blocks removed. Returns False where it does not fit, and writes nothing."""
+    if spec.attn != spec.mlp or spec.whole_blocks() == tuple(range(len(loaded.anatomy))):
+        return False
+    with whole(loaded) as model:
+        if not spec:
+            model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            return True
+        blocks = tuple(range(len(loaded.anatomy)))
+        here = replace(loaded, record=None, stored_dtype=loaded.dtype, layer_map=blocks, dense_layers=len(blocks), _drops=[])  # fmt: skip
+        try:
+            save_dropped(here, spec, folder, "compact")
+        except UserError:  # the family places its blocks by a rule
+            return False
+    if len(blocks) != loaded.dense_layers:  # blocks were gone before: its numbers are not those of the dense model
+        (folder / RECORD).unlink()
+    return True
+
+
+def lacking(family: str, spec: DropSpec) -> tuple[str, ...]:
+    """How the names of the weights begin that are not written."""
+    attn, mlp = FAMILIES[family]
+    parts = ((spec.attn, {"self_attn", *attn}), (spec.mlp, {"mlp", *mlp}))
+    return tuple(f"model.layers.{i}.{name}." for layers, names in parts for i in layers for name in names)
+
+
+def write_class(loaded: LoadedModel, folder: Path, values: dict[str, Any], body: str) -> None:
+    """Write the modelling file, whose config has ``body``, and put ``values`` into config.json."""
+    base, kind = type(loaded.model), type(loaded.model.config)
+    attn, mlp = FAMILIES[loaded.model.config.model_type]
+    source = _SOURCE.format(
+        base=base.__name__, module=base.__module__.split(".")[-2], config=kind.__name__, body=body.lstrip("\n"),
+        attn_norms=tuple(sorted(attn)), mlp_norms=tuple(sorted(mlp)),
+    )  # fmt: skip
+    (folder / MODELLING).write_text(source, "utf-8")
+    stem, path = MODELLING.removesuffix(".py"), folder / "config.json"
+    auto = {"AutoConfig": f"{stem}.PrunedConfig", "AutoModelForCausalLM": f"{stem}.PrunedForCausalLM"}
+    found = json.loads(path.read_text("utf-8")) | {"auto_map": auto} | values
+    path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from prunescope.errors import UserError
+from prunescope.export.card import card
+from prunescope.export.check import check, require
+from prunescope.export.hub import push
 from prunescope.export.llama_cpp import write_gguf
+from prunescope.export.no_ops import write_no_ops
 from prunescope.export.transformers import write_folder
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.loaded import LoadedModel
-from prunescope.runs.folder import write_config
+from prunescope.progress import console
+from prunescope.runs.folder import open_run, write_config
 
-__all__ = ["ExportOptions", "run"]
+__all__ = ["Engine", "ExportOptions", "run", "write_for"]
 
-Engine = Literal["llama.cpp", "transformers"]
+Engine = Literal["llama.cpp", "transformers", "vllm", "sglang"]
 
 
 @dataclass(frozen=True)
@@ -25,52 +30,60 @@ class ExportOptions(Options):
     model: Model
     engine: Engine
     drop: str | None
+    run_check: bool
+    engine_python: str | None
+    measured: str | None
+    push_to_hub: str | None
+    private: bool
     loading: LoadOptions
     output: OutputOptions
+
+    def check(self) -> None:
+        super().check()
+        if self.run_check:
+            require(self.engine, self.engine_python)
+        elif self.engine_python is not None:
+            raise UserError("--engine-python is for --check; give both or neither")
+        if self.private and self.push_to_hub is None:
+            raise UserError("--private says how --push-to-hub makes the repository; give both or neither")
 
 
 def run(options: ExportOptions) -> Path:
     options.check()
+    runs = [open_run(name.strip()) for name in (options.measured or "").split(",") if name.strip()]
     loaded = options.loading.load(options.model)
     if options.drop:
         if loaded.dropped:
             raise UserError(f"{options.model} has sublayers dropped already ({loaded.dropped}); leave --drop out")
         loaded.drop(options.drop)
     options.output.require_space(sum(4 * p.numel() for p in loaded.model.parameters()) + 2**25)
+    checked = None
     with options.output.staged() as folder:
         if folder is None:
             raise UserError("export: say where the folder goes, with --out DIR")
-        if options.engine == "llama.cpp":
-            with_tokenizer = write_gguf(loaded, folder / "model.gguf")
-            how = "llama-cli -m model.gguf" if with_tokenizer else _IDS
-        else:
-            how = _PYTHON.format(extra=", trust_remote_code=True" if write_folder(loaded, folder) else "")
+        trust, without_tokenizer = write_for(options.engine, loaded, folder)
+        if without_tokenizer:
+            console.print(f"no tokenizer in model.gguf: {without_tokenizer}", markup=False)
+        if options.run_check:
+            if without_tokenizer:
+                raise UserError(f"--check: llama.cpp needs a tokenizer in the file, and {without_tokenizer}")
+            checked = check(loaded, options.engine, folder, options.engine_python)
+            console.print(str(checked), markup=False)
         write_config(folder, options.config())
-        (folder / "README.md").write_text(_card(loaded, options.engine, how), "utf-8")
+        text = card(
+            loaded, options.engine, trust=trust, without_tokenizer=without_tokenizer, runs=runs,
+            checked=str(checked) if checked else None,
+        )  # fmt: skip
+        (folder / "README.md").write_text(text, "utf-8")
     options.output.say_written(f" ({options.engine})")
-    return Path(str(options.output.out)).expanduser()
+    path = Path(str(options.output.out)).expanduser()
+    if options.push_to_hub is not None:
+        console.print(f"pushed: {push(path, options.push_to_hub, private=options.private)}", markup=False)
+    return path
 
 
-_IDS = "# model.gguf has no tokenizer: call llama_decode of llama.h with token ids; llama-cli and llama-server need one"
-_PYTHON = 'transformers.AutoModelForCausalLM.from_pretrained("."{extra})'
-
-
-def _card(loaded: LoadedModel, engine: Engine, how: str) -> str:
-    dropped = loaded.dropped
-    return f"""# {loaded.ref}, pruned
-
-Written by prunescope for {engine}.
-
-| | |
-|---|---|
-| base | {loaded.identity.get("source", loaded.ref)} |
-| attention sublayers dropped | {list(dropped.attn)} of {loaded.dense_layers} |
-| MLP sublayers dropped | {list(dropped.mlp)} of {loaded.dense_layers} |
-| zero weights in what is left | {loaded.sparsity():.1%} |
-
-Run it:
-
-```
-{how}
-```
-"""
+def write_for(engine: Engine, loaded: LoadedModel, folder: Path) -> tuple[bool, str | None]:
+    """Write ``loaded`` for ``engine`` into ``folder``. Returns whether it comes with code of its own, and why a GGUF file has no tokenizer."""
+    if engine == "llama.cpp":
+        return False, write_gguf(loaded, folder / "model.gguf")
+    return (write_folder(loaded, folder) if engine == "transformers" else write_no_ops(loaded, folder, engine)), None

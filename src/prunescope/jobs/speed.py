@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from prunescope.errors import UserError
+from prunescope.export.llama_cpp_engine import require_engine
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
+from prunescope.jobs.speed_engine import run_in_llama_cpp
 from prunescope.models.dropping import DropSpec
 from prunescope.models.references import is_drop
 from prunescope.models.semistructured import check_kernels
@@ -36,6 +38,7 @@ class SpeedOptions(Options):
     repeats: int
     sparse_kernels: bool
     seed: int
+    engine: Literal["transformers", "llama.cpp"]
     loading: LoadOptions
     output: OutputOptions
 
@@ -58,6 +61,10 @@ class SpeedOptions(Options):
         sizes = self.batch_sizes
         if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
             raise UserError(f"--batch-size {self.batch_size}: write different numbers with commas, for example 1,8")
+        if self.engine == "llama.cpp":
+            if self.sparse_kernels:
+                raise UserError("--sparse-kernels are PyTorch's; llama.cpp has none, leave one of the two out")
+            require_engine()
         super().check()
 
     @property
@@ -82,6 +89,8 @@ class SpeedOptions(Options):
 def run(options: SpeedOptions) -> SpeedResult:
     started = time.monotonic()
     options.check()
+    if options.engine == "llama.cpp":
+        return run_in_llama_cpp(options.models, options.workload, options.config(), options.loading, options.output)
     names, workload = options.names, options.workload
     found: dict[int, Measured] = {}
     descriptions: dict[int, dict[str, Any]] = {}

@@ -15,6 +15,7 @@ __all__ = [
     "STEP_HEADINGS",
     "remarks",
     "score_rows",
+    "show_engine_speed",
     "show_scores_of_tasks",
     "show_speed",
     "step_rows",
@@ -71,7 +72,7 @@ def step_rows(info: Mapping[str, Any]) -> list[list[str]]:
 
 def remarks(info: Mapping[str, Any]) -> list[str]:
     """What one must know to read the table: tasks and pairs that say nothing, and notes."""
-    lines = []
+    lines = [_divergence(label, kl, info.get("like", {}).get(label)) for label, kl in info.get("kl", {}).items()]
     for pair in info["pairs"]:
         tasks = [task for task in (f"{pair}-gen", f"{pair}-mc") if task in info["says_nothing"]]
         if tasks:
@@ -81,6 +82,13 @@ def remarks(info: Mapping[str, Any]) -> list[str]:
     lines += [f"{task} says nothing here: {why}." for task, why in info["says_nothing"].items() if task not in inside]
     first = next(iter(info["summary"].values()))
     return lines + [f"{task}: {entry['note']}." for task, entry in first.items() if entry.get("note")]
+
+
+def _divergence(label: str, kl: Mapping[str, Any], like: str | None) -> str:
+    low, high = kl["ci95"]
+    interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
+    place = f", {like} of the first model's own quantised types" if like else ""
+    return f"{label}: KL from the first model, a step of that one's text, {kl['mean']:.3g}{interval}{place}."
 
 
 def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None) -> None:
@@ -182,6 +190,48 @@ def show_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Con
             style="dim",
         )
     )
+
+
+def show_engine_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Console | None = None) -> None:
+    """A line a model: bytes of weights and of the key/value cache, and times, each against the first model."""
+    console = console or Console()
+    config = info["config"]
+    console.print(
+        Text(
+            f"{info['engine']}, {info['threads']} threads, keys and values in {info['cache']}: a prompt of {config['length']} tokens, {config['max_new_tokens']} new ones, median of {config['repeats']}, models in turn",
+            style="bold",
+        )
+    )
+    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    sizes.add_column("model", min_width=16)
+    for heading in ("weights", "", "cache", ""):
+        sizes.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        stored = [(row[f"{what}_bytes"], row[f"{what}_ratio"]) for what in ("weight", "cache")]
+        sizes.add_row(row["model"], *(cell for size, ratio in stored for cell in (_count(size, "B"), _change(ratio))))
+    console.print(sizes)
+    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
+        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
+        times.add_column("model")
+        for heading in ("tokens/s", "ms", "spread", "gain"):
+            times.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            middle = row[f"{kind}_s"]
+            spread = (row[f"{kind}_s_max"] - row[f"{kind}_s_min"]) / middle
+            gain = f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
+            cells = (f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{1000 * middle:.4g}", f"{100 * spread:.0f} %")
+            times.add_row(row["model"], *cells, "" if row is rows[0] else gain)
+        console.print(times)
+    console.print(
+        Text(
+            "spread: slowest less fastest, over the median; ~ : a difference within the spread, that is, noise",
+            style="dim",
+        )
+    )
+
+
+def _change(ratio: float) -> str:
+    return "" if ratio == 1 else f"{100 * (ratio - 1):+.0f} %"
 
 
 def _count(value: float | None, unit: str = "") -> str:
