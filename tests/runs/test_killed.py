@@ -24,7 +24,19 @@ from families import characters_folder
 
 MOMENTS = 1
 VOLATILE = {"wall_time_s", "peak_memory_bytes", "seconds", "started", "finished", "out", "resume", "overwrite", "times"}
-RESUMABLE = ("sparsify", "layerwise", "generate", "mcq", "divergence", "retrieve", "evaluate", "sweep", "heal")
+STREAMED = ("layerwise-streamed", "divergence-streamed")  # both models on disk
+RESUMABLE = (
+    *STREAMED,
+    "sparsify",
+    "layerwise",
+    "generate",
+    "mcq",
+    "divergence",
+    "retrieve",
+    "evaluate",
+    "sweep",
+    "heal",
+)
 COMMANDS = ("drop", *RESUMABLE)
 
 
@@ -63,6 +75,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     characters_folder(folder / "model")
     (folder / "prompts.txt").write_text("cat dog\n2 + 3 = 5\nred, blue\n", "utf-8")
+    written = [{"prompt": "cat dog", "continuation": " and"}, {"prompt": "2 + 3 =", "continuation": " 5"}]
+    (folder / "continuations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written), "utf-8")
     (folder / "text.txt").write_text("a cat and a dog and 12 birds\n" * 6, "utf-8")
     rows = [{"question": f"{i} + 2", "choices": ["3", "4"], "answer": i % 2} for i in range(3)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -76,6 +90,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def argv_of(command: str, place: Path) -> list[str]:
     model, drop = str(place / "model"), "drop:attn=1"
+    if command in STREAMED:
+        given = ["--stream", "true", "--continuations", f"{place}/continuations.jsonl", "--batch-size", "1"]
+        plain = argv_of("divergence", place)
+        return (
+            ["layerwise", model, drop, *given]
+            if "layerwise" in command
+            else [*plain, "--scale", "false", "--stream", "true"]
+        )
     writing = [model, drop, "--prompts", f"{place}/prompts.txt", "--max-new-tokens", "2", "--batch-size", "1"]
     calibration = ["--calibration", f"{place}/text.txt", "--samples", "2", "--seq-len", "8"]
     return {

@@ -21,6 +21,8 @@ def layerwise(
     *,
     out: str | None = None,
     prompts: str | None = None,
+    continuations: str | None = None,
+    stream: bool = False,
     chat: bool = False,
     max_new_tokens: int = 64,
     lens: Literal["raw", "final-norm"] = "raw",
@@ -48,6 +50,8 @@ def layerwise(
         target: a model, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +; left out, every sublayer is dropped in turn
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; left out, the dense model writes them
+        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
@@ -75,7 +79,7 @@ def layerwise(
 
     return job.run(
         job.LayerwiseOptions(
-            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
+            dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
@@ -166,6 +170,7 @@ def mcq(
     shots: int = 0,
     subjects: str | None = None,
     limit: int | None = None,
+    stream: bool = False,
     metric_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -192,6 +197,7 @@ def mcq(
         shots: solved examples before each question, from the folder's dev files
         subjects: of an MMLU folder, names with commas between them
         limit: take only the first so many questions
+        stream: leave both models on disk and read them a block at a time, with the same numbers
         metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
         seed: of the bootstrap
         batch_size: questions at a time
@@ -214,7 +220,7 @@ def mcq(
 
     return job.run(
         job.McqOptions(
-            dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
+            dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, stream=stream, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
@@ -230,6 +236,7 @@ def divergence(
     context: int = 512,
     chunks: int | None = None,
     scale: bool = True,
+    stream: bool = False,
     ladder: str | None = None,
     metric_temperature: float = 1.0,
     seed: int = 0,
@@ -255,6 +262,7 @@ def divergence(
         context: tokens of a chunk; the second half of each is scored
         chunks: take only the first so many chunks of each file
         scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale
         ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         seed: of the bootstrap over chunks
@@ -277,7 +285,7 @@ def divergence(
 
     return job.run(
         job.DivergenceOptions(
-            dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, ladder=ladder,
+            dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, stream=stream, ladder=ladder,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )

@@ -85,6 +85,7 @@ def drop(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     cache: bool = True,
+    stream: bool = False,
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -113,6 +114,7 @@ def drop(
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
+        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
         overwrite: replace an existing checkpoint folder
 
     Raises:
@@ -123,7 +125,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

@@ -32,8 +32,10 @@ __all__ = [
     "check_pair",
     "final_head",
     "largest",
+    "last_place",
     "mark_under_floor",
     "padded",
+    "pieces",
     "read_states",
     "run_key",
     "step_index",
@@ -74,6 +76,18 @@ def padded(sequences: Sequence[Transcript], device: torch.device) -> Tensor:
 def step_index(sequences: Sequence[Transcript], device: torch.device) -> tuple[Tensor, Tensor]:
     where = [(i, position) for i, s in enumerate(sequences) for position in s.positions]
     return tuple(torch.tensor(column, device=device) for column in zip(*where, strict=True))  # type: ignore[return-value]
+
+
+def pieces(sequence: Transcript) -> list[Tensor]:
+    """The ids ``(1, tokens)`` of a prefill and of every cached forward after it, as many as there are steps."""
+    read, first = sequence.read, len(sequence.prompt)
+    bounds = [(0, first), *((i, i + 1) for i in range(first, len(read)))]
+    return [torch.tensor([read[start:stop]]) for start, stop in bounds]
+
+
+def last_place(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of the last token of a single text, as `step_index` gives it."""
+    return torch.tensor([0], device=device), torch.tensor([-1], device=device)
 
 
 # --- two models --------------------------------------------------------------------------------------------------------
@@ -131,7 +145,7 @@ def final_head(loaded: LoadedModel) -> Head:
     """From what the head reads to the model's own logits, logit scale and soft-capping included."""
     anatomy = loaded.anatomy
     bias = getattr(anatomy.head, "bias", None)
-    return Head(anatomy.head.weight.detach(), bias, anatomy.logit_scale, anatomy.logit_softcap)  # type: ignore[operator]
+    return Head(loaded.head_weight, bias, anatomy.logit_scale, anatomy.logit_softcap)
 
 
 def check_pair(dense: LoadedModel, target: Changed) -> None:
@@ -168,10 +182,17 @@ def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) ->
 
 @torch.no_grad()
 def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
-    """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``."""
+    """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``.
+
+    A model whose weights stay on disk must have read the texts: `prunescope.models.streaming.having_read`.
+    """
+    ids = padded(sequences, loaded.device)
     caught: list[Tensor] = []
-    with final_states(loaded, caught.append):
-        loaded.model(input_ids=padded(sequences, loaded.device), use_cache=False, logits_to_keep=1)
+    if loaded.source is not None:
+        caught.append(loaded.source.states(ids))
+    else:
+        with final_states(loaded, caught.append):
+            loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     found = caught[0][step_index(sequences, loaded.device)]
     return list(found.split([len(s.continuation) for s in sequences]))
 

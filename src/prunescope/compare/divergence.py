@@ -45,6 +45,7 @@ __all__ = [
     "DivergenceRows",
     "Slice",
     "divergence_key",
+    "divergence_passes",
     "divergence_rows",
     "read_slices",
 ]
@@ -182,6 +183,15 @@ def scored(chunks: Tensor) -> list[Transcript]:
     """Chunks ``(batch, context)`` as texts whose steps are the scored positions."""
     first = chunks.shape[1] // 2
     return [Transcript(chunk[: first + 1], chunk[first + 1 :]) for chunk in chunks.tolist()]
+
+
+def divergence_passes(
+    slices: Sequence[Slice], batch_size: int
+) -> tuple[list[list[Transcript]], list[list[Transcript]]]:
+    """The batches of texts that `divergence_rows` lets both models read, and those that the dense one reads alone, for its noise floor."""
+    texts = scored(torch.cat([piece.chunks for piece in slices]))
+    both = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+    return both, [[text] for text in both[0][:_FLOOR_CHUNKS]]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from prunescope.compare.context import (
     check_comparable,
     check_memory,
     largest,
+    last_place,
     mark_under_floor,
     padded,
+    pieces,
     run_key,
     step_index,
     switched,
@@ -44,7 +46,22 @@ from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
 
-__all__ = ["Lens", "batch_rows", "layerwise_rows", "lens_head", "noise_floor", "product_error"]
+__all__ = [
+    "DenseRows",
+    "LayerwiseRows",
+    "Lens",
+    "TargetRows",
+    "batch_rows",
+    "floor_of",
+    "floor_texts",
+    "layerwise_key",
+    "layerwise_rows",
+    "lens_head",
+    "noise_floor",
+    "product_error",
+    "rows_table",
+    "slot_pairs",
+]
 
 Lens = Literal["raw", "final-norm"]
 _FLOOR_PROMPTS, _FLOOR_STEPS = 2, 16
@@ -57,7 +74,7 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
     if lens == "final-norm" and anatomy.final_norm is None:
         raise UserError(f"{dense.ref} has no final norm; use --lens raw")
     return Head(
-        anatomy.head.weight.detach(),  # type: ignore[operator]
+        dense.head_weight,
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
@@ -92,86 +109,116 @@ def _slot(layer: int, kind: Kind) -> int:
     return 2 * layer + 1 + KINDS.index(kind)
 
 
-@torch.no_grad()
-def _dense_streams(
-    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], _Kept] | None, spare: int = 0
-) -> Tensor:
-    """``(steps, 2 layers + 1 + spare, d)``; the last ``spare`` slots are left to the caller. With ``keep``, what a target needs of every
-    sublayer is kept there. Of everything else a block computes, only its rows at the steps outlive it."""
-    index = step_index(sequences, dense.device)
-    slots = 2 * len(dense.anatomy) + 1
-    rows: list[Tensor] = []
-
-    def see(passage: Passage) -> None:
-        if not rows:
-            width = passage.before.shape[-1]
-            rows.append(passage.before.new_empty(len(index[0]), slots + spare, width))
-            rows[0][:, 0] = passage.before[index]
-        rows[0][:, _slot(passage.layer, passage.kind)] = passage.after[index]
-        if keep is not None:
-            assert passage.added is not None  # the dense model has all its branches
-            keep[passage.layer, passage.kind] = _Kept(passage.before, passage.added[index])
-
-    with watching(dense, see):
-        dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
-    return rows[0]
-
-
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """Of one dense sublayer: the stream before it at all positions, and what its branch adds at every step."""
 
     before: Tensor  # (batch, tokens, d)
     added: Tensor  # (steps, d)
 
 
+@dataclass
+class DenseRows:
+    """Takes the rows of a batch while the dense model runs; of everything else that a block computes, nothing outlives it.
+
+    ``rows`` is ``(steps, 2 layers + 1 + spare, d)``, made by the first passage unless it is given; the last ``spare`` slots are left to
+    `TargetRows`, for which ``keep`` keeps what a target needs of every sublayer.
+    """
+
+    index: tuple[Tensor, Tensor]
+    slots: int
+    keep: dict[tuple[int, Kind], Kept] | None = None
+    made: Tensor | None = None
+
+    def see(self, passage: Passage) -> None:
+        if self.made is None:
+            self.made = passage.before.new_empty(len(self.index[0]), self.slots, passage.before.shape[-1])
+        if _slot(passage.layer, passage.kind) == 1:
+            self.made[:, 0] = passage.before[self.index]
+        self.made[:, _slot(passage.layer, passage.kind)] = passage.after[self.index]
+        if self.keep is not None:
+            assert passage.added is not None  # the dense model has all its branches
+            self.keep[passage.layer, passage.kind] = Kept(passage.before, passage.added[self.index])
+
+    @property
+    def rows(self) -> Tensor:
+        assert self.made is not None
+        return self.made
+
+
+@dataclass
+class TargetRows:
+    """The target's streams into the spare slots of the dense rows, each of its branches fed with the dense stream of its place."""
+
+    target: LoadedModel
+    dense: DenseRows
+    layers: int  # of the dense model
+    device: torch.device
+
+    def slot(self, layer: int, kind: Kind) -> int:
+        return 2 * self.layers + _slot(layer, kind)
+
+    def begin(self, layer: int) -> None:
+        """A sublayer that the target lacks leaves the stream as it was before."""
+        for kind in KINDS:
+            self.dense.rows[:, self.slot(layer, kind)] = self.dense.rows[:, _slot(layer, kind) - 1]
+
+    def stream(self, block: int, kind: Kind) -> Tensor:
+        return self._kept(block, kind).before.to(self.device, self.target.dtype)
+
+    def see(self, block: int, kind: Kind, added: Tensor) -> None:
+        layer, rows = self.target.layer_map[block], self.dense.rows
+        before, dense_added = self._kept(block, kind)
+        branch = added.to(before.device, before.dtype).view_as(before)[self.dense.index]
+        if self.target.anatomy.blocks[block].parallel and kind == "mlp":
+            # a parallel block adds both branches in an order of its own: exchange this one in its sum, so that equals give equals
+            after = rows[:, _slot(layer, kind)].to(branch.device) + (branch - dense_added)
+        else:
+            after = before[self.dense.index] + branch
+        rows[:, self.slot(layer, kind)] = after
+
+    def _kept(self, block: int, kind: Kind) -> Kept:
+        assert self.dense.keep is not None
+        return self.dense.keep[self.target.layer_map[block], kind]
+
+
+@torch.no_grad()
+def _dense_streams(
+    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Kept] | None, spare: int = 0
+) -> DenseRows:
+    rows = DenseRows(step_index(sequences, dense.device), 2 * len(dense.anatomy) + 1 + spare, keep)
+    with watching(dense, rows.see):
+        dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
+    return rows
+
+
 @torch.no_grad()
 def _streams(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transcript]) -> _Streams:
     layers = len(dense.anatomy)
+    pairs = slot_pairs(target, layers)
+    if target is None or isinstance(target, DropSpec):
+        return _Streams(_dense_streams(dense, sequences, None).rows, pairs)
+    taken = _dense_streams(dense, sequences, {}, spare=2 * layers)
+    with switched(dense, target) as model:
+        theirs = TargetRows(model, taken, layers, model.device)
+        for layer in range(layers):
+            theirs.begin(layer)
+        with substituting(model, theirs.stream, theirs.see):
+            model.model(input_ids=padded(sequences, model.device), use_cache=False, logits_to_keep=1)
+    return _Streams(taken.rows, pairs)
+
+
+def slot_pairs(target: TargetModel, layers: int) -> Tensor:
+    """``(2 * layers, 2)`` slots of the rows of a step: the dense stream after every sublayer, and the target's."""
     places = [(layer, kind) for layer in range(layers) for kind in KINDS]
     if target is None or isinstance(target, DropSpec):
-        rows = _dense_streams(dense, sequences, None)
         # a drop leaves the stream as it was before; a sublayer that is not dropped leaves the dense stream
-        pairs = [
+        found = [
             (_slot(layer, kind), _slot(layer, kind) - (target is None or (kind, layer) in target))
             for layer, kind in places
         ]
-        return _Streams(rows, torch.tensor(pairs))
-    kept: dict[tuple[int, Kind], _Kept] = {}
-    rows = _dense_streams(dense, sequences, kept, spare=len(places))
-    with switched(dense, target) as model:
-        return _target_streams(model, rows, kept, sequences, layers, places)
-
-
-def _target_streams(
-    target: LoadedModel,
-    rows: Tensor,
-    kept: dict[tuple[int, Kind], _Kept],
-    sequences: Sequence[Transcript],
-    layers: int,
-    places: list[tuple[int, Kind]],
-) -> _Streams:
-    """The target's streams into the spare slots of ``rows``, each of its branches fed with the dense stream of its place."""
-    index = step_index(sequences, rows.device)
-    slot_of_target = {place: 2 * layers + 1 + i for i, place in enumerate(places)}
-    for place, slot in slot_of_target.items():  # a sublayer that the target lacks leaves the stream as it was before
-        rows[:, slot] = rows[:, _slot(*place) - 1]
-
-    def stream(block: int, kind: Kind) -> Tensor:
-        return kept[target.layer_map[block], kind].before.to(target.device, target.dtype)
-
-    def see(block: int, kind: Kind, added: Tensor) -> None:
-        place = (target.layer_map[block], kind)
-        before, dense_added = kept[place]
-        branch = added.to(before.device, before.dtype).view_as(before)[index]
-        if target.anatomy.blocks[block].parallel and kind == "mlp":
-            # a parallel block adds both branches in an order of its own: exchange this one in its sum, so that equals give equals
-            rows[:, slot_of_target[place]] = rows[:, _slot(*place)] + (branch - dense_added)
-        else:
-            rows[:, slot_of_target[place]] = before[index] + branch
-
-    with substituting(target, stream, see):
-        target.model(input_ids=padded(sequences, target.device), use_cache=False, logits_to_keep=1)
-    return _Streams(rows, torch.tensor([(_slot(*place), slot) for place, slot in slot_of_target.items()]))
+    else:
+        found = [(_slot(*place), 2 * layers + _slot(*place)) for place in places]
+    return torch.tensor(found)
 
 
 def _columns(
@@ -210,8 +257,15 @@ def batch_rows(
     first: int = 0,
 ) -> pa.Table:
     """The rows of a batch of transcripts, the first of which is prompt number ``first``; a row per prompt, step and sublayer."""
-    columns = _columns(_streams(dense, target, batch), batch, head, temperature, memory)
-    return _table(columns, batch, first, len(dense.anatomy))
+    streams = _streams(dense, target, batch)
+    return rows_table(streams.rows, streams.pairs, batch, head, temperature, memory, first)
+
+
+def rows_table(
+    rows: Tensor, pairs: Tensor, batch: Sequence[Transcript], head: Head, temperature: float, memory: int, first: int
+) -> pa.Table:
+    """The table of a batch from its rows ``(steps, slots, d)`` and the `slot_pairs`."""
+    return _table(_columns(_Streams(rows, pairs), batch, head, temperature, memory), batch, first, len(pairs) // 2)
 
 
 # --- the whole run -----------------------------------------------------------------------------------------------------
@@ -227,6 +281,13 @@ class LayerwiseRows:
     key: str
 
 
+def layerwise_key(
+    dense: LoadedModel, target: TargetModel, prompts: Sequence[list[int]], texts: list[list[int]] | None, *settings: Any
+) -> str:
+    """A hash of everything that decides the rows of a run."""
+    return run_key(dense, target, prompts, *settings, *([] if texts is None else [texts]))
+
+
 def layerwise_rows(
     dense: LoadedModel,
     target: TargetModel,
@@ -240,6 +301,7 @@ def layerwise_rows(
     temperature: float = 1.0,
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
+    texts: list[list[int]] | None = None,
 ) -> LayerwiseRows:
     """Compare every sublayer at every step in the same context.
 
@@ -252,6 +314,7 @@ def layerwise_rows(
         temperature: metric temperature T.
         memory: bytes for the metrics, see `compare`.
         parts: folder for finished batches; those that are there already, from the same settings, are not computed again.
+        texts: continuations of the prompts, token ids; None where the dense model is to write them.
     Raises:
         UserError: models that cannot be compared.
         FloatingPointError: a NaN or infinite logit.
@@ -260,19 +323,17 @@ def layerwise_rows(
     head = lens_head(dense, lens)
     check_memory(memory, dense)
     settings = (max_new_tokens, sampling, stop, batch_size, lens, temperature)
-    key = run_key(dense, target, prompts, *settings)
-    state = resume_state(parts, key)
-    if state is None:
+    key = layerwise_key(dense, target, prompts, texts, *settings)
+    found = resume_state(parts, key) or texts
+    if found is None:
         with progress(
             f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
         ) as advance:
-            texts = continue_texts(
+            found = continue_texts(
                 dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, stop=stop, advance=advance
             )
-        save_state(parts, key, texts)
-    else:
-        texts = state
-    sequences = [Transcript(list(p), t) for p, t in zip(prompts, texts, strict=True)]
+    save_state(parts, key, found)
+    sequences = [Transcript(list(p), t) for p, t in zip(prompts, found, strict=True)]
 
     def rows(batch: Sequence[int]) -> pa.Table:
         return batch_rows(dense, target, [sequences[i] for i in batch], head, temperature, memory, batch[0])
@@ -303,19 +364,33 @@ def noise_floor(
         ``floor``: per deviation column the largest absolute value over both ways, all sublayers and steps; beside it the two
         ways apart, and how much was looked at.
     """
-    few = [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in sequences[: max(2, batch_size)]]
-    few = few * 2 if len(few) == 1 else few
-    looked_at = few[:_FLOOR_PROMPTS]
+    few, looked_at = floor_texts(sequences, batch_size)
     with progress("measuring the noise floor", 3) as advance:
-        alone = torch.cat([_dense_streams(dense, [s], None) for s in looked_at])
+        alone = torch.cat([_dense_streams(dense, [s], None).rows for s in looked_at])
         advance(1)
-        together = _dense_streams(dense, few, None)[: len(alone)]
+        together = _dense_streams(dense, few, None).rows
         advance(1)
         cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
         advance(1)
-    layers = len(dense.anatomy)
+    return floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.dtype)
+
+
+def floor_texts(sequences: Sequence[Transcript], batch_size: int) -> tuple[list[Transcript], list[Transcript]]:
+    """The short texts that the floor reads in one batch, and those of them that it also reads alone and with a cache."""
+    few = [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in sequences[: max(2, batch_size)]]
+    few = few * 2 if len(few) == 1 else few
+    return few, few[:_FLOOR_PROMPTS]
+
+
+def floor_of(
+    alone: Tensor, together: Tensor, cached: Tensor, looked_at: Sequence[Transcript], head: Head, temperature: float, memory: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """The floor, see `noise_floor`, from the dense rows ``(steps, 2 layers + 1, d)`` of each way; ``together`` may go on."""
+    together = together[: len(alone)]
+    layers = alone.shape[1] // 2
     result: dict[str, Any] = {
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "prompts": len(looked_at),
         "steps": len(alone),
     }
@@ -354,21 +429,12 @@ def product_error(
 
 @torch.no_grad()
 def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
-    """The same streams as `_dense_streams` of one sequence, from a prefill and one cached forward per further token."""
-    rows: list[Tensor] = []
-    slots: list[Tensor] = []
-
-    def see(passage: Passage) -> None:
-        if not slots:
-            slots.append(passage.before[0, -1])
-        slots.append(passage.after[0, -1])
-
+    """The same rows as `_dense_streams` of one sequence, from a prefill and one cached forward per further token."""
+    taken: list[DenseRows] = []
     cache = None
-    read = sequence.read
-    with watching(dense, see):
-        for start, stop in [(0, len(sequence.prompt)), *((i, i + 1) for i in range(len(sequence.prompt), len(read)))]:
-            ids = torch.tensor([read[start:stop]], device=dense.device)
+    with watching(dense, lambda passage: taken[-1].see(passage)):
+        for ids in pieces(sequence):
+            taken.append(DenseRows(last_place(dense.device), 2 * len(dense.anatomy) + 1))
+            ids = ids.to(dense.device)
             cache = dense.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-            rows.append(torch.stack(slots))
-            slots.clear()
-    return torch.stack(rows)
+    return torch.cat([step.rows for step in taken])

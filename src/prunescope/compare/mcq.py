@@ -38,7 +38,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
 
-__all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_rows"]
+__all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_passes", "mcq_rows"]
 
 TOP = 30  # most likely tokens kept of each model
 _CONFIDENCE = ("confidence_dense", "confidence_target")
@@ -108,6 +108,27 @@ def _check_asked(
             )
 
 
+def _prompts(asked: Sequence[Asked]) -> list[Transcript]:
+    return [Transcript(question.tokens, [0]) for question in asked]
+
+
+def _sequences(question: Asked) -> list[Transcript]:
+    return [Transcript(question.tokens, tokens) for tokens in question.option_tokens]
+
+
+def _floor_prompts(asked: Sequence[Asked]) -> list[Transcript]:
+    prompts = _prompts(asked[:_FLOOR_QUESTIONS])
+    return prompts * 2 if len(prompts) == 1 else prompts
+
+
+def mcq_passes(asked: Sequence[Asked], batch_size: int) -> tuple[list[list[Transcript]], list[list[Transcript]]]:
+    """The batches of texts that `mcq_rows` lets both models read, and those that the dense one reads alone, for its noise floor."""
+    both = [_prompts(asked[i : i + batch_size]) for i in range(0, len(asked), batch_size)]
+    both += [_sequences(question) for question in asked if not question.by_token]
+    prompts = _floor_prompts(asked)
+    return both, [*([prompt] for prompt in prompts), prompts]
+
+
 # --- what the models say -----------------------------------------------------------------------------------------------
 
 
@@ -116,7 +137,7 @@ def _likelihoods(model: LoadedModel, asked: Sequence[Asked]) -> list[Tensor]:
     result = []
     head = final_head(model)
     for question in asked:
-        sequences = [Transcript(question.tokens, tokens) for tokens in question.option_tokens]
+        sequences = _sequences(question)
         log_p = (
             head.logits(torch.cat(read_states(model, sequences)), at_least_float32(model.dtype))
             .double()
@@ -136,7 +157,7 @@ class _Settings:
 
 def _batch(dense: LoadedModel, target: Changed, asked: Sequence[Asked], first: int, settings: _Settings) -> pa.Table:
     """Two rows a question; the most likely tokens of both models are in the table's metadata."""
-    prompts = [Transcript(question.tokens, [0]) for question in asked]
+    prompts = _prompts(asked)
     by_sequence = [question for question in asked if not question.by_token]
     h, sequence_scores = torch.cat(read_states(dense, prompts)), _likelihoods(dense, by_sequence)
     with switched(dense, target) as other:
@@ -291,8 +312,7 @@ def mcq_rows(
 
 def _noise_floor(dense: LoadedModel, asked: Sequence[Asked], settings: _Settings) -> dict[str, Any]:
     """The dense model against itself: prompts in a padded batch against each alone; per column the largest absolute value."""
-    prompts = [Transcript(question.tokens, [0]) for question in asked[:_FLOOR_QUESTIONS]]
-    prompts = prompts * 2 if len(prompts) == 1 else prompts
+    prompts = _floor_prompts(asked)
     alone = torch.cat([read_states(dense, [prompt])[0] for prompt in prompts])
     head = final_head(dense)
     columns = compare_final(

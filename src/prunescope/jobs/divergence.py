@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from prunescope.cache import cache_folder
-from prunescope.compare.divergence import divergence_key, divergence_rows, read_slices
+from prunescope.compare.divergence import divergence_key, divergence_passes, divergence_rows, read_slices
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
+from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
+from prunescope.jobs.streaming import StreamedPair, stream_folder
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
 from prunescope.report.terminal.divergence import show_divergence
 from prunescope.results import DivergenceResult
+from prunescope.runs.parts import begin
 from prunescope.runs.provenance import run_record
 
 __all__ = ["DivergenceOptions", "run"]
@@ -39,11 +44,14 @@ class DivergenceOptions(Options):
     batch_size: int
     memory_mb: int
     cache: bool
+    stream: bool
     loading: LoadOptions
     output: OutputOptions
 
     def check(self) -> None:
         super().check()
+        if self.stream and self.scale:
+            raise UserError("--stream: the ladder quantises the dense model in memory; leave it out with --scale false")
         for name in self.rungs:
             ggml.check(QuantSpec.parse(name).scheme)
 
@@ -60,20 +68,52 @@ class DivergenceOptions(Options):
 def run(options: DivergenceOptions) -> DivergenceResult:
     started = time.monotonic()
     options.check()
-    pair = Pair.load(options.dense, options.target, options.loading)
+    if options.stream:
+        with stream_folder(options.output) as folder:
+            streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
+            result, complete = _measured(options, streamed.pair, started, streamed, folder)
+    else:
+        pair = Pair.load(options.dense, options.target, options.loading)
+        result, complete = _measured(options, pair, started)
+    if complete:
+        options.output.say_complete()
+        return result
+    show_divergence(result.info | {"worst": result.samples()})
+    options.output.say_written()
+    return result
+
+
+def _measured(
+    options: DivergenceOptions,
+    pair: Pair,
+    started: float,
+    streamed: StreamedPair | None = None,
+    folder: Path | None = None,
+) -> tuple[DivergenceResult, bool]:
+    """The result, and whether it was there already.
+
+    Args:
+        streamed, folder: where ``pair`` stays on disk, and the folder that then is worked in.
+    """
     slices = read_slices(pair.dense, options.text, context=options.context, chunks=options.chunks)
     for other in pair.models[1:]:
         read_slices(other, options.text, context=options.context, chunks=options.chunks)  # its context may be shorter
     temperature, memory = options.metric_temperature, options.memory_mb * 2**20
     key = divergence_key(pair.dense, pair.pruned, slices, options.batch_size, temperature, options.rungs)
     if done := options.output.complete(key, "other models, texts or options"):
-        options.output.say_complete()
-        return DivergenceResult.of_run(done)
+        return DivergenceResult.of_run(done), True
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
-    options.output.require_space(2 * scored * _ROW_BYTES + 2**24)
-    with options.output.staged() as staging, pair.blaming():
+    passes = divergence_passes(slices, options.batch_size)
+    read = 0 if streamed is None else streamed.bytes_read(*passes)
+    options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + read)
+    with ExitStack() as stack:
+        parts = folder or stack.enter_context(options.output.staged())
+        stack.enter_context(pair.blaming())
+        if streamed is not None and folder is not None:
+            begin(folder, key)
+            stack.enter_context(streamed.having_read(*passes, folder))
         found = divergence_rows(
-            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=staging, key=key
+            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
         )  # fmt: skip
         ladder = []
         if options.rungs:
@@ -93,8 +133,6 @@ def run(options: DivergenceOptions) -> DivergenceResult:
         }
         chunks = dict(enumerate(chunk.tolist() for piece in slices for chunk in piece.chunks))
         result = DivergenceResult(info, found.table, worst_passages(found.table, chunks, pair.dense.tokenizer.decode))
-        if staging is not None:
-            result.write(staging)
-    show_divergence(info | {"worst": result.samples()})
-    options.output.say_written()
-    return result
+        if parts is not None and options.output.out is not None:
+            result.write(parts)
+    return result, False

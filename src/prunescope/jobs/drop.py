@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from torch import Tensor
+
 from prunescope.cache import cache_folder
-from prunescope.data.calibration import Calibration, calibration_tokens
+from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.anatomy import KINDS
+from prunescope.models.blockwise import stream_model
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.streaming import pass_through
 from prunescope.prune.compensate import check_format, fit_maps
 from prunescope.prune.search import choose_jointly
-from prunescope.prune.select import Choice, DropTarget, Order, ScoreOn, check_choice, choose_sublayers
+from prunescope.prune.select import Choice, DropTarget, Order, Passing, ScoreOn, check_choice, choose_sublayers
 from prunescope.report.terminal.pruning import show_scores
 from prunescope.results import DropResult
 from prunescope.tasks.evaluate import evaluate_model
@@ -44,6 +50,7 @@ class DropOptions(Options):
     batch_size: int | None
     seed: int
     cache: bool
+    stream: bool
     loading: LoadOptions
     output: OutputOptions
 
@@ -53,7 +60,45 @@ def run(options: DropOptions) -> DropResult:
     select, task = _select(options)
     if options.output.out is not None:
         check_format(options.compensate, options.format)
-    dense = options.loading.load(options.model)
+    if not options.stream:
+        return _drop(options, options.loading.load(options.model), select, task)
+    _check_streamed(options)
+    with TemporaryDirectory(prefix="prunescope-") as scratch:
+        streamed = stream_model(str(options.model), Path(scratch) / "scratch", experts=None, **options.loading.config())
+
+        def passing(batches: Sequence[Tensor], before: Callable[[int], None], after: Callable[[], None]) -> None:
+            pass_through(streamed, batches, Path(scratch), before, after, check=not streamed.loaded.dropped)
+
+        return _drop(options, streamed.loaded, select, task, passing)
+
+
+def _check_streamed(options: DropOptions) -> None:
+    """What a model on disk cannot do. Raises UserError."""
+    if not isinstance(options.model, str):
+        raise UserError(f"{options.model}: --stream reads a model from disk; give its folder, or leave --stream out")
+    if options.select != "cosine" or options.compensate:
+        raise UserError("--stream goes with --select cosine and without --compensate; leave it out for the others")
+    if options.order == "consecutive":
+        raise UserError(
+            "--stream: --order consecutive compares blocks that are far apart; use --order discrete, or leave --stream out"
+        )
+    if options.output.out is not None and options.format != "recipe":
+        raise UserError(
+            f"--stream writes --format recipe, which holds no weights; leave --stream out for {options.format}"
+        )
+    if is_sampled(options.calibration):
+        raise UserError(
+            f"--stream: --calibration {options.calibration} is written by the model, read anew for every token; give a text or a data set"
+        )
+
+
+def _drop(
+    options: DropOptions,
+    dense: LoadedModel,
+    select: Literal["cosine", "kl", "search", "task"],
+    task: str,
+    passing: Passing | None = None,
+) -> DropResult:
     if dense.dropped:
         raise UserError(f"{options.model} has sublayers dropped already ({dense.dropped}); give its dense model")
     target, n = options.target, options.n
@@ -63,7 +108,7 @@ def run(options: DropOptions) -> DropResult:
         dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed,
         batch_size=options.batch_size or 32, cache=cache,
     )  # fmt: skip
-    choice = _choose(options, dense, calibration, select, task, cache)
+    choice = _choose(options, dense, calibration, select, task, cache, passing)
     folds = fit_maps(dense, choice.spec, calibration, options.batch_size or 8) if options.compensate else []
     before = sum(p.numel() for p in dense.model.parameters())
     with dense.dropping(choice.spec):
@@ -111,12 +156,13 @@ def _choose(
     select: Literal["cosine", "kl", "search", "task"],
     task: str,
     cache: Path | None,
+    passing: Passing | None,
 ) -> Choice:
     batch_size = options.batch_size or 8
     if select == "cosine":
         return choose_sublayers(
             dense, calibration, options.target, options.n, order=options.order, iterative=options.iterative, score_on=options.score_on,
-            batch_size=batch_size, cache=cache,
+            batch_size=batch_size, cache=cache, passing=passing,
         )  # fmt: skip
 
     def score(spec: DropSpec) -> float:

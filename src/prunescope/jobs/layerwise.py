@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from prunescope.compare.context import run_key
-from prunescope.compare.layerwise import Lens, layerwise_rows
+import torch
+
+from prunescope.compare.context import Transcript
+from prunescope.compare.layerwise import LayerwiseRows, Lens, layerwise_key, layerwise_rows
+from prunescope.compare.streamed import rows_bytes, streamed_layerwise_rows
 from prunescope.compare.summary import layerwise_summary
-from prunescope.data.prompts import read_prompts
+from prunescope.data.continuations import Continued, encode_continued, read_continuations
+from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
+from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.jobs.pair import Pair
+from prunescope.jobs.streaming import StreamedPair, stream_folder
 from prunescope.models.generating import Sampling
 from prunescope.report.terminal.comparing import show_layerwise
 from prunescope.results import LayerwiseResult
+from prunescope.runs.parts import resume_state
 from prunescope.runs.provenance import run_record
 
 __all__ = ["LayerwiseOptions", "run"]
@@ -27,6 +37,8 @@ class LayerwiseOptions(Options):
     dense: Model
     target: Model | None
     prompts: str | None
+    continuations: str | None
+    stream: bool
     chat: bool
     max_new_tokens: int
     lens: Lens
@@ -41,51 +53,128 @@ class LayerwiseOptions(Options):
     loading: LoadOptions
     output: OutputOptions
 
+    def check(self) -> None:
+        super().check()
+        if self.continuations is not None and self.prompts is not None:
+            raise UserError("--continuations holds the prompts too; leave --prompts out")
+        if self.stream and self.continuations is None:
+            raise UserError(
+                "--stream: a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
+            )
+
+    def settings(self) -> tuple[Any, ...]:
+        """What decides the rows beside models and texts."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        return (
+            *(self.max_new_tokens, sampling, not self.ignore_eos),
+            *(self.batch_size, self.lens, self.metric_temperature),
+        )
+
 
 def run(options: LayerwiseOptions) -> LayerwiseResult:
     started = time.monotonic()
     options.check()
-    prompts = read_prompts(options.prompts)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    sampling.check()
-    pair = Pair.load(options.dense, options.target, options.loading, blocks=True)
-    steps, stop = options.max_new_tokens, not options.ignore_eos
-    encoded = encode(pair.dense, prompts, steps, chat=options.chat)
-    settings = (steps, sampling, stop, options.batch_size, options.lens, options.metric_temperature)
-    if done := options.output.complete(run_key(pair.dense, pair.target, encoded, *settings)):
+    given = None if options.continuations is None else read_continuations(options.continuations)
+    prompts = read_prompts(options.prompts) if given is None else [row.prompt for row in given]
+    options.settings()[1].check()
+    if options.stream and given is not None:
+        result, complete = _streamed(options, given, started)
+    else:
+        result, complete = _loaded(options, given, prompts, started)
+    if complete:
         options.output.say_complete()
-        return LayerwiseResult.of_run(done)
-    options.output.require_space(2 * len(encoded) * steps * 2 * len(pair.dense.anatomy) * 60 * 8 + 2**24)
+        return result
+    show_layerwise(result.table(), result.info)
+    options.output.say_written()
+    return result
+
+
+def _loaded(
+    options: LayerwiseOptions, given: Sequence[Continued] | None, prompts: Sequence[Prompt], started: float
+) -> tuple[LayerwiseResult, bool]:
+    """The result, and whether it was there already."""
+    settings = options.settings()
+    pair = Pair.load(options.dense, options.target, options.loading, blocks=True)
+    steps = options.max_new_tokens
+    if given is None:
+        encoded, texts = encode(pair.dense, prompts, steps, chat=options.chat), None
+    else:
+        encoded, texts = encode_continued(pair.dense, given, steps, chat=options.chat)
+    if done := options.output.complete(layerwise_key(pair.dense, pair.target, encoded, texts, *settings)):
+        return LayerwiseResult.of_run(done), True
+    options.output.require_space(_table_bytes(options, len(encoded), len(pair.dense.anatomy)))
     with options.output.staged() as staging, pair.blaming():
         found = layerwise_rows(
-            pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=sampling, stop=stop, batch_size=options.batch_size,
-            lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20, parts=staging,
+            pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=settings[1], stop=not options.ignore_eos,
+            batch_size=options.batch_size, lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
+            parts=staging, texts=texts,
         )  # fmt: skip
-        info = {
-            **run_record("layerwise", options.config(), pair.dense.device, pair.describe(), started),
-            "key": found.key,
-            "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
-            "steps": sum(len(text.continuation) for text in found.sequences),
-            "noise_floor": found.floor,
-            **layerwise_summary(found.table, options.seed),
+        return _finished(options, pair, pair.dense.device, prompts, found, staging, started), False
+
+
+def _streamed(options: LayerwiseOptions, given: Sequence[Continued], started: float) -> tuple[LayerwiseResult, bool]:
+    """The same with both models on disk."""
+    output = options.output
+    with stream_folder(output) as folder:
+        streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
+        pair = streamed.pair
+        encoded, texts = encode_continued(pair.dense, given, options.max_new_tokens, chat=options.chat)
+        key = layerwise_key(pair.dense, pair.target, encoded, texts, *options.settings())
+        if done := output.complete(key):
+            return LayerwiseResult.of_run(done), True
+        sequences = [Transcript(prompt, text) for prompt, text in zip(encoded, texts, strict=True)]
+        output.require_space(
+            _table_bytes(options, len(given), len(pair.dense.anatomy))
+            + rows_bytes(streamed.dense, streamed.target, sequences)
+        )
+        resume_state(folder, key)  # complains of another run's parts
+        with pair.blaming():
+            found = streamed_layerwise_rows(
+                streamed.dense, streamed.target, sequences, key, folder, batch_size=options.batch_size, lens=options.lens,
+                temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
+            )  # fmt: skip
+        prompts = [row.prompt for row in given]
+        staging = None if output.out is None else folder
+        return _finished(options, pair, streamed.dense.device, prompts, found, staging, started), False
+
+
+def _table_bytes(options: LayerwiseOptions, prompts: int, layers: int) -> int:
+    return 2 * prompts * options.max_new_tokens * 2 * layers * 60 * 8 + 2**24
+
+
+def _finished(
+    options: LayerwiseOptions,
+    pair: Pair,
+    device: torch.device,
+    prompts: Sequence[Prompt],
+    found: LayerwiseRows,
+    staging: Path | None,
+    started: float,
+) -> LayerwiseResult:
+    """Write what was found into ``staging``, and show it."""
+    info = {
+        **run_record("layerwise", options.config(), device, pair.describe(), started),
+        "key": found.key,
+        "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
+        "steps": sum(len(text.continuation) for text in found.sequences),
+        "noise_floor": found.floor,
+        **layerwise_summary(found.table, options.seed),
+    }
+    decode = pair.dense.tokenizer.decode
+    samples = [
+        {
+            "prompt": number,
+            "id": prompt.id,
+            "kind": prompt.kind,
+            "text": prompt.text,
+            "prompt_tokens": text.prompt,
+            "dense_tokens": text.continuation,
+            "dense": decode(text.continuation),
+            "dense_pieces": [decode([token]) for token in text.continuation],
         }
-        decode = pair.dense.tokenizer.decode
-        samples = [
-            {
-                "prompt": number,
-                "id": prompt.id,
-                "kind": prompt.kind,
-                "text": prompt.text,
-                "prompt_tokens": text.prompt,
-                "dense_tokens": text.continuation,
-                "dense": decode(text.continuation),
-                "dense_pieces": [decode([token]) for token in text.continuation],
-            }
-            for number, (prompt, text) in enumerate(zip(prompts, found.sequences, strict=True))
-        ]
-        result = LayerwiseResult(info, found.table, samples)
-        if staging is not None:
-            result.write(staging)
-    show_layerwise(found.table, info)
-    options.output.say_written()
+        for number, (prompt, text) in enumerate(zip(prompts, found.sequences, strict=True))
+    ]
+    result = LayerwiseResult(info, found.table, samples)
+    if staging is not None:
+        result.write(staging)
     return result

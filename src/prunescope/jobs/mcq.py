@@ -6,7 +6,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,15 +16,17 @@ import pyarrow.compute as pc
 from prunescope.cache import cache_folder
 from prunescope.compare.context import run_key
 from prunescope.compare.familiar import Rung, check_rungs, likenesses, remembered_ladder, usual_ladder
-from prunescope.compare.mcq import Asked, ask, mcq_rows
+from prunescope.compare.mcq import Asked, ask, mcq_passes, mcq_rows
 from prunescope.compare.summary import mcq_summary
-from prunescope.data.questions import Template, read_questions
+from prunescope.data.questions import Question, Template, read_questions
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
+from prunescope.jobs.streaming import StreamedPair, stream_folder
 from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
+from prunescope.runs.parts import begin
 from prunescope.runs.provenance import run_record
 
 __all__ = ["McqOptions", "run"]
@@ -38,6 +42,7 @@ class McqOptions(Options):
     template: Template
     shots: int
     subjects: str | None
+    stream: bool
     limit: int | None
     metric_temperature: float
     seed: int
@@ -53,6 +58,8 @@ class McqOptions(Options):
             raise UserError(f"--limit {self.limit}: at least one question is needed")
         super().check()
         check_rungs(self.ladder)
+        if self.stream and self.ladder is not None:
+            raise UserError("--stream: the ladder quantises the dense model in memory; leave --ladder out")
         if self.shots and self.template != "cue":
             raise UserError(f"--shots {self.shots} go with --template cue, not with {self.template}")
 
@@ -63,20 +70,54 @@ def run(options: McqOptions) -> McqResult:
     subjects = listed(options.subjects) if options.subjects else []
     questions, shots = read_questions(options.questions, shots=options.shots, subjects=subjects)
     questions = questions[: options.limit]
-    pair = Pair.load(options.dense, options.target, options.loading)
+    if options.stream:
+        with stream_folder(options.output) as folder:
+            streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
+            result, complete = _asked(options, streamed.pair, questions, shots, started, streamed, folder)
+    else:
+        pair = Pair.load(options.dense, options.target, options.loading)
+        result, complete = _asked(options, pair, questions, shots, started)
+    if complete:
+        options.output.say_complete()
+        return result
+    show_mcq(result.info)
+    options.output.say_written()
+    return result
+
+
+def _asked(
+    options: McqOptions,
+    pair: Pair,
+    questions: Sequence[Question],
+    shots: dict[str, list[Question]],
+    started: float,
+    streamed: StreamedPair | None = None,
+    folder: Path | None = None,
+) -> tuple[McqResult, bool]:
+    """The result, and whether it was there already.
+
+    Args:
+        streamed, folder: where ``pair`` stays on disk, and the folder that then is worked in.
+    """
     asked = ask(pair.dense, questions, options.template, shots)
     for other in pair.models[1:]:
         ask(other, questions, options.template, shots)  # its context may be shorter
     tokens: list[Any] = [[q.tokens, q.option_tokens, q.question.answer] for q in asked]
     key = run_key(pair.dense, pair.target, tokens, "mcq", options.batch_size, options.metric_temperature)
     if done := options.output.complete(key):
-        options.output.say_complete()
-        return McqResult.of_run(done)
-    options.output.require_space(len(asked) * 8000 + 2**24)
-    with options.output.staged() as staging, pair.blaming():
+        return McqResult.of_run(done), True
+    passes = mcq_passes(asked, options.batch_size)
+    read = 0 if streamed is None else streamed.bytes_read(*passes)
+    options.output.require_space(len(asked) * 8000 + 2**24 + read)
+    with ExitStack() as stack:
+        parts = folder or stack.enter_context(options.output.staged())
+        stack.enter_context(pair.blaming())
+        if streamed is not None and folder is not None:
+            begin(folder, key)
+            stack.enter_context(streamed.having_read(*passes, folder))
         found = mcq_rows(
             pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
-            memory=options.memory_mb * 2**20, parts=staging, key=key,
+            memory=options.memory_mb * 2**20, parts=parts, key=key,
         )  # fmt: skip
         info = {
             **run_record("mcq", options.config(), pair.dense.device, pair.describe(), started),
@@ -97,11 +138,9 @@ def run(options: McqOptions) -> McqResult:
         decode = pair.dense.tokenizer.decode
         samples = [_sample(decode, number, question, found.tops[number]) for number, question in enumerate(asked)]
         result = McqResult(info, found.table, samples)
-        if staging is not None:
-            result.write(staging)
-    show_mcq(info)
-    options.output.say_written()
-    return result
+        if parts is not None and options.output.out is not None:
+            result.write(parts)
+    return result, False
 
 
 def _ladders(options: McqOptions, pair: Pair, asked: Sequence[Asked]) -> dict[str, list[Rung]]:

@@ -40,6 +40,7 @@ __all__ = [
     "Kind",
     "Sublayer",
     "find_anatomy",
+    "probe_ids",
 ]
 
 Kind = Literal["attn", "mlp"]
@@ -178,7 +179,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     parent, block_list = find_blocks(model)
     scale, softcap = _logit_transform(text_config)
 
-    probe = _probe_ids(model, head)
+    probe = probe_ids(model)
     calls: list[list[_Call]] = [[] for _ in block_list]
     blocks_io: list[_Stream] = []
     last_norm: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -227,9 +228,9 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _probe_ids(model: nn.Module, head: nn.Module) -> Tensor:
-    """A few different token ids, the same for every model and run."""
-    vocab = head.weight.shape[0]  # type: ignore[index]
+def probe_ids(model: nn.Module) -> Tensor:
+    """A few different token ids ``(1, tokens)``, the same for every run: what a model is checked with."""
+    vocab = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = [(17 + 31 * i) % vocab for i in range(_PROBE_TOKENS)]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return torch.tensor([ids], device=embedding.weight.device)

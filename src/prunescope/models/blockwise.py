@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from prunescope.errors import UserError
 from prunescope.files import parse_json
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
-from prunescope.models.anatomy import find_anatomy
-from prunescope.models.finding import find_blocks, hooks
+from prunescope.models.anatomy import find_anatomy, probe_ids
+from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
-from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, stored_tensors
+from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
@@ -47,6 +47,14 @@ class StreamedModel:
     weights: Mapping[str, Tensor]  # by the model's own names
     blocks: nn.ModuleList
     names: tuple[str, ...]  # of the blocks
+    probe_ids: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # what it was read with when it was opened, (1, tokens)
+    probe: list[Tensor] = field(
+        default_factory=list
+    )  # the streams (1, tokens, d) into every block then, and after the last
+    # by what is dropped: what the head reads of texts that were read
+    read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -57,19 +65,46 @@ class StreamedModel:
         return find_matrices(self.loaded.anatomy.blocks[layer], self.names[layer])
 
     @contextmanager
-    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``."""
+    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None, *, mapped: bool = False) -> Iterator[None]:
+        """Block ``layer`` with its weights, from the checkpoint or from elsewhere, for the length of the ``with``.
+
+        Args:
+            mapped: leave what can be used as it is in its mapped file, as `load_model` does.
+        """
         source = self.weights if weights is None else weights
         # copies: what lies in a mapped file is aligned at random, and products round by that
-        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=True):
+        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=not mapped):
             yield
 
     @contextmanager
-    def outside(self, skip: Collection[nn.Module] = ()) -> Iterator[None]:
+    def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
         """Everything outside the blocks with its weights (embeddings, final norm, head), but for ``skip``."""
-        skipped = {id(parameter) for module in (self.blocks, *skip) for parameter in module.parameters()}
+        parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (self.blocks, *skip)]
+        skipped = {id(parameter) for part in parts for parameter in part}
         with _filled(self.model, "", self.weights, self.device, skipped):
             yield
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """What comes after the blocks with its weights; on a CPU but for the head's matrix, which `head_weight` reads by tiles."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        cpu = [embedding, head.weight] if self.device.type == "cpu" else []
+        with self.outside(skip=cpu or ([] if tied else [embedding])):
+            yield
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``; on a CPU as `Tiles`, elsewhere there within `ending`."""
+        weight = self.model.get_output_embeddings().weight
+        if self.device.type != "cpu":
+            return weight.detach()  # type: ignore[no-any-return]
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
+        return Tiles(self.weights, name, weight.shape, weight.dtype)  # type: ignore[return-value]
+
+    def states(self, ids: Tensor) -> Tensor:
+        """What the head reads of texts that were read, see `prunescope.models.streaming.having_read`."""
+        return self.read[str(self.loaded.dropped)](ids)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -134,6 +169,7 @@ def stream_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     dequantise: bool = False,
+    experts: str | None = "eager",
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
@@ -143,6 +179,7 @@ def stream_model(
             whole model with an adapter merged, which is in memory for a moment.
         dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
+        experts: how transformers runs fused experts: one by one, so that each one's input is seen, or None for its own choice, as `load_model`.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -170,7 +207,7 @@ def stream_model(
         folder = _unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
         identity["dequantised"] = "true"
     stored = stored_tensors(folder, ref)
-    opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code)
+    opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code, experts)
     model, tokenizer, weights, stored_dtype = opened
     if config_drop_lists(ref, model.config):
         raise UserError(
@@ -184,10 +221,37 @@ def stream_model(
     names = tuple(where[id(block)] for block in blocks)
     loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
-    with streamed.running():
+    with streamed.running(), _looking(streamed):
+        streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
+    loaded.source = streamed
     return streamed
+
+
+@contextmanager
+def _looking(streamed: StreamedModel) -> Iterator[None]:
+    """Keep the probe's streams and count the zeros of every matrix while the model is run for the first time."""
+    streams: dict[int, Tensor] = {}
+    meta = dict(streamed.model.named_parameters(remove_duplicate=False))
+
+    with hooks() as handles:
+        for layer, block in enumerate(streamed.blocks):
+
+            def into(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                streams[layer] = first_tensor(args, kwargs).clone()
+                for name, parameter in module.named_parameters():
+                    if parameter.dim() >= 2:
+                        zeros = int(parameter.numel() - parameter.count_nonzero())
+                        streamed.loaded.zeros[id(meta[f"{streamed.names[layer]}.{name}"])] = zeros
+
+            def out(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+                streams[layer + 1] = first_output(output).clone()
+
+            handles.append(block.register_forward_pre_hook(into, with_kwargs=True))
+            handles.append(block.register_forward_hook(out))
+        yield
+    streamed.probe = [streams[layer] for layer in range(len(streamed.blocks) + 1)]
 
 
 def pruned_weights(streamed: StreamedModel, parts: Collection[Path], scratch: Path) -> Mapping[str, Tensor]:
@@ -239,7 +303,7 @@ def _link(file: Path, link: Path) -> None:
 
 
 def _open(
-    ref: str, folder: Path, converted: Path, dtype: Any, trust_remote_code: bool
+    ref: str, folder: Path, converted: Path, dtype: Any, trust_remote_code: bool, experts: str | None = "eager"
 ) -> tuple[Any, Any, Mapping[str, Tensor], torch.dtype | None]:
     """Structure, tokenizer, weights by name, and the dtype on disk. No weight is in memory afterwards."""
     from accelerate.hooks import remove_hook_from_submodules
@@ -251,7 +315,9 @@ def _open(
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
     _check_plain(ref, config)
-    placement = {"device_map": {"": "disk"}, "offload_folder": str(converted), "experts_implementation": "eager"}
+    placement = {"device_map": {"": "disk"}, "offload_folder": str(converted)}
+    if experts is not None:
+        placement["experts_implementation"] = experts
     options = {"trust_remote_code": trust_remote_code}
     model, tokenizer, missing, stored_dtype = from_pretrained(ref, str(folder), options, dtype, placement=placement)
     if missing:

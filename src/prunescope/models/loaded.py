@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
 from prunescope.models.packed import format_of, is_packed
 
-__all__ = ["LoadedModel"]
+__all__ = ["LoadedModel", "Source"]
+
+
+class Source(Protocol):
+    """Where the weights of a model are whose parameters are on the meta device."""
+
+    device: torch.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``, of which a few rows are looked at at a time."""
+        ...
+
+    def states(self, ids: Tensor) -> Tensor:
+        """What the head reads ``(batch, tokens, d)`` of texts ``(batch, tokens)`` that the model has read."""
+        ...
 
 
 @dataclass(repr=False)
@@ -34,6 +49,9 @@ class LoadedModel:
     dense_layers: int
     record: dict[str, Any] | None = None  # prunescope.json of a checkpoint folder
     stored_dtype: torch.dtype | None = None  # of the weights on disk, where it is known
+    # zeros of matrices whose weights stay on disk, by the id of the parameter that stands for them
+    zeros: dict[int, int] = field(default_factory=dict)
+    source: Source | None = field(default=None, repr=False)
     _drops: list[Dropped] = field(default_factory=list)
     # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
     decoding: dict[str, str | None] = field(default_factory=dict)
@@ -60,7 +78,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.anatomy.head.weight.device  # type: ignore[return-value]
+        return self.source.device if self.source is not None else self.anatomy.head.weight.device  # type: ignore[return-value]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, d)``."""
+        return self.source.head_weight if self.source is not None else self.anatomy.head.weight.detach()  # type: ignore[operator]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +134,10 @@ class LoadedModel:
         matrices = [
             p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2 and not is_packed(p)
         ]
-        zeros = sum(int(matrix.numel() - matrix.count_nonzero()) for matrix in matrices)
+        zeros = sum(
+            self.zeros[id(matrix)] if matrix.is_meta else int(matrix.numel() - matrix.count_nonzero())
+            for matrix in matrices
+        )
         return zeros / max(1, sum(matrix.numel() for matrix in matrices))
 
     def describe(self) -> dict[str, Any]:

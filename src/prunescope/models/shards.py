@@ -20,7 +20,7 @@ from torch import Tensor
 from prunescope.errors import UserError
 from prunescope.files import parse_json, replacing
 
-__all__ = ["DTYPES", "INDEX", "Stored", "read_header", "stored_tensors", "write_shard"]
+__all__ = ["DTYPES", "INDEX", "Stored", "Tiles", "read_header", "stored_tensors", "write_shard"]
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,6 +37,34 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix that stays on disk, for what looks at a few of its rows at a time: as much of a tensor on the CPU as that needs.
+
+    ``weights`` is accelerate's map of weights on disk; its own look-up would convert the whole matrix for every slice.
+    """
+
+    weights: Mapping[str, Tensor]
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    is_cuda: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        entry = getattr(self.weights, "index", {}).get(self.name, {})
+        if "safetensors_file" not in entry:
+            return self.weights[self.name][rows].to(self.dtype)
+        from safetensors import safe_open
+
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            found: Tensor = file.get_slice(entry["weight_name"])[rows].to(self.dtype)
+        return found
 
 
 def stored_tensors(folder: Path, ref: str) -> dict[str, Stored]:

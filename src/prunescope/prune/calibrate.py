@@ -8,10 +8,8 @@ model's own forward with its blocks passing the stream on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.finding import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
+from prunescope.models.streaming import Recorded, recording
 
 __all__ = ["InputStatistic", "Text", "gather", "overflow"]
 
@@ -171,8 +170,7 @@ class Text:
         self.tokens = tokens
         self.used = used
         self.batches = [(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
-        self.calls: list[list[tuple[Any, Any]]] = []
-        self._pool: list[Tensor] = []
+        self._recorded = Recorded()
         width, dtype = streamed.loaded.anatomy.hidden_size, streamed.model.dtype
         self._shape = (tokens.shape[1], width)
         self._dtype = dtype
@@ -213,49 +211,9 @@ class Text:
     @torch.no_grad()
     def _embed(self) -> None:
         """Hidden states in front of block 0, and the arguments of every block for every batch."""
-        model = self.streamed.model
-        head = model.get_output_embeddings()
-        tied = head.weight is model.get_input_embeddings().weight
-        with self.streamed.outside(skip=() if tied else (head,)), self._passing() as calls:
+        with recording(self.streamed, self._recorded) as record:
             for low, high in self.batches:
-                calls.clear()
-                with suppress(_EndOfBlocksError):
-                    model(input_ids=self.tokens[low:high].to(self.streamed.device), use_cache=False)
-                self._store(low, calls[0][2])
-                shared: dict[int, Tensor] = {}
-                self.calls.append([(self._kept(args, shared), self._kept(kwargs, shared)) for args, kwargs, _ in calls])
-
-    @contextmanager
-    def _passing(self) -> Iterator[list[tuple[Any, Any, Tensor]]]:
-        """Blocks that only record their arguments and pass the stream on; behind the last one the forward pass ends."""
-        calls: list[tuple[Any, Any, Tensor]] = []
-        blocks = self.streamed.loaded.anatomy.blocks
-        try:
-            for block in blocks:
-                block.module.forward = _passer(calls, block.returns, len(blocks))
-            yield calls
-        finally:
-            for block in blocks:
-                block.module.__dict__.pop("forward", None)
-
-    def _kept(self, value: Any, shared: dict[int, Tensor]) -> Any:
-        """``value`` with its tensors replaced by equal ones that are kept already: batches of one shape share masks and positions."""
-        if isinstance(value, Tensor):
-            if id(value) not in shared:
-                same = (
-                    t for t in self._pool if t.shape == value.shape and t.dtype == value.dtype and torch.equal(t, value)
-                )
-                found = next(same, None)
-                if found is None:
-                    self._pool.append(value)
-                shared[id(value)] = value if found is None else found
-            return shared[id(value)]
-        if isinstance(value, dict):
-            return {key: self._kept(item, shared) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            kept = [self._kept(item, shared) for item in value]
-            return kept if isinstance(value, list) else tuple(kept)
-        return value
+                self._store(low, record(input_ids=self.tokens[low:high].to(self.streamed.device), use_cache=False))
 
     @torch.no_grad()
     def run(
@@ -270,7 +228,7 @@ class Text:
             FloatingPointError: the block's output holds NaN or infinite values.
         """
         block = self.streamed.loaded.anatomy.blocks[layer].module
-        for (low, high), calls in zip(self.batches, self.calls, strict=True):
+        for (low, high), calls in zip(self.batches, self._recorded.calls, strict=True):
             if before is not None:
                 before(high - low)
             args, kwargs = calls[layer]
@@ -286,7 +244,7 @@ class Text:
     @torch.no_grad()
     def first_output(self, layer: int) -> Tensor:
         """What block ``layer``, whose weights are in memory, makes of the first batch: ``(batch, length, d)``."""
-        args, kwargs = self.calls[0][layer]
+        args, kwargs = self._recorded.calls[0][layer]
         args, kwargs = swap_first_tensor(args, kwargs, self.hidden(*self.batches[0]))
         return first_output(self.streamed.loaded.anatomy.blocks[layer].module(*args, **kwargs)).clone()
 
@@ -309,22 +267,6 @@ class Text:
         self._memory = None
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-
-
-class _EndOfBlocksError(Exception):
-    pass
-
-
-def _passer(calls: list[tuple[Any, Any, Tensor]], returns: int, blocks: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        calls.append(((None, *args[1:]) if args else (), others, hidden))
-        if len(calls) == blocks:
-            raise _EndOfBlocksError
-        return (hidden, *(None for _ in range(returns - 1))) if returns else hidden
-
-    return forward
 
 
 def gather(

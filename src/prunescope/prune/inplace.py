@@ -40,11 +40,11 @@ class Resident(StreamedModel):
         super().__init__(loaded, loaded.device, Path(), {}, {}, blocks, names)
 
     @contextmanager
-    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def block(self, layer: int, weights: Mapping[str, Tensor] | None = None, *, mapped: bool = False) -> Iterator[None]:
         yield
 
     @contextmanager
-    def outside(self, skip: Collection[nn.Module] = ()) -> Iterator[None]:
+    def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
         yield
 
     def stored_dtype(self, name: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "Choice",
     "DropTarget",
     "Order",
+    "Passing",
     "ScoreOn",
     "Scores",
     "check_choice",
@@ -45,6 +46,9 @@ __all__ = [
 DropTarget = Literal["attn", "mlp", "block", "all"]
 Order = Literal["discrete", "consecutive"]
 ScoreOn = Literal["stream", "norm"]
+# given batches of tokens, lets each block run on all of them before the next; calls the first function with a batch's number before a block
+# reads it, and the second when it has
+Passing = Callable[[Sequence[Tensor], Callable[[int], None], Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def score_sublayers(
     run: int = 0,
     batch_size: int = 8,
     used: Tensor | None = None,
+    passing: Passing | None = None,
 ) -> Scores:
     """Score every sublayer and block of ``loaded`` as it stands on ``tokens`` (samples, length), in one pass.
 
@@ -85,6 +90,7 @@ def score_sublayers(
             (sublayers only, block scores stay on the stream).
         run: also score each run of so many consecutive blocks.
         used: ``(samples, length)`` bool, the places that are averaged over; None for all.
+        passing: how the tokens pass through a model whose weights stay on disk; then there are no runs.
     Raises:
         UserError: a score that is not a number, with its place.
     """
@@ -106,6 +112,8 @@ def score_sublayers(
         seen[name][layer] = True
 
     def see(passage: Passage) -> None:
+        if not now:
+            return
         if passage.kind == "attn":
             entering.append(passage.before)
         if passage.entered is not None and passage.produced is not None:
@@ -120,11 +128,18 @@ def score_sublayers(
         progress(f"scoring {2 * blocks} sublayers on {tokens.numel()} tokens", len(tokens)) as advance,
         watching(loaded, see),
     ):
-        for chosen in batches(range(len(tokens)), batch_size):
+        chunks = [list(chosen) for chosen in batches(range(len(tokens)), batch_size)]
+
+        def begin(number: int) -> None:
             entering.clear()
-            now[:] = [(tokens if used is None else used)[list(chosen)]]
-            loaded.model(input_ids=tokens[list(chosen)].to(loaded.device), use_cache=False, logits_to_keep=1)
-            advance(len(chosen))
+            now[:] = [(tokens if used is None else used)[chunks[number]]]
+
+        if passing is not None:
+            passing([tokens[chunk] for chunk in chunks], begin, now.clear)
+        for number, chunk in enumerate(chunks if passing is None else []):
+            begin(number)
+            loaded.model(input_ids=tokens[chunk].to(loaded.device), use_cache=False, logits_to_keep=1)
+            advance(len(chunk))
     means = {name: torch.where(seen[name], total / count, torch.nan).tolist() for name, total in sums.items()}
     for layer in range(blocks):
         for name in (*KINDS, "block"):
@@ -146,6 +161,7 @@ def choose_sublayers(
     score_on: ScoreOn = "stream",
     batch_size: int = 8,
     cache: Path | None = None,
+    passing: Passing | None = None,
 ) -> Choice:
     """Choose ``n`` sublayers (or blocks) to drop. Ties go to the lower layer, attention before MLP.
 
@@ -154,6 +170,7 @@ def choose_sublayers(
         order: discrete, the n highest scores; consecutive, the run of n blocks whose ends are most alike (target block).
         iterative: drop one, score again, n times.
         cache: folder in which scores are kept; None keeps none.
+        passing: see `score_sublayers`; with ``order="discrete"`` only.
     Raises:
         UserError: an ``n`` the model cannot give, or options that do not go together.
     """
@@ -163,7 +180,7 @@ def choose_sublayers(
 
     def scores(dropped: DropSpec, run: int = 0) -> Scores:
         with loaded.dropping(dropped):
-            return _scored(loaded, calibration, score_on, run, batch_size, cache, dropped)
+            return _scored(loaded, calibration, score_on, run, batch_size, cache, dropped, passing)
 
     if order == "consecutive":
         found = scores(DropSpec(), run=n)
@@ -253,6 +270,7 @@ def _scored(
     batch_size: int,
     cache: Path | None,
     dropped: DropSpec,
+    passing: Passing | None = None,
 ) -> Scores:
     """`score_sublayers`, or what it gave for the same weights, tokens and settings before."""
     key = {
@@ -277,6 +295,7 @@ def _scored(
                     run=run,
                     batch_size=batch_size,
                     used=calibration.used(),
+                    passing=passing,
                 )
             ),
         )

@@ -1,0 +1,213 @@
+"""Same-context comparison of models that stay on disk: one block of each in memory at a time, all texts carried from block to block.
+
+What `layerwise` computes, in another order. Each block of the dense model runs on all batches, then the target's block of the same layer on
+each, fed with the dense streams; the rows at the steps go to files. The columns follow once every block has run, a batch at a time, from the
+same rows in the same order as those of models in memory, so that they are the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from prunescope.compare.columns import DEFAULT_MEMORY
+from prunescope.compare.context import (
+    Transcript,
+    check_comparable,
+    check_memory,
+    last_place,
+    mark_under_floor,
+    padded,
+    pieces,
+    step_index,
+)
+from prunescope.compare.layerwise import (
+    DenseRows,
+    LayerwiseRows,
+    Lens,
+    TargetRows,
+    floor_of,
+    floor_texts,
+    lens_head,
+    rows_table,
+    slot_pairs,
+)
+from prunescope.models.blockwise import StreamedModel
+from prunescope.models.dropping import DropSpec
+from prunescope.models.residual import Passage, substituting, watching
+from prunescope.models.streaming import Carried, Recorded, recording
+from prunescope.progress import progress
+from prunescope.runs.parts import computed, save_state
+
+__all__ = ["StreamedTarget", "rows_bytes", "streamed_layerwise_rows"]
+
+StreamedTarget = StreamedModel | DropSpec | None
+
+
+def rows_bytes(dense: StreamedModel, target: StreamedTarget, sequences: Sequence[Transcript]) -> int:
+    """What `streamed_layerwise_rows` keeps on disk while it runs."""
+    slots = (4 if isinstance(target, StreamedModel) else 2) * len(dense.blocks) + 1
+    steps = sum(len(s.continuation) for s in sequences)
+    read = sum(len(s.read) for s in sequences)
+    width: int = dense.loaded.anatomy.hidden_size * dense.model.dtype.itemsize
+    return (steps * slots + 2 * read) * width
+
+
+@torch.no_grad()
+def streamed_layerwise_rows(
+    dense: StreamedModel,
+    target: StreamedTarget,
+    sequences: Sequence[Transcript],
+    key: str,
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    lens: Lens = "raw",
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+) -> LayerwiseRows:
+    """`layerwise_rows` of models on disk, bit for bit; the texts are given.
+
+    Args:
+        sequences: prompts with their continuations.
+        key: of the run, from `layerwise_key`.
+        folder: for rows, hidden states and finished batches, all ``part-*``; what is there of the same run is not computed again.
+    Raises:
+        UserError: models that cannot be compared, or whose blocks pass on more than the stream.
+        FloatingPointError: a NaN or infinite value.
+    """
+    check_comparable(dense.loaded, target.loaded if isinstance(target, StreamedModel) else target)
+    with dense.ending():
+        lens_head(dense.loaded, lens)
+        check_memory(memory, dense.loaded)
+    save_state(folder, key, [s.continuation for s in sequences])
+    batches = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
+    few, looked_at = floor_texts(sequences, batch_size)
+    passes = [*batches, *([s] for s in looked_at), few]
+    layers, blocks = len(dense.blocks), f"{len(dense.blocks)} blocks from disk, {sum(map(len, passes))} texts"
+    carried = Carried(
+        dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, stepped=[pieces(s) for s in looked_at]
+    )
+    theirs = target if isinstance(target, StreamedModel) else None
+    rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
+    with rows.watched(), progress(blocks, layers) as advance:
+        advance(carried.layer)
+        while carried.layer < layers:
+            rows.layer = carried.layer
+            with dense.block(rows.layer, mapped=True), rows.target_block():
+                carried.run(rows.before, rows.after)
+            advance(1)
+    steps = [len(s.continuation) for s in sequences]
+    with dense.ending():
+        head = lens_head(dense.loaded, lens)
+
+        def table(batch: Sequence[int]) -> pa.Table:
+            number = batch[0] // batch_size
+            read = rows.read(number).to(dense.device)
+            return rows_table(read, rows.pairs(target), passes[number], head, temperature, memory, batch[0])
+
+        with progress(f"comparing {2 * layers} sublayers at {sum(steps)} steps", sum(steps)) as advance:
+            tables = computed(
+                folder, len(sequences), batch_size, table, lambda batch: advance(sum(steps[i] for i in batch))
+            )
+        first = len(batches)
+        alone, cached = (
+            torch.cat([rows.read(number) for number in numbers])[:, : 2 * layers + 1].to(dense.device)
+            for numbers in (range(first, first + len(looked_at)), range(len(passes), len(passes) + len(looked_at)))
+        )
+        together = rows.read(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
+        floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
+    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), list(sequences), floor, key)
+
+
+class _Rows:
+    """The rows of every pass, in files: those of the batches with room for the target's, then those of the noise floor."""
+
+    def __init__(
+        self,
+        dense: StreamedModel,
+        target: StreamedModel | None,
+        passes: Sequence[Sequence[Transcript]],
+        looked_at: Sequence[Transcript],
+        batches: int,
+        folder: Path,
+    ) -> None:
+        self.dense, self.target, self.passes, self.batches, self.folder = dense, target, passes, batches, folder
+        self.layers, self.layer = len(dense.blocks), 0
+        self.index = [step_index(texts, dense.device) for texts in passes]
+        # (file, row) of the steps that come after the passes: the cached ones, a pass a step
+        self.cached = [(len(passes) + i, t) for i, text in enumerate(looked_at) for t in range(len(text.continuation))]
+        self.steps = [*(len(index[0]) for index in self.index), *(len(text.continuation) for text in looked_at)]
+        self.calls = Recorded()
+        self.taken: DenseRows | None = None
+        if target is not None:
+            with recording(target, self.calls) as record:
+                record(input_ids=target.probe_ids, use_cache=False)
+                for texts in passes[:batches]:
+                    record(input_ids=padded(texts, target.device), use_cache=False)
+
+    def pairs(self, target: StreamedTarget) -> Tensor:
+        return slot_pairs(target.loaded if isinstance(target, StreamedModel) else target, self.layers)
+
+    def read(self, number: int) -> Tensor:
+        """``(steps, slots, d)`` of a pass, mapped: what is written to it is in the file."""
+        slots = 2 * self.layers + 1 + (2 * self.layers if self.target is not None and number < self.batches else 0)
+        shape = (self.steps[number], slots, self.dense.loaded.anatomy.hidden_size)
+        size = shape[0] * shape[1] * shape[2]
+        path, dtype = self.folder / f"part-rows-{number:05d}.bin", self.dense.model.dtype
+        if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
+            with path.open("wb") as file:  # its space now: a write to a mapped file on a full disk kills the process
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Every block that runs is seen."""
+
+        def see(passage: Passage) -> None:
+            if self.taken is not None:  # else it is the probe
+                self.taken.see(passage)
+
+        with watching(self.dense.loaded, see):
+            yield
+
+    @contextmanager
+    def target_block(self) -> Iterator[None]:
+        """The target's block of the layer, where it has one, with its weights and checked as the dense one is."""
+        if self.target is None or self.layer not in self.target.loaded.layer_map:
+            yield
+            return
+        block = self.target.loaded.layer_map.index(self.layer)
+        with self.target.block(block, mapped=True):
+            self.calls.check(self.target, block)
+            yield
+
+    def before(self, number: int) -> None:
+        slots = 2 * self.layers + 1
+        if number >= len(self.passes):
+            file, step = self.cached[number - len(self.passes)]
+            self.taken = DenseRows(last_place(self.dense.device), slots, made=self.read(file)[step : step + 1])
+        else:
+            keep: dict[Any, Any] | None = {} if self.target is not None and number < self.batches else None
+            self.taken = DenseRows(self.index[number], slots, keep, self.read(number))
+
+    def after(self, number: int, hidden: Tensor) -> None:
+        """The target's block, on what the dense one has just read."""
+        assert self.taken is not None
+        taken, self.taken = self.taken, None
+        if self.target is None or number >= self.batches:
+            return
+        theirs = TargetRows(self.target.loaded, taken, self.layers, self.target.device)
+        theirs.begin(self.layer)
+        if self.layer in self.target.loaded.layer_map:
+            block = self.target.loaded.layer_map.index(self.layer)
+            with substituting(self.target.loaded, theirs.stream, theirs.see):
+                self.calls.run(self.target, number + 1, block, hidden.to(self.target.model.dtype))

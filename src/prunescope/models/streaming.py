@@ -1,0 +1,352 @@
+"""Texts on their way through a model whose weights stay on disk: how it calls its blocks, and the hidden states between two of them.
+
+The arguments with which a model calls its blocks (masks, rotary embeddings, ...) are recorded once, by running its own forward with blocks
+that pass the stream on. Blocks are then run one at a time, on all texts, with these. That this is what the model itself computes is checked on
+the probe with which it was opened: see `Recorded.check`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from prunescope.errors import UserError
+from prunescope.files import replacing
+from prunescope.models.blockwise import StreamedModel
+from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import first_output, swap_first_tensor
+from prunescope.progress import progress
+
+__all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
+
+
+@dataclass
+class Recorded:
+    """The arguments of every block for every forward pass that was recorded: ``calls[pass][block]`` is ``(args, kwargs)`` without the stream."""
+
+    calls: list[list[tuple[Any, Any]]] = field(default_factory=list)
+    pool: list[Tensor] = field(default_factory=list)
+
+    def add(self, calls: Sequence[tuple[Any, Any, Tensor]]) -> None:
+        shared: dict[int, Tensor] = {}
+        self.calls.append([(self._kept(args, shared), self._kept(kwargs, shared)) for args, kwargs, _ in calls])
+
+    def _kept(self, value: Any, shared: dict[int, Tensor]) -> Any:
+        """``value`` with its tensors replaced by equal ones that are kept already: batches of one shape share masks and positions."""
+        if isinstance(value, Tensor):
+            if id(value) not in shared:
+                same = (
+                    t for t in self.pool if t.shape == value.shape and t.dtype == value.dtype and torch.equal(t, value)
+                )
+                found = next(same, None)
+                if found is None:
+                    self.pool.append(value)
+                shared[id(value)] = value if found is None else found
+            return shared[id(value)]
+        if isinstance(value, dict):
+            return {key: self._kept(item, shared) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            kept = [self._kept(item, shared) for item in value]
+            return kept if isinstance(value, list) else tuple(kept)
+        return value
+
+    def run(
+        self, streamed: StreamedModel, number: int, layer: int, hidden: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """What block ``layer``, whose weights are in memory, makes of ``hidden`` in pass ``number``, with ``cache`` for the recorded one."""
+        args, kwargs = self.calls[number][layer]
+        if cache is not None:
+            args = tuple(cache if isinstance(value, Cache) else value for value in args)
+            kwargs = {key: cache if isinstance(value, Cache) else value for key, value in kwargs.items()}
+        args, kwargs = swap_first_tensor(args, kwargs, hidden)
+        return first_output(streamed.blocks[layer](*args, **kwargs))
+
+    def check(self, streamed: StreamedModel, layer: int) -> None:
+        """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model.
+
+        Raises:
+            UserError: it does not; the model's blocks pass on more than the stream.
+        """
+        found = self.run(streamed, 0, layer, streamed.probe[layer])
+        if not torch.equal(found, streamed.probe[layer + 1]):
+            raise UserError(
+                f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; leave --stream out"
+            )
+
+
+@contextmanager
+def recording(streamed: StreamedModel, into: Recorded) -> Iterator[Callable[..., Tensor]]:
+    """A function that takes the inputs of a forward pass, adds the pass to ``into``, and gives the stream in front of block 0."""
+    model = streamed.model
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    blocks = streamed.loaded.anatomy.blocks
+    calls: list[tuple[Any, Any, Tensor]] = []
+
+    def record(**inputs: Any) -> Tensor:
+        calls.clear()
+        with suppress(_EndOfBlocksError):
+            model(**inputs)
+        into.add(calls)
+        return calls[0][2]
+
+    try:
+        for layer, block in enumerate(blocks):
+            block.module.forward = _passer(calls, layer, block.returns, len(blocks))
+        with streamed.outside(skip=() if tied else (head,)):
+            yield record
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)
+
+
+class _EndOfBlocksError(Exception):
+    pass
+
+
+def _passer(calls: list[tuple[Any, Any, Tensor]], layer: int, returns: int, blocks: int) -> Callable[..., Any]:
+    """A block's forward that only records its arguments and passes the stream on; behind the last one the forward pass ends."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        calls.append(((None, *args[1:]) if args else (), others, hidden))
+        cache = _cache_in(args, kwargs)
+        if cache is not None:
+            _fill(cache, layer, hidden.shape[1])
+        if len(calls) == blocks:
+            raise _EndOfBlocksError
+        return (hidden, *(None for _ in range(returns - 1))) if returns else hidden
+
+    return forward
+
+
+def _cache_in(args: Any, kwargs: Any) -> Cache | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def _fill(cache: Cache, layer: int, tokens: int) -> None:
+    """Let a layer of a cache have seen ``tokens`` more: lengths and masks follow from it, its keys are nothing."""
+    nothing = torch.zeros(1, 1, tokens, 1)
+    cache.update(nothing, nothing, layer)
+
+
+# --- texts between two blocks ------------------------------------------------------------------------------------------
+
+
+class Carried:
+    """Forward passes on their way through a streamed model, all of them in front of the same block.
+
+    Their hidden states are a file of ``folder``, ``part-NAME-LAYER.bin``, read a pass at a time and written anew beside it while a block runs;
+    so memory holds one pass, and an interrupted run goes on in front of the block that it had reached, with the same bytes.
+
+    Args:
+        inputs: token ids of each pass, ``(batch, tokens)``.
+        name: of this model's files among others.
+        stepped: texts read token by token with a key/value cache: the pieces ``(1, tokens)`` of each, which are passes after ``inputs``.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        inputs: Sequence[Tensor],
+        folder: Path,
+        name: str = "dense",
+        stepped: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
+        self.streamed, self.folder, self.name = streamed, folder, name
+        self.recorded = Recorded()
+        self.count = len(inputs)
+        self._shapes: list[tuple[int, ...]] = []
+        self._dtype = torch.float32
+        self._texts: list[tuple[Cache, list[int]]] = []  # of each stepped text an empty cache, and its passes
+        found = sorted(folder.glob(f"part-{name}-*.bin"))
+        self.layer = int(found[-1].stem.rpartition("-")[2]) if found else 0  # the block that is next
+        for older in found[:-1]:  # of a run that was cut off between two blocks
+            older.unlink()
+        self._embed(inputs, stepped, write=not found)
+
+    @torch.no_grad()
+    def _embed(self, inputs: Sequence[Tensor], stepped: Sequence[Sequence[Tensor]], write: bool) -> None:
+        device = self.streamed.device
+        with (
+            recording(self.streamed, self.recorded) as record,
+            replacing(self._file(0)) if write else nullcontext(Path(os.devnull)) as beside,
+            beside.open("wb") as file,
+        ):
+
+            def keep(stream: Tensor) -> None:
+                self._shapes.append(tuple(stream.shape))
+                self._dtype = stream.dtype
+                _write(file, stream)
+
+            record(input_ids=self.streamed.probe_ids, use_cache=False)
+            for ids in inputs:
+                keep(record(input_ids=ids.to(device), use_cache=False))
+            for pieces in stepped:
+                cache: Cache | None = None
+                numbers = []
+                for ids in pieces:
+                    numbers.append(len(self._shapes))
+                    keep(record(input_ids=ids.to(device), past_key_values=cache, use_cache=True))
+                    cache = _cache_in(*self.recorded.calls[-1][0])
+                    if cache is None or type(cache).__name__ != "DynamicCache":
+                        raise UserError(
+                            f"{self.streamed.loaded.ref}: its blocks are given no plain key/value cache; leave --stream out"
+                        )
+                assert cache is not None
+                self._texts.append((_emptied(cache), numbers))
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"part-{self.name}-{layer:05d}.bin"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the hidden states in front of a block."""
+        return sum(map(prod, self._shapes)) * self._dtype.itemsize
+
+    @torch.no_grad()
+    def run(self, before: Callable[[int], None], after: Callable[[int, Tensor], None], *, check: bool = True) -> None:
+        """Run block ``layer``, whose weights are in memory, on all passes, and go on to the next.
+
+        Args:
+            before: called with the number of each pass before it runs; ``after`` with the number and the stream into the block.
+            check: that the block is the one with which the model was opened, see `Recorded.check`.
+        Raises:
+            UserError: see `Recorded.check`.
+            FloatingPointError: the block's output holds NaN or infinite values.
+        """
+        layer, streamed = self.layer, self.streamed
+        if check:
+            self.recorded.check(streamed, layer)
+        with self._file(layer).open("rb") as file, replacing(self._file(layer + 1)) as beside, beside.open("wb") as out:
+
+            def one(number: int, cache: Cache | None = None) -> None:
+                hidden = self._read(file, number)
+                before(number)
+                found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
+                if not torch.isfinite(found).all():
+                    raise FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
+                _write(out, found)
+                after(number, hidden)
+
+            for number in range(self.count):
+                one(number)
+            for empty, numbers in self._texts:
+                cache = copy.deepcopy(empty)
+                for number in numbers:
+                    tokens = self._shapes[number][1]
+                    for other in range(layer):
+                        _fill(cache, other, tokens)
+                    one(number, cache)
+                    for other in range(layer + 1, len(streamed.blocks)):
+                        _fill(cache, other, tokens)
+        self._file(layer).unlink()
+        self.layer += 1
+
+    def close(self) -> None:
+        """Remove the file of the hidden states."""
+        self._file(self.layer).unlink(missing_ok=True)
+
+    def stream(self, number: int) -> Tensor:
+        """The stream of a pass in front of the block that is next, or after the last, ``(batch, tokens, d)``."""
+        with self._file(self.layer).open("rb") as file:
+            file.seek(sum(map(prod, self._shapes[:number])) * self._dtype.itemsize)
+            return self._read(file, number)
+
+    def _read(self, file: Any, number: int) -> Tensor:
+        shape = self._shapes[number]
+        buffer = torch.empty(prod(shape) * self._dtype.itemsize, dtype=torch.uint8)
+        file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+        return buffer.view(self._dtype).view(shape).to(self.streamed.device)
+
+
+def pass_through(
+    streamed: StreamedModel,
+    texts: Sequence[Tensor],
+    folder: Path,
+    before: Callable[[int], None],
+    after: Callable[[], None],
+    *,
+    check: bool = True,
+) -> None:
+    """Let every block read batches of texts ``(batch, tokens)``, all of them before the next block does.
+
+    Args:
+        before: called with the number of a batch before a block reads it, ``after`` when it has: what runs outside these is a check.
+        check: see `Carried.run`.
+    """
+    carried = Carried(streamed, texts, folder)
+    with progress(f"{len(streamed.blocks)} blocks from disk", len(streamed.blocks)) as advance:
+        while carried.layer < len(streamed.blocks):
+            with streamed.block(carried.layer, mapped=True):
+                carried.run(before, lambda number, hidden: after(), check=check)
+            advance(1)
+    carried.close()
+
+
+@contextmanager
+def having_read(
+    streamed: StreamedModel,
+    texts: Sequence[Tensor],
+    folder: Path,
+    name: str,
+    advance: Callable[[int], None],
+    drop: DropSpec | None = None,
+) -> Iterator[None]:
+    """Let a model read batches of texts ``(batch, tokens)``, block by block; within the ``with`` block `StreamedModel.states` knows them.
+
+    Args:
+        folder, name: see `Carried`.
+        advance: told of every block that is done.
+        drop: sublayers to leave out; it knows them while the same are dropped.
+    """
+    numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+    for ids in texts:
+        numbers.setdefault(_key(ids), len(numbers))
+    distinct = {_key(ids): ids for ids in texts}
+    with streamed.loaded.dropping(drop or DropSpec()):
+        dropped = str(streamed.loaded.dropped)
+        carried = Carried(streamed, list(distinct.values()), folder, name)
+        advance(carried.layer)
+        while carried.layer < len(streamed.blocks):
+            with streamed.block(carried.layer, mapped=True):
+                carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
+            advance(1)
+    norm = streamed.loaded.anatomy.final_norm
+
+    def read(ids: Tensor) -> Tensor:
+        stream = carried.stream(numbers[_key(ids)])
+        return stream if norm is None else norm(stream)
+
+    with streamed.ending():
+        streamed.read[dropped] = read
+        try:
+            yield
+        finally:
+            del streamed.read[dropped]
+
+
+def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(ids.shape), ids.cpu().numpy().tobytes()
+
+
+def _write(file: Any, tensor: Tensor) -> None:
+    file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def _emptied(cache: Cache) -> Cache:
+    """A cache as the model makes it: layers of the same kinds, which have seen nothing."""
+    fresh = copy.deepcopy(cache)
+    fresh.reset()
+    return fresh
