@@ -4,19 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-QUANT := $(VENV)/.installed-quant
+QUANT := $(VENV)/quant
+QUANT_TESTS := tests/models/test_quantised.py tests/models/test_packed.py tests/models/test_packed_commands.py
 ENGINES := $(VENV)/.installed-engines
 DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-quant test-engines docs docs-look notebooks lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-quant test-engines docs docs-look dist notebooks lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
 
-test: lint
+test: lint $(QUANT)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(QUANT)/bin/python -m pytest -n 2 $(QUANT_TESTS) -k "not gguf"  # which needs no package
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m gpu
@@ -27,8 +29,8 @@ test-families: $(DEV)
 test-kill: $(DEV)
 	$(BIN)/python -m pytest -m kill
 
-test-quant: $(QUANT)
-	$(BIN)/python -m pytest tests/models/test_quantised.py tests/models/test_packed.py tests/compare/test_divergence_llama_cpp.py
+test-quant: $(QUANT)/.installed
+	$(QUANT)/bin/python -m pytest -m "quant or not quant" $(QUANT_TESTS) tests/compare/test_divergence_llama_cpp.py
 
 test-engines: $(ENGINES)
 	$(BIN)/python -m pytest tests/export
@@ -39,6 +41,9 @@ docs: $(DOCS)
 # links, anchors and files of the site are checked as it is built; this looks at it in a browser
 docs-look: docs
 	$(BIN)/python docs/look.py site
+
+dist: $(DOCS)
+	$(BIN)/python -m build --outdir dist .
 
 notebooks: $(DOCS)
 	cd notebooks && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
@@ -74,9 +79,12 @@ $(DEV): $(RUN) requirements-dev.txt
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1
 	touch $@
 
-$(QUANT): $(DEV) requirements-quant.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=80"
-	BUILD_CUDA_EXT=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
+# An environment of its own, which sees the packages of the other: what they bring must not change the rest of the suite.
+$(QUANT)/.installed: $(DEV) requirements-quant.txt
+	$(BIN)/python -m venv $(QUANT)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(QUANT)/lib/python3.*/site-packages)/shared.pth
+	$(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check "setuptools>=80" wheel
+	BUILD_CUDA_EXT=0 $(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r requirements-quant.txt
 	touch $@
 
 $(DOCS): $(DEV) requirements-docs.txt
@@ -88,4 +96,4 @@ $(ENGINES): $(DEV) requirements-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) site dist $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.summary import generation_summary, layerwise_summary, mcq_summary
 from prunescope.runs import folder as results
@@ -157,6 +158,45 @@ def mcq_run(
         }
         for i in range(questions)
     ]  # fmt: skip
+    return _write(folder, info, table, samples)
+
+
+def divergence_run(
+    folder: Path, *, target: str = "thin", chunks: int = 4, each: int = 40, seed: int = 0, texts: list[str] | None = None, ladder: bool = True
+) -> Path:  # fmt: skip
+    """Two texts, ``chunks`` chunks of twice ``each`` tokens; token i is spelled ``texts[i % 8]``."""
+    rng = np.random.default_rng(seed)
+    n = chunks * each
+    words = texts or [f" w{i}" for i in range(8)]
+    slices = [words[0], words[1]] if texts else ["a.txt", "b.txt"]
+    nll = rng.gamma(1.5, 1.5, n)
+    uniform = {
+        name: rng.random(n)
+        for name in ("tv", "confidence_dense", "confidence_target", "same_sampled", "same_sampled_dense")
+    }
+    table = pa.table(
+        {
+            "slice": np.repeat(slices, [n - n // 2, n // 2]), "chunk": np.repeat(np.arange(chunks), each).astype("i4"),
+            "position": np.tile(np.arange(each, 2 * each), chunks).astype("i4"), "token": rng.integers(0, 8, n).astype("i4"),
+            **{name: rng.gamma(0.3, scale, n) for name, scale in (("kl_dense_target", 0.3), ("kl_target_dense", 0.4), ("js", 0.05))},
+            "nll_dense": nll, "nll_target": nll + 0.1, "dp": np.exp(-nll - 0.1) - np.exp(-nll), **uniform,
+            "entropy_dense": rng.uniform(0, 4, n), "entropy_target": rng.uniform(0, 4, n), "top1_agree": (rng.random(n) < 0.8).astype(float),
+            **{name: [[0, 1, 2, 3, 4]] * n for name in ("top_dense", "top_target")},
+            **{name: [[0.3, 0.2, 0.1, 0.1, 0.05]] * n for name in ("top_dense_p", "top_target_p")},
+        }
+    )  # fmt: skip
+    info = _info("divergence", target, 0, {"context": 2 * each, "text": ",".join(slices)})
+    summary = divergence_summary(table)
+    rungs = [
+        {"name": name, "kl": kl, "error": kl / 20, "bits_per_weight": bits}
+        for name, kl, bits in (("q8_0", 0.001, 8.5), ("q2_k", 9.0, 2.6))
+    ]
+    info |= {
+        "slices": [{"name": name, "tokens": n, "chunks": chunks // 2} for name in slices],
+        "ladder": rungs if ladder else [], "like": "between q8_0 and q2_k" if ladder else None, **summary,
+    }  # fmt: skip
+    tokens = {chunk: rng.integers(0, 8, 2 * each).tolist() for chunk in range(chunks)}
+    samples = worst_passages(table, tokens, lambda ids: "".join(words[i % len(words)] for i in ids))
     return _write(folder, info, table, samples)
 
 

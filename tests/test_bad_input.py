@@ -275,6 +275,7 @@ COMMANDS = {
     "retrieve": [ABSENT, "drop:attn=1"],
     "evaluate": [ABSENT],
     "sweep": [ABSENT],
+    "advise": [ABSENT],
     "speed": [ABSENT],
     "report": [ABSENT],
     "demo": [],

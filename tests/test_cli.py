@@ -22,6 +22,7 @@ from prunescope.cli import COMMANDS, main
 
 def test_the_public_surface_is_pinned() -> None:
     assert prunescope.__all__ == [
+        "AdviseResult",
         "DemoResult",
         "DivergenceResult",
         "DropResult",
@@ -36,6 +37,7 @@ def test_the_public_surface_is_pinned() -> None:
         "SpeedResult",
         "SweepResult",
         "UserError",
+        "advise",
         "demo",
         "divergence",
         "drop",
@@ -67,6 +69,7 @@ def test_the_public_surface_is_pinned() -> None:
             "retrieve",
             "evaluate",
             "sweep",
+            "advise",
             "speed",
             "report",
         ),

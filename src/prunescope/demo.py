@@ -84,11 +84,11 @@ def run_demo(
             keep(f"generate-{name}", commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens))
             if questions:
                 keep(f"mcq-{name}", commands.mcq(dense, target))
-        on_page = [*written, *(staging / f"drop-{kind}" for kind in drops)]
         if questions:
             tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
             models: list[str | LoadedModel] = [dense, *(f"drop:{drop.spec}" for drop in drops.values())]
             keep("evaluate", commands.evaluate(models, tasks=tasks, limit=_ITEMS, batch_size=_ITEMS))
+        on_page = [*written, *(staging / f"drop-{kind}" for kind in drops)]
         sentences = _sentences(run, drops)
         texts = _texts(dense, run, drops, max_new_tokens)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")

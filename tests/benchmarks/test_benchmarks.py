@@ -29,6 +29,11 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
         ("the same bits", "ratio", "generate with all columns"),
     ),
+    "heal_choice.py": (
+        "--model {folder}/chars --out {folder}/choice --device cpu --ways attn_1,sparsegpt_2:4 --samples 8 --new-tokens 4 --held-out 2 --steps 1 --batch-size 2"
+        " --choose-samples 2 --choose-tokens 4 --sparse-samples 2 --sparse-tokens 8",
+        ("zeros_kept", "heal-choice.png"),
+    ),
     "heal_gpu.py": (
         "--device cpu --layers 2 --width 32 --inner 48 --heads 2 --kv-heads 2 --vocab 256 --batch 2 --length 8 --steps 1",
         ("s a million tokens", "x the floor"),
@@ -53,6 +58,18 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify_perplexity.py": (
         "--model {folder}/words --calibration {folder}/words.txt --perplexity {folder}/words.txt --device cpu --samples 2 --seq-len 16 --perplexity-windows 2",
         ("RESULT sparsegpt", "SparseGPT <= Wanda < magnitude"),
+    ),
+    "sparsify_refine.py": (
+        "--model {folder}/chars --device cpu --samples 3 --seq-len 8 --held-out 2 --goals 2:4 --ways none,swaps-admm",
+        ("held out: 2 texts", "RESULT sparsegpt 2:4 swaps-admm"),
+    ),
+    "sparsify_refine_layers.py": (
+        "--model {folder}/words --text {folder}/words.txt --layers 0,2 --samples 8 --seq-len 16 --device cpu",
+        ("matrices", "RESULT wanda     0.5  admm-gradual"),
+    ),
+    "sweep_bytes.py": (
+        "--model {folder}/chars --out {folder}/bytes --parts 2 --limit 2 --device cpu",
+        ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
     ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip

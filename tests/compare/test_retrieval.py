@@ -24,6 +24,7 @@ from prunescope.compare.retrieval import measure, read_rankings
 from prunescope.data.beir import Collection, read_collection
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.report.page.verdict import judge
 
 POOLINGS = ("mean", "last", "weighted-mean")
 
@@ -401,13 +402,29 @@ def test_mistakes_are_one_line(
         assert message in error and error.count("\n") == 1 and not list(tmp_path.glob("run*"))
 
 
-def test_the_page_says_that_it_does_not_show_retrieval(
-    dense_folder: Path, collection_folder: Path, tmp_path: Path
-) -> None:
+def test_the_page_shows_retrieval_and_judges_by_it(dense_folder: Path, collection_folder: Path, tmp_path: Path) -> None:
+    """Would catch a verdict that still reads cosines where a corpus was searched, and a change shown with the wrong sign."""
     result = prunescope.retrieve(str(dense_folder), "drop:attn=1", corpus=str(collection_folder), device="cpu")
     result.save(tmp_path / "run")
-    with pytest.raises(UserError, match="no view of retrieve runs"):
-        prunescope.report([str(tmp_path / "run")], out=str(tmp_path / "report.html"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\n" * 6, "utf-8")
+    texts = prunescope.generate(str(dense_folder), "drop:attn=1", prompts=str(prompts), max_new_tokens=1, device="cpu")
+    texts.save(tmp_path / "texts")
+    page = prunescope.report([str(tmp_path / "run"), str(tmp_path / "texts")], out=str(tmp_path / "report.html"))
+    shown, found = page.read_text("utf-8"), result.info["measures"]["ndcg_10"]
+    assert f'<td class="n">{found["diff"]:+.3f}</td>' in shown
+    assert "nDCG@10, target" in shown and "cosine of h, teacher-forced" not in shown
+    share = found["target"] / found["dense"]
+    info = {"retrieve": result.info}
+    level = judge(info)[0].level
+    assert level == ("broken" if share < 0.8 else "kept" if share >= 0.95 and found["diff_ci95"][1] >= 0 else "at risk")
+    for target, bounds, expected in (
+        (0.6, [-0.5, -0.3], "broken"),
+        (1.0, [-0.1, 0.1], "kept"),
+        (0.97, [-0.05, -0.01], "at risk"),
+    ):
+        made_up = found | {"dense": 1.0, "target": target, "diff": target - 1, "diff_ci95": bounds}
+        assert judge({"retrieve": result.info | {"measures": {"ndcg_10": made_up}, "queries": 50}})[0].level == expected
 
 
 # --- collections -------------------------------------------------------------------------------------------------------

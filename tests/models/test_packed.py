@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import torch
 import transformers
@@ -228,7 +229,7 @@ _DEQUANTISED = ("fp8 blocks", "fp8 tensor")
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_checkpoint_is_the_packages_own_model(name: str, wide: Path, tmp_path: Path) -> None:
     """Logits of plain transformers; of the numbers that were packed by hand; layerwise and divergence against itself; KL against the dense
-    model by brute force. Catches a loader that changes a number, a head or states that are read wrongly from packed modules."""
+    model by brute force, and layerwise against it at one MLP. Catches a loader that changes a number, a head or states that are read wrongly from packed modules."""
     if name in ("gptq", "awq") and "GPTQMODEL" not in os.environ:
         pytest.importorskip("gptqmodel", reason="gptqmodel is not installed; `make test-quant` installs it")
     folder = tmp_path / "packed"
@@ -274,6 +275,32 @@ def test_a_checkpoint_is_the_packages_own_model(name: str, wide: Path, tmp_path:
         table = batch_rows(against, target, texts, lens_head(against, "raw"), 1.0, 2**29, 0)
         largest = table["h_orth_rel"].to_numpy().max()
         assert largest < 1e-5 if zero else largest > 1e-3
+    expected = mlp_by_hand(dense.model, theirs, ids, layer=2)
+    mine = table.filter(pc.and_(pc.equal(table["layer"], 2), pc.equal(table["sublayer"], "mlp"))).to_pylist()
+    assert len(mine) == 24
+    for row in mine:
+        by_hand = expected[row["prompt"], row["position"]].item()
+        assert row["h_orth_rel"] == pytest.approx(by_hand, rel=0.3 if name == "bitsandbytes 8" else 0.02, abs=1e-5)
+
+
+def mlp_by_hand(dense: Any, theirs: Any, ids: Tensor, layer: int) -> Tensor:
+    """How far the stream after one MLP turns if the package's own model computes it from the dense stream: ‖Δ⊥‖/‖h‖, (prompts, tokens)."""
+    caught: dict[str, Tensor] = {}
+    block, other = dense.model.layers[layer], theirs.model.layers[layer]
+    hooks = [
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: caught.update(before=args[0])),
+        block.register_forward_hook(
+            lambda _, args, out: caught.update(after=out if isinstance(out, Tensor) else out[0])
+        ),
+    ]
+    with torch.no_grad():
+        dense(ids)
+        target = caught["before"] + other.mlp(other.post_attention_layernorm(caught["before"]))
+    for hook in hooks:
+        hook.remove()
+    h, delta = caught["after"].double(), target.double() - caught["after"].double()
+    along = (delta * h).sum(-1, keepdim=True) / (h * h).sum(-1, keepdim=True) * h
+    return (delta - along).norm(dim=-1) / h.norm(dim=-1)
 
 
 _ROUNDING = {  # logits of dense floats against the packed layers' own arithmetic, which is in half precision or rounds activations to 8 bits

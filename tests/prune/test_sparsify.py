@@ -508,6 +508,12 @@ sys.exit(main(sys.argv[3:]))
             ["--method", "sparsegpt", "--sparsity", "0.5", "--allocation", "owl"],
         ),
         ("mixtral", "prunescope.prune.blocks:gather", 3, ["--method", "wanda", "--pattern", "2:4"]),
+        (
+            "llama",
+            "prunescope.prune.blocks:refine",
+            7,
+            ["--method", "sparsegpt", "--pattern", "2:4", "--refine", "swaps-admm"],
+        ),
         ("gpt2", "prunescope.prune.checkpoint:write_shard", 7, ["--method", "structured", "--sparsity", "0.3"]),
         ("llama", "shutil:rmtree", 1, ["--method", "wanda", "--sparsity", "0.5"]),
         ("gemma2", "prunescope.prune.checkpoint:is_weights", 2, ["--method", "magnitude", "--sparsity", "0.5"]),
@@ -516,7 +522,7 @@ sys.exit(main(sys.argv[3:]))
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     family: str, where: str, count: int, extra: list[str], tmp_path: Path
 ) -> None:
-    """SIGKILL while a shard is written, between two blocks, while the folder is finished, and while it is tidied up."""
+    """SIGKILL while a shard is written, between two blocks, while a block is refined, while the folder is finished, and while it is tidied up."""
     folder = tiny_folder(family, tmp_path / "dense")
     sparsify(folder, tmp_path / "unused", method="magnitude")
     text = str(tmp_path / "text.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import prunescope
+from prunescope.cli import main
 from prunescope.models.gguf import dequantise
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.references import bundled_file
@@ -99,17 +101,15 @@ def test_blocks_are_pruned_as_brute_force_prunes_them(
             module.weight.data.copy_(pruned[full])
 
 
-def calibration_of(folder: Path, shared_data: Path) -> Tensor:
+def calibration_of(folder: Path, shared_data: Path, length: int = 256) -> Tensor:
     """The windows that the command takes with its defaults: the stream of texts, cut, a seeded choice of them."""
-    import json
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     stream: list[int] = []
     for row in json.loads((shared_data / "c4_300.json").read_text()):
         stream += [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(stream) >= 8 * 256 * 2:
+        if len(stream) >= 8 * length * 2:
             break
-    windows = torch.tensor(stream[: len(stream) // 256 * 256]).view(-1, 256)
+    windows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:8].sort().values]
 
 
@@ -121,3 +121,41 @@ def test_perplexity_orders_the_methods(runs: dict[str, prunescope.SparsifyResult
     assert dense < found["sparsegpt"]["pruned"] <= found["wanda"]["pruned"] < found["magnitude"]["pruned"]
     errors = {method: sum(row["error"] for row in runs[method].rows) for method in ("wanda", "sparsegpt")}
     assert errors["sparsegpt"] < errors["wanda"]
+
+
+def test_refined_blocks_lose_less_of_their_output(
+    dense_dir: Path, shared_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Block 0 by the command line: 2:4 in every group, errors before and after as plain transformers' inputs give them, all else bit by bit dense."""
+    plan = tmp_path / "map.yaml"
+    plan.write_text('"*": 0\n"model.layers.0.*": 2:4\n', "utf-8")
+    text = str(shared_data / "c4_300.json")
+    argv = ["sparsify", str(dense_dir), "--pattern", "2:4", "--sparsity-map", str(plan), "--refine", "swaps-admm"]
+    argv += ["--calibration", text, "--samples", "8", "--seq-len", "64", "--device", "cpu", "--out", str(tmp_path / "o")]  # fmt: skip
+    assert main(argv) == 0
+    assert "refined (swaps-admm): mean relative error" in capfd.readouterr().out
+    rows = json.loads((tmp_path / "o" / "prunescope.json").read_text("utf-8"))["modules"]
+    dense = transformers.AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32).state_dict()
+    seen: dict[str, Tensor] = {}
+    mine = {f"model.layers.0.{name}": m for name, m in dense.model.layers[0].named_modules() if isinstance(m, nn.Linear)}  # fmt: skip
+    for name, module in mine.items():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1).double())
+        )
+    with torch.no_grad():
+        dense.model(input_ids=calibration_of(dense_dir, shared_data, 64))
+    assert [row["name"].removesuffix(".weight") for row in rows] == list(mine)
+    for row in rows:
+        name = row["name"].removesuffix(".weight")
+        old, new, x = mine[name].weight.detach().double(), weights[row["name"]].double(), seen[name]
+        assert bool(((new != 0).view(len(new), -1, 4).sum(-1) == 2).all()) and row["zeros"] * 2 == new.numel()
+        error = float(((old - new) @ x.T).norm() / (old @ x.T).norm())
+        assert row["error"] == pytest.approx(error, rel=1e-3)
+        (plain,), _ = sparsegpt([old.float()], (x.T @ x).float(), [Goal.parse("2:4")])
+        unrefined = float(((old - plain.double()) @ x.T).norm() / (old @ x.T).norm())
+        assert row["error_unrefined"] == pytest.approx(unrefined, rel=1e-2)
+        assert error < 0.95 * unrefined, name
+    others = dense.state_dict()
+    pruned = {row["name"] for row in rows}
+    assert all(torch.equal(weights[name], value) for name, value in others.items() if name not in pruned)

@@ -17,7 +17,8 @@ import pytest
 
 import prunescope
 from prunescope.report.page import html
-from reports import HOSTILE, checkpoint, generate_run, layerwise_run, mcq_run
+from prunescope.report.terminal.divergence import kl_lines
+from reports import HOSTILE, checkpoint, divergence_run, generate_run, layerwise_run, mcq_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make test installs it")
 
@@ -77,6 +78,7 @@ def folders(tmp_path_factory):
         generate_run(root / "texts"),
         generate_run(root / "thinner", target="thinner", seed=2),
         mcq_run(root / "options"),
+        divergence_run(root / "read"),
         checkpoint(root / "dropped"),
         checkpoint(root / "sparse", "sparsify"),
     ]
@@ -105,6 +107,35 @@ def test_every_view_is_drawn(page):
     assert set(drawn) == CHARTS and len(drawn) == len(CHARTS) + 1  # two checkpoints
     assert page.page.locator(".card").count() == 6
     assert page.page.locator("[data-flips] tbody tr").count() > 0
+
+
+def test_a_divergence_run_is_shown(page, folders):
+    """Against run.json and samples.jsonl. Catches a row of the table, a group or a passage that is left out, and tops of the other model."""
+    p, run = page.page, prunescope.open(next(f for f in folders if f.name == "read"))
+    table = dict(
+        zip(
+            *(p.locator(f"#divergence .kld {part}").all_text_contents() for part in ("th[scope=row]", "td")),
+            strict=True,
+        )
+    )
+    mean, error = run.info["table"]["kl_dense_target"]["mean"]
+    assert table["Mean KLD"].split() == [f"{mean:.6f}", "±", f"{error:.6f}"]
+    assert list(table) == [name for _, lines in kl_lines(run.info["table"]) for name, _ in lines]
+    shown = p.text_content("#divergence")
+    assert "between q8_0 and q2_k of this model's own quantised types" in shown
+    for title in ("By text", "By the dense model's confidence", "By position in the chunk", "By chunk"):
+        assert title in shown, title
+    rungs = p.locator("[aria-label='Ladder of read'] tbody th").all_text_contents()
+    assert rungs == ["q8_0", "thin", "q2_k"]  # the target among them, by KL
+    worst = run.samples()
+    assert p.locator("#divergence .passage").count() == len(worst) > 5
+    first = p.locator("#divergence .passage").first
+    cells = first.locator("tbody tr").first.locator("th, td").all_text_contents()
+    token = worst[0]["tokens"][0]
+    assert cells[0] == token["text"].replace(" ", "\u2423") and cells[1] == f"{token['kl_dense_target']:.3f}"
+    for cell, side in zip(cells[3:], ("dense", "target"), strict=True):
+        for top in token[f"top_{side}"]:
+            assert f"{top['text'].replace(' ', chr(0x2423))} {top['p']:.3f}" in cell
 
 
 def test_numbers_are_those_of_the_files(page, folders):
@@ -280,6 +311,7 @@ def test_hostile_text_is_text(browser, tmp_path):
         layerwise_run(tmp_path / "l", target=HOSTILE[0], texts=HOSTILE, steps=8),
         generate_run(tmp_path / "g", target=HOSTILE[1], texts=HOSTILE, prompts=8),
         mcq_run(tmp_path / "m", target=HOSTILE[6], texts=HOSTILE),
+        divergence_run(tmp_path / "d", target=HOSTILE[2], texts=HOSTILE),
     ]
     file = html.write_report([prunescope.open(folder) for folder in folders], tmp_path / "page.html")
     with browser.new_context(viewport={"width": 390, "height": 900}) as context:
@@ -300,10 +332,14 @@ def test_hostile_text_is_text(browser, tmp_path):
             for share in (0.1, 0.5, 0.9):
                 p.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * 0.9)
                 p.wait_for_timeout(60)
+        p.evaluate("document.querySelectorAll('#divergence details').forEach(d => d.open = true)")
+        spelled = set(p.locator("#divergence .tops th.text").all_text_contents())
+        assert {HOSTILE[0].replace(" ", "\u2423"), HOSTILE[1].replace(" ", "\u2423")} <= spelled
+        p.evaluate("document.querySelectorAll('#divergence details').forEach(d => d.open = false)")
         assert p.evaluate("window.hurt") is None
         assert (
             p.evaluate(
-                "document.querySelectorAll('main img, main script, main b[onmouseover], main a[href^=javascript]').length"
+                """document.querySelectorAll('main img:not([src^="data:image/svg+xml;base64,"]), main script, main b[onmouseover], main a[href^=javascript]').length"""
             )
             == 0
         )

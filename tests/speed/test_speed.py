@@ -169,9 +169,11 @@ def test_a_machine_that_slows_down_is_noise(folders: dict[str, str], monkeypatch
     assert dropped["prefill_within_spread"]
 
 
-def test_report_refuses_a_speed_run_in_one_line(run: prunescope.Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no view of speed runs"):
-        prunescope.report([str(run.folder)], out=str(tmp_path / "page.html"))
+def test_the_page_shows_what_was_timed(run: prunescope.Run, tmp_path: Path) -> None:
+    page = prunescope.report([str(run.folder)], out=str(tmp_path / "page.html")).read_text("utf-8")
+    for row in run.table().to_pylist():
+        assert f'<td class="n">{row["decode_tokens_per_s"]:,.0f}</td>' in page
+        assert f'<td class="n">{row["parameters"]:,.0f}</td>' in page
 
 
 def test_the_function_returns_what_the_command_writes(folders: dict[str, str], tmp_path: Path) -> None:

@@ -136,3 +136,10 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.Ca
     assert main(argv) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and said in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_the_advice(tmp_path: Path) -> None:
+    sweep = folder_of(made_up(), tmp_path / "sweep")
+    prunescope.advise(str(sweep), out=str(tmp_path / "advice"))
+    page = prunescope.report([str(tmp_path / "advice")], out=str(tmp_path / "page.html")).read_text("utf-8")
+    assert "Quantising alone wins" in page and page.count('<td class="text">breaks</td>') == 5

@@ -170,6 +170,8 @@ def mcq(
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
+    ladder: str | None = None,
+    cache: bool = True,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -194,6 +196,8 @@ def mcq(
         seed: of the bootstrap
         batch_size: questions at a time
         memory_mb: memory that the metrics may use, in MB
+        ladder: types of GGUF to place the KLs among, such as q8_0,q4_k,q2_k, measured once on the same questions; left out, those measured before
+        cache: keep the rungs of the ladder for the next call
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
@@ -211,7 +215,7 @@ def mcq(
     return job.run(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, limit=limit,
-            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb,
+            metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -143,6 +143,8 @@ def sparsify(
     owl_threshold: float = 5.0,
     block_size: int = 128,
     damping: float = 0.01,
+    refine: Literal["swaps", "admm", "swaps-admm", "admm-gradual"] | None = None,
+    refine_steps: int | None = None,
     calibration: str = "self",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -176,7 +178,9 @@ def sparsify(
         owl_spread: of owl, how far a block's sparsity may be from the mean
         owl_threshold: of owl, how many times the mean score makes an outlier
         block_size: of sparsegpt, columns of a block
-        damping: of sparsegpt, relative to the mean of the Hessian's diagonal
+        damping: of sparsegpt and of refining, relative to the mean of the Hessian's diagonal
+        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the weights that the mask should have), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
+        refine_steps: of refining, by default at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
         calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
@@ -205,7 +209,7 @@ def sparsify(
         job.SparsifyOptions(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
-            calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
+            refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
             perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )

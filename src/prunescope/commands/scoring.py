@@ -28,6 +28,8 @@ def evaluate(
     allow_code_execution: bool = False,
     seed: int = 0,
     batch_size: int = 8,
+    ladder: str | None = None,
+    cache: bool = True,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -50,6 +52,8 @@ def evaluate(
         allow_code_execution: run programs that the models write (humaneval, mbpp), in a sandbox
         seed: of the quick tasks' items, of the harness's choice of shots, and of bootstraps
         batch_size: items at a time
+        ladder: types of GGUF, such as q8_0,q4_k,q2_k: also measure the KL of each model from the first, on what that one writes, and say which two of its own quantised types it lies between
+        cache: keep the rungs of the ladder for the next call
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
@@ -67,7 +71,7 @@ def evaluate(
     return job.run(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
-            allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size,
+            allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -8,13 +8,17 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from prunescope.compare.context import switched
+from prunescope.cache import cache_folder
+from prunescope.compare.context import check_pair, switched
+from prunescope.compare.familiar import check_rungs, likenesses
+from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.loaded import LoadedModel
@@ -24,6 +28,7 @@ from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
 from prunescope.runs.parts import begin, notes_of, part, with_notes
 from prunescope.runs.provenance import run_record
+from prunescope.sweep.comparison import DenseReference, ladder_of, write_texts
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
 from prunescope.tasks.harness import check_tasks, file_name, write_harness
@@ -31,6 +36,7 @@ from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["EvaluateOptions", "run"]
 
+_KL_STEPS = 32  # tokens of the dense model's own after each prompt, on which KL is measured
 _SCHEMA = pa.schema([("model", pa.string()), *ITEMS_SCHEMA])
 
 
@@ -49,6 +55,8 @@ class EvaluateOptions(Options):
     allow_code_execution: bool
     seed: int
     batch_size: int
+    ladder: str | None
+    cache: bool
     loading: LoadOptions
     output: OutputOptions
 
@@ -60,6 +68,7 @@ class EvaluateOptions(Options):
         for ref in self.models[1:]:
             read_variant(ref)
         super().check()
+        check_rungs(self.ladder)
         if self.data is not None and not Path(self.data).expanduser().is_dir():
             raise UserError(f"--data {self.data}: no such folder")
 
@@ -86,11 +95,14 @@ def run(options: EvaluateOptions) -> EvaluateResult:
     units = _units(names)
     with options.output.staged() as staging:
         begin(staging, key)
+        scale = None if options.ladder is None else _Scale(dense, options)
         tables, described, whole = [], {}, {}
         scores: dict[str, dict[str, Any]] = {}
         for number, (ref, label) in enumerate(zip(options.models, labels, strict=True)):
             with _model(dense, ref, number, options.loading) as loaded:
                 described[label] = loaded.describe()
+                if scale is not None:
+                    scale.measure(label, loaded, number)
                 for at, unit in enumerate(units):
                     console.print(f"{label}: {', '.join(unit)}", markup=False)
 
@@ -123,6 +135,7 @@ def run(options: EvaluateOptions) -> EvaluateResult:
             "summary": scores,
             "paired": _paired(table, labels, options.seed),
             "paired_with_previous": _paired(table, labels[1:], options.seed, previous=True),
+            **({} if scale is None else scale.found()),
             "says_nothing": {t: why for t, entry in scores[labels[0]].items() if (why := at_floor(entry))},
         }
         result = EvaluateResult(info, table, harness=whole)
@@ -165,6 +178,35 @@ def _model(dense: LoadedModel, ref: Model, number: int, loading: LoadOptions) ->
         gc.collect()
 
 
+class _Scale:
+    """KL(dense || model) on what the dense model writes after the shipped prompts, and its place among the dense model's own rungs there."""
+
+    def __init__(self, dense: LoadedModel, options: EvaluateOptions) -> None:
+        self._dense = dense
+        self._kl: dict[str, dict[str, Any]] = {}
+        texts = write_texts(dense, encode(dense, read_prompts(None), _KL_STEPS), _KL_STEPS, batch_size=8)
+        self._reference = DenseReference(dense, texts, seed=options.seed)
+        self._rungs = ladder_of(
+            dense, texts, check_rungs(options.ladder), cache=cache_folder() if options.cache else None
+        )
+
+    def measure(self, label: str, loaded: LoadedModel, number: int) -> None:
+        """Raises UserError for another vocabulary."""
+        if number:
+            if loaded is not self._dense:
+                check_pair(self._dense, loaded)
+            stats = self._reference.measure(loaded, self._dense)["p"]["kl_dense_target"]
+            self._kl[label] = {"mean": stats["mean"], "ci95": stats["ci95"]}
+
+    def found(self) -> dict[str, Any]:
+        """The parts of run.json that say it."""
+        return {
+            "kl": self._kl,
+            "ladder": [asdict(rung) for rung in self._rungs],
+            "like": likenesses({label: kl["mean"] for label, kl in self._kl.items()}, self._rungs),
+        }
+
+
 def _identity(loaded: LoadedModel) -> dict[str, str]:
     return {**loaded.identity, "dropped": str(loaded.dropped)}
 
@@ -172,7 +214,9 @@ def _identity(loaded: LoadedModel) -> dict[str, str]:
 def _key(dense: LoadedModel, labels: list[str], names: list[str], options: EvaluateOptions) -> str:
     """What a run follows from, but for batch size."""
     scoring = {name: value for name, value in options.scoring().items() if name != "batch_size"}
-    parts = [_identity(dense), labels, names, str(dense.dtype), scoring | {"data": options.data}]
+    parts: list[Any] = [_identity(dense), labels, names, str(dense.dtype), scoring | {"data": options.data}]
+    if options.ladder is not None:
+        parts.append(check_rungs(options.ladder))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow.compute as pc
+
+from prunescope.cache import cache_folder
 from prunescope.compare.context import run_key
+from prunescope.compare.familiar import Rung, check_rungs, likenesses, remembered_ladder, usual_ladder
 from prunescope.compare.mcq import Asked, ask, mcq_rows
 from prunescope.compare.summary import mcq_summary
 from prunescope.data.questions import Template, read_questions
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
+from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
 from prunescope.runs.provenance import run_record
@@ -36,6 +43,8 @@ class McqOptions(Options):
     seed: int
     batch_size: int
     memory_mb: int
+    ladder: str | None
+    cache: bool
     loading: LoadOptions
     output: OutputOptions
 
@@ -43,6 +52,7 @@ class McqOptions(Options):
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: at least one question is needed")
         super().check()
+        check_rungs(self.ladder)
         if self.shots and self.template != "cue":
             raise UserError(f"--shots {self.shots} go with --template cue, not with {self.template}")
 
@@ -75,6 +85,15 @@ def run(options: McqOptions) -> McqResult:
             "noise_floor": found.floor,
             **mcq_summary(found.table, options.seed),
         }
+        ladders = _ladders(options, pair, asked)
+        info["ladder"] = {space: [asdict(rung) for rung in rungs] for space, rungs in ladders.items()}
+        info["like"] = {
+            space: words
+            for space, rungs in ladders.items()
+            for words in likenesses(
+                {space: info["summary_by_space"][space]["p"]["kl_dense_target"]["mean"]}, rungs
+            ).values()
+        }
         decode = pair.dense.tokenizer.decode
         samples = [_sample(decode, number, question, found.tops[number]) for number, question in enumerate(asked)]
         result = McqResult(info, found.table, samples)
@@ -83,6 +102,30 @@ def run(options: McqOptions) -> McqResult:
     show_mcq(info)
     options.output.say_written()
     return result
+
+
+def _ladders(options: McqOptions, pair: Pair, asked: Sequence[Asked]) -> dict[str, list[Rung]]:
+    """The dense model's rungs on these questions, over the whole vocabulary and over the options: those asked for, else those that are cached."""
+    text = hashlib.sha256(repr([(q.tokens, q.option_tokens) for q in asked]).encode()).hexdigest()
+    temperature, found = options.metric_temperature, {}
+
+    def measure(space: str, variant: Variant) -> tuple[float, float]:
+        name = str(variant.spec)
+        if name not in found:
+            found[name] = mcq_rows(
+                pair.dense, variant, asked, batch_size=options.batch_size, temperature=temperature, memory=options.memory_mb * 2**20
+            ).table  # fmt: skip
+        kls = found[name].filter(pc.equal(found[name]["space"], space))["kl_dense_target"].to_numpy()
+        return float(kls.mean()), float(kls.std() / math.sqrt(max(1, len(kls) - 1)))
+
+    return {
+        space: remembered_ladder(
+            pair.dense, f"{text} {space}", check_rungs(options.ladder) or usual_ladder(),
+            None if options.ladder is None else lambda variant, space=space: measure(space, variant),  # type: ignore[misc]
+            temperature=temperature, cache=cache_folder() if options.cache else None,
+        )
+        for space in ("global", "options")
+    }  # fmt: skip
 
 
 def _sample(decode: Callable[[list[int]], str], number: int, asked: Asked, tops: dict[str, Any]) -> dict[str, Any]:

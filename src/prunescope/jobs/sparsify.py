@@ -31,6 +31,7 @@ from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
 from prunescope.prune.owl import owl_sparsities
 from prunescope.prune.plan import Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.refine import Refine
 from prunescope.report.terminal.pruning import show_plan, show_sparsified
 from prunescope.results import SparsifyResult
 from prunescope.runs.folder import require_space, staged, write_config, write_json
@@ -39,6 +40,7 @@ from prunescope.runs.provenance import device_name, versions
 __all__ = ["SparsifyOptions", "run"]
 
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
+_NEWER = ("refine", "refine_steps")  # left out of the key where they are not given, so that older unfinished runs go on
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
 
@@ -57,6 +59,8 @@ class SparsifyOptions(Options):
     owl_threshold: float
     block_size: int
     damping: float
+    refine: Refine | None
+    refine_steps: int | None
     calibration: str
     samples: int | None
     seq_len: int | None
@@ -75,6 +79,8 @@ class SparsifyOptions(Options):
             raise UserError(f"--seq-len {self.seq_len}: at least two tokens are needed")
         if not self.damping > 0:
             raise UserError(f"--damping {self.damping}: it must be positive")
+        if self.refine_steps is not None and (self.refine is None or self.refine_steps < 1):
+            raise UserError(f"--refine-steps {self.refine_steps}: it goes with --refine, and must be at least 1")
         if self.perplexity is not None and not Path(self.perplexity).is_file():
             raise UserError(f"perplexity file {self.perplexity}: no such file; give a text, JSON or JSONL file")
         if self.perplexity_windows is not None and self.perplexity is None:
@@ -111,7 +117,8 @@ class SparsifyOptions(Options):
 
     def planning(self) -> dict[str, Any]:
         """The options of `make_plan`."""
-        return {"block_size": self.block_size, "damping": self.damping, "variant": self.variant}
+        names = ("block_size", "damping", "variant", "refine", "refine_steps")
+        return {name: getattr(self, name) for name in names}
 
 
 def run(options: SparsifyOptions) -> SparsifyResult:
@@ -205,6 +212,10 @@ def _check_together(options: SparsifyOptions, goal: Goal) -> None:
         raise UserError(
             "structured removes the same share of whole neurons in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
         )
+    if options.refine and method == "structured":
+        raise UserError("--refine changes which weights are zero; structured removes whole neurons, so leave it out")
+    if options.refine and options.calibration == "none":
+        raise UserError("--refine lowers the error on a text; give one with --calibration")
     if owl and goal.of:
         raise UserError(f"--allocation owl varies the share from block to block; it does not go with --pattern {goal}")
     if options.calibration == "none" and (method != "magnitude" or owl):
@@ -342,7 +353,11 @@ def _key(
         else {k: v for k, v in calibration.describe().items() if k not in ("source", "traces")}
     )
     content = {
-        "config": {name: value for name, value in options.config().items() if name not in (*_FREE, *_BY_CONTENT)},
+        "config": {
+            name: value
+            for name, value in options.config().items()
+            if name not in (*_FREE, *_BY_CONTENT) and not (name in _NEWER and value is None)
+        },
         "map": {pattern: str(goal) for pattern, goal in overrides.items()},
         "model": streamed.loaded.identity,
         "dtype": str(streamed.model.dtype),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 
-__all__ = ["check_head", "format_of", "is_finite", "is_packed", "named_tensors", "refuse_packed"]
+__all__ = ["check_head", "format_of", "is_finite", "is_packed", "named_tensors", "nonzero", "refuse_packed"]
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,6 +31,11 @@ def is_finite(weight: Tensor) -> bool:
     if weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         weight = weight.float()
     return not weight.is_floating_point() or bool(torch.isfinite(weight).all())
+
+
+def nonzero(weight: Tensor) -> int:
+    """How many numbers are not zero; of a packed tensor, which does not say, all that it holds."""
+    return weight.numel() if is_packed(weight) else int(weight.count_nonzero())
 
 
 def check_head(ref: str, head: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from prunescope.errors import UserError, first_line
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import is_packed
 
 __all__ = ["check_kernels", "inner_tensors", "is_two_four", "two_four_layers", "using_kernels"]
 
@@ -25,8 +26,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def is_two_four(weight: Tensor) -> bool:
-    """Whether of every four consecutive weights of a row, ``(out, in)``, at most two are not zero. A dense weight is not."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
+    """Whether of every four consecutive weights of a row, ``(out, in)``, at most two are not zero. A dense weight is not, nor a packed one, which does not say."""
+    if weight.dim() != 2 or weight.shape[1] % 4 or is_packed(weight):
         return False
     kept = (weight != 0).view(weight.shape[0], -1, 4).sum(-1)
     return bool((kept <= 2).all())
@@ -103,10 +104,10 @@ def _in_rows(module: nn.Linear, states: Tensor) -> Tensor:
 
 
 def inner_tensors(value: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold ``value``: itself, or the parts of a semi-structured one."""
-    if isinstance(value.data, torch.sparse.SparseSemiStructuredTensor):
+    """The plain tensors that hold ``value``: itself, or the parts of one that is made of others, such as a semi-structured or a packed one."""
+    if hasattr(value.data, "__tensor_flatten__"):
         names, _ = value.data.__tensor_flatten__()
         for name in names:
-            yield getattr(value.data, name)
+            yield from inner_tensors(getattr(value.data, name))
     else:
         yield value

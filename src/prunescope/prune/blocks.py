@@ -7,6 +7,7 @@ goes on from. Everything that the source checkpoint holds and pruning does not t
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from prunescope.prune.magnitude import magnitude
 from prunescope.prune.neurons import check_shapes, cut_again, prune_neurons
 from prunescope.prune.outcome import matrix_row
 from prunescope.prune.plan import PruningPlan, smaller_config
+from prunescope.prune.refine import refine
 from prunescope.prune.sparsegpt import sparsegpt
+from prunescope.prune.sparsegpt_gpu import full_float32
 from prunescope.prune.wanda import wanda
 
 __all__ = ["Pruned", "prune_block", "prune_model"]
@@ -139,8 +142,7 @@ def prune_block(
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
     if text is not None and chosen:
-        gram = plan.method == "sparsegpt"
-        statistics, shares = gather(text, layer, chosen, gram=gram, advance=advance)
+        statistics, shares = gather(text, layer, chosen, gram=plan.gram, advance=advance)
     if plan.method == "structured":
         return prune_neurons(plan, layer, chosen, statistics, shares, text)
     groups: dict[str, list[Matrix]] = {}
@@ -151,18 +153,32 @@ def prune_block(
     for first, group in groups.items():
         statistic = statistics.pop(first, None)
         unseen = text is not None and (statistic is None or statistic.tokens == 0)
-        if unseen and plan.method != "magnitude":
-            statistic = InputStatistic.uniform(group[0].weight, gram=plan.method == "sparsegpt")
+        if unseen and (plan.method != "magnitude" or plan.gram):
+            statistic = InputStatistic.uniform(group[0].weight, gram=plan.gram)
         exact = torch.promote_types(group[0].weight.dtype, torch.float32)
         old = [matrix.weight.to(exact, copy=True) for matrix in group]
         advance.note(_note(layer, group[0]))
         new, damping = _solve(plan, group, old, statistic)
-        for matrix, before, after in zip(group, old, new, strict=True):
+        unrefined: list[float | None] = [None] * len(group)
+        if plan.refine is not None:
+            assert statistic is not None
+            stored = dtypes[group[0].parameter]
+            if not unseen:
+                unrefined = [
+                    statistic.relative_error(was, now.to(stored).to(exact)) for was, now in zip(old, new, strict=True)
+                ]
+            advance.note(f"{_note(layer, group[0])} {plan.refine}")
+            new = _refine(plan, group, old, new, statistic, stored)
+        for matrix, before, after, worse in zip(group, old, new, unrefined, strict=True):
             matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
-            rows.append(
-                matrix_row(layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping)
-                | ({"tokens": 0} if unseen else {})
+            row = matrix_row(
+                layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping
             )
+            rows.append(
+                row
+                | ({"tokens": 0} if unseen else {})
+                | ({} if plan.refine is None else {"error_unrefined": None if worse is None or math.isnan(worse) else worse})
+            )  # fmt: skip
         error = max((row["error"] for row in rows[-len(group) :] if row["error"] is not None), default=None)
         advance.note(_note(layer, group[0], error))
         if unseen:
@@ -210,7 +226,35 @@ def _solve(
     return [weight.masked_fill(mask, 0.0) for weight, mask in zip(old, masks, strict=True)], None
 
 
+def _refine(
+    plan: PruningPlan,
+    group: Sequence[Matrix],
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    statistic: InputStatistic,
+    stored: torch.dtype,
+) -> list[Tensor]:
+    """What `_solve` found for matrices that read the same input, refined."""
+    assert plan.refine is not None
+    with full_float32():
+        return refine(
+            plan.refine,
+            old,
+            new,
+            statistic.hessian(),
+            [plan.goals[matrix.name] for matrix in group],
+            damping=plan.damping,
+            fit=plan.method == "sparsegpt",
+            per_row=plan.method == "wanda" and not plan.variant,
+            steps=plan.refine_steps,
+            rounded=lambda weights: weights.to(stored).to(weights.dtype),
+        )
+
+
 def _say_block(layer: int, blocks: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     errors = [row["error"] for row in rows if row["error"] is not None]
     worst = f", relative error {max(errors):.3f} at worst" if errors else ""
+    unrefined = [row["error_unrefined"] for row in rows if row.get("error_unrefined") is not None]
+    if errors and unrefined:
+        worst += f" ({max(unrefined):.3f} before it was refined)"
     console.print(f"block {layer + 1} of {blocks}{worst}, {seconds:.1f} s", markup=False)

@@ -10,6 +10,7 @@ import torch
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
 from prunescope.prune.plan import PruningPlan, removed_neurons, smaller_config
+from prunescope.prune.refine import GRADUAL_STEPS, SCANS, STEPS
 
 __all__ = ["estimate"]
 
@@ -56,13 +57,17 @@ def estimate(
             widths[owner, matrix.expert, inputs] = outputs
             if plan.method == "sparsegpt":
                 operations += 2.0 * outputs * inputs**2
-        if plan.method == "sparsegpt":
+            operations += _refining(plan, outputs, inputs)
+        if plan.gram:
             operations += sum(1.2 * tokens * n**2 + 2.0 / 3 * n**3 for _, _, n in widths)
         grams = sum(4 * n * n for _, _, n in widths) + 8 * max((n * n for _, _, n in widths), default=0)
         largest = max((m.weight.numel() for m in matrices), default=0)
         itemsize = streamed.model.dtype.itemsize
         activations = 8 * tokens_at_a_time * max((m.weight.shape[1] for m in matrices), default=0) * itemsize
-        memory = max(memory, parameters * itemsize + 12 * largest + activations + grams * (plan.method == "sparsegpt"))
+        memory = max(
+            memory,
+            parameters * itemsize + 12 * largest + activations + grams * (1 + (plan.refine is not None)) * plan.gram,
+        )
     hidden = tokens * streamed.loaded.anatomy.hidden_size * streamed.model.dtype.itemsize
     written = sum(tensor.nbytes for tensor in streamed.stored.values())
     total = sum(row["outputs"] * row["inputs"] for row in rows)
@@ -75,6 +80,18 @@ def estimate(
         "seconds": operations / _rate(streamed.device),
         "tokens": tokens,
     }
+
+
+def _refining(plan: PruningPlan, outputs: int, inputs: int) -> float:
+    """Operations of `refine`. Swaps look at a quarter of a row's pairs in a scan, with some four operations each that wait for memory."""
+    if plan.refine is None:
+        return 0.0
+    scans, steps = (
+        plan.refine_steps or SCANS,
+        plan.refine_steps or (GRADUAL_STEPS if plan.refine == "admm-gradual" else STEPS),
+    )
+    products = scans * ("swaps" in plan.refine) * 10.0 + steps * ("admm" in plan.refine) * 2.0
+    return products * outputs * inputs**2
 
 
 def _rate(device: torch.device) -> float:

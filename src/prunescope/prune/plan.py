@@ -14,6 +14,7 @@ from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import MLP_SIZES, Neurons, find_neurons
 from prunescope.prune.masks import Goal
+from prunescope.prune.refine import Refine
 
 __all__ = [
     "Method",
@@ -39,8 +40,15 @@ class PruningPlan:
     block_size: int = 128
     damping: float = 0.01
     variant: bool = False
+    refine: Refine | None = None
+    refine_steps: int | None = None
     sizes: tuple[int, ...] = ()  # numbers of neurons that the config names, for `structured`
     multiple: int = 1  # of which the neurons that stay are a multiple
+
+    @property
+    def gram(self) -> bool:
+        """Whether Gram matrices of the inputs are needed, and not their norms alone."""
+        return self.method == "sparsegpt" or self.refine is not None
 
 
 def make_plan(
@@ -53,6 +61,8 @@ def make_plan(
     block_size: int = 128,
     damping: float = 0.01,
     variant: bool = False,
+    refine: Refine | None = None,
+    refine_steps: int | None = None,
 ) -> PruningPlan:
     """Decide what every matrix shall lose.
 
@@ -95,7 +105,7 @@ def make_plan(
         raise UserError(f"nothing would be pruned at sparsity {goal}; raise it")
     sizes = tuple(sorted(set(config_sizes(streamed).values()))) if method == "structured" else ()
     multiple = _EXPERT_MULTIPLE if any(matrix.fused for matrix in matrices) else 1
-    return PruningPlan(method, kept, block_size, damping, variant, sizes, multiple)
+    return PruningPlan(method, kept, block_size, damping, variant, refine, refine_steps, sizes, multiple)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunescope.models.decoding import forward_options
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import nonzero
 from prunescope.models.references import BUNDLED, bundled_file, is_drop
 from prunescope.models.semistructured import inner_tensors, two_four_layers
 
@@ -26,7 +27,7 @@ def parameters(loaded: LoadedModel, name: str) -> dict[str, Any]:
         "base": (record.get("base") or {}).get("source"),
         "dropped": str(loaded.dropped),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "nonzero_parameters": sum(int(p.count_nonzero()) for p in loaded.model.parameters()),
+        "nonzero_parameters": sum(map(nonzero, loaded.model.parameters())),
         "dropped_parameters": sum(p.numel() for module in loaded.taken_out() for p in module.parameters()),
         "zeros_in_matrices": loaded.sparsity(),
         "two_four_layers": len(two_four_layers(loaded)),

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunescope.compare.context import Transcript
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import named_tensors, nonzero
 from prunescope.models.quantised import Quantised, QuantSpec
 from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
@@ -119,9 +120,9 @@ class Bench:
             yield
 
     def _nonzero(self) -> int:
-        """Weights of the blocks' matrices that are there and not zero."""
-        matrices = [p for b in self.loaded.anatomy.blocks for p in b.module.parameters() if p.dim() >= 2]
-        return sum(int(matrix.count_nonzero()) for matrix in matrices)
+        """Weights of the blocks' matrices that are there and not zero; of packed ones, which may be buffers, every number that is held counts."""
+        held = [t for b in self.loaded.anatomy.blocks for _, t in named_tensors(b.module) if t.dim() >= 2]
+        return sum(map(nonzero, held))
 
 
 def _evaluated(loaded: LoadedModel, plan: SweepPlan, stage: str) -> tuple[dict[str, Any], pa.Table]:

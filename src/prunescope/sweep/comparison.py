@@ -70,9 +70,11 @@ class DenseReference:
             ]
         )
 
-    def measure(self, loaded: LoadedModel) -> dict[str, dict[str, Any]]:
+    def measure(self, loaded: LoadedModel, dense: LoadedModel | None = None) -> dict[str, dict[str, Any]]:
         """Per space and column the summary over all steps, as in every run folder, of ``loaded`` as it stands now against the dense model.
 
+        Args:
+            dense: the dense model, where ``loaded`` is not that one changed in place and so may have another head.
         Raises:
             UserError: its logits are not numbers.
         """
@@ -81,7 +83,7 @@ class DenseReference:
             columns = compare_final(
                 self.states,
                 self._read(loaded),
-                head,
+                head if dense is None else final_head(dense),
                 head,
                 temperature=self.temperature,
                 next_token=self._next,

@@ -37,6 +37,9 @@ class Storage:
         ] = {}  # of the matrices that can be pruned and quantised, by the parameter that holds them
         where = {id(module): name for name, module in loaded.model.named_modules()}
         for block in loaded.anatomy.blocks:
+            # a package may keep its packed numbers in buffers and have no parameter that find_matrices knows
+            if not any(p.dim() >= 2 and not is_packed(p) for p in block.module.parameters()):
+                continue
             for matrix in find_matrices(block, where[id(block.module)]):
                 parameter = getattr(matrix.module, matrix.attribute)
                 if not is_packed(parameter):

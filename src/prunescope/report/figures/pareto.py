@@ -5,7 +5,7 @@ From the tables of a run alone. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from prunescope.report.figures.style import FLOOR
 from prunescope.report.sweep_means import KINDS, Rows, mean_over_tasks, of_kind
 from prunescope.stats import pareto_front
 
-__all__ = ["CHANGES", "draw_pareto"]
+__all__ = ["CHANGES", "Panel", "draw_pareto"]
 
 CHANGES = {  # kind of point -> colour, name, marker
     "dense": ("#000000", "dense", "D"),
@@ -39,7 +39,16 @@ class _Mark:
     high: float
 
 
-def draw_pareto(rows: Rows, metrics: Rows, title: str) -> Figure | None:
+@dataclass(frozen=True)
+class Panel:
+    """Something else that was measured at the same points, more of it being better."""
+
+    title: str
+    label: str
+    values: Mapping[str, tuple[float, float, float]]  # point -> value and 95 % interval
+
+
+def draw_pareto(rows: Rows, metrics: Rows, title: str, more: Sequence[Panel] = ()) -> Figure | None:
     """A panel each for what is written, what is chosen and KL(dense || point); None where fewer than three points have known bytes.
 
     The line joins the points that no other is better than in both directions; bars are 95 % intervals, which the front does not look at.
@@ -52,6 +61,14 @@ def draw_pareto(rows: Rows, metrics: Rows, title: str) -> Figure | None:
     for kind, (_, word, _) in KINDS.items():
         if marks := _kept(of_kind(weighed, kind, only), "kept" if only else "score"):
             panels.append((f"what is {word}", "share kept of the score above chance" if only else "score", marks, 1))
+    of_point = {row["point"]: row for row in weighed}
+    for extra in more:
+        marks = [
+            _Mark(name, of_point[name]["change"], of_point[name]["bytes"] / _MB, *value)
+            for name, value in extra.values.items()
+            if name in of_point
+        ]
+        panels.append((extra.title, extra.label, marks, 1))
     if marks := _kl(weighed, metrics):
         panels.append(("KL(dense || point) on the dense model's texts", "nats a step", marks, -1))
     if not panels:

@@ -26,8 +26,10 @@ import pyarrow.compute as pc
 from prunescope.errors import UserError, first_line
 from prunescope.files import replacing
 from prunescope.report.page import payload
-from prunescope.report.page.scores import scores_section
+from prunescope.report.page.divergence import divergence_section
+from prunescope.report.page.scores import generation_section, scores_section
 from prunescope.report.page.sweep import sweep_section
+from prunescope.report.page.tables import TABLES, table_section
 from prunescope.report.page.verdict import Verdict, judge, warnings_of
 from prunescope.runs import folder as results
 
@@ -52,13 +54,13 @@ def expand(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for folder in map(Path, folders):
         inside = [folder]
-        if (folder / "demo.json").is_file():  # its scores of tasks are not on the page
-            inside = sorted(path for path in folder.iterdir() if path.name != "evaluate")
+        if (folder / "demo.json").is_file():
+            inside = sorted(folder.iterdir())
         found += [p for p in inside if p == folder or any((p / n).is_file() for n in ("run.json", "prunescope.json"))]
     unique = list(dict.fromkeys(found))
     if not unique:
         raise UserError(
-            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, evaluate, drop, sparsify or heal"
+            "report needs at least one run folder; give the --out folder of layerwise, generate, mcq, divergence, retrieve, evaluate, sweep, speed, advise, drop, sparsify or heal"
         )
     return unique
 
@@ -68,7 +70,7 @@ def open_folder(folder: Path) -> results.Run | Checkpoint:
     path = folder / "prunescope.json"
     if (folder / "run.json").exists() or not path.is_file():
         run = results.open_run(folder)
-        if run.command not in (*_VIEWS, "sweep", "evaluate"):
+        if run.command not in (*_VIEWS, "divergence", "sweep", "evaluate", *TABLES):
             raise UserError(
                 f"{folder}: the page has no view of {run.command} runs yet; look at run.json and figures/ in it"
             )
@@ -116,6 +118,7 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     all_runs = [one for one in opened if isinstance(one, results.Run)]
     swept = [run for run in all_runs if run.command == "sweep"]
     scored = [run for run in all_runs if run.command == "evaluate"]
+    read = [run for run in all_runs if run.command == "divergence"]
     runs = [run for run in all_runs if run.command in _VIEWS]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
     aliases = _aliases(runs, checkpoints)
@@ -124,7 +127,12 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     made = [_guarded(one.folder, _checkpoint, one) for one in checkpoints]
     sweeps = [_guarded(run.folder, sweep_section, run) for run in swept]
     scores = [_guarded(run.folder, scores_section, run) for run in scored]
-    targets = [t for found in _targets(runs, views).values() for t in [found]]
+    scores += [_guarded(run.folder, table_section, run) for run in all_runs if run.command in TABLES]
+    divergences = [_guarded(run.folder, divergence_section, run) for run in read]
+    if len(runs) > 1 and (steps := _guarded(runs[0].folder, generation_section, runs, names)) is not None:
+        scores.append(steps)
+    searched = [run for run in all_runs if run.command == "retrieve"]
+    targets = list(_targets(runs, views, searched).values())
     data = {"runs": views, "checkpoints": made, "targets": targets, "columns": columns()}
     # < never stands in the JSON, so no text in it can end the script element that holds it
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -133,15 +141,16 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _asset("report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
-        title=_title(runs, checkpoints)
+        title=_title([*runs, *read], checkpoints)
         or ", ".join(dict.fromkeys([sweep["model"] for sweep in sweeps] + [one["models"][0] for one in scores])),
         runs=views,
         sweeps=sweeps,
         scores=scores,
+        divergences=divergences,
         checkpoints=made,
         targets=targets,
         verdicts=[(target["name"], [Verdict(**v) for v in target["verdicts"]]) for target in targets],
-        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed([*swept, *runs]),
+        warnings=list(dict.fromkeys(w for view in views for w in view["warnings"])) + _mixed([*swept, *runs, *read]),
         columns=columns(),
         commands={view["command"] for view in views},
         data=Markup(text),
@@ -295,20 +304,30 @@ def _under_floor(command: str, table: Any, info: Mapping[str, Any]) -> dict[str,
     return {space: float(share) for space, share in shares.items() if share is not None}
 
 
-def _targets(runs: Sequence[results.Run], views: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every target with its size, its runs, its verdicts and the columns of the sortable table."""
+def _identity(info: Mapping[str, Any]) -> str:
+    """One target of one dense model, whatever dtype a run took it in."""
+    target, dense = info["models"]["target"], info["models"]["dense"]
+    base = {"base": dense["content_hash"] if "content_hash" in dense else dense["source"]}
+    return json.dumps({key: value for key, value in target.items() if key != "dtype"} | base, sort_keys=True)
+
+
+def _targets(
+    runs: Sequence[results.Run], views: Sequence[Mapping[str, Any]], searched: Sequence[results.Run]
+) -> dict[str, dict[str, Any]]:
+    """Every target with its size, its runs, its verdicts and the columns of the sortable table; a run of `retrieve` adds to a target that
+    another run shows."""
     grouped: dict[str, dict[str, Any]] = {}
     for run, view in zip(runs, views, strict=True):
         target, dense = run.info["models"]["target"], run.info["models"]["dense"]
         if target is None:
             continue
-        identity = {key: value for key, value in target.items() if key != "dtype"} | {
-            "base": dense["content_hash"] if "content_hash" in dense else dense["source"]
-        }
         found = grouped.setdefault(
-            json.dumps(identity, sort_keys=True), {"name": view["target"], "models": (dense, target), "infos": {}}
+            _identity(run.info), {"name": view["target"], "models": (dense, target), "infos": {}}
         )
         found["infos"].setdefault(run.command, run.info)
+    for run in searched:
+        if (shown := grouped.get(_identity(run.info))) is not None:
+            shown["infos"].setdefault("retrieve", run.info)
     names = [found["name"] for found in grouped.values()]
     for number, found in enumerate(grouped.values()):
         dense, target = found.pop("models")

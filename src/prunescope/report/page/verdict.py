@@ -17,6 +17,7 @@ KEPT, RISK, BROKEN, UNCLEAR = "kept", "at risk", "broken", "not shown"
 TOO_FEW = 5  # prompts or questions
 _H = (0.95, 0.80)  # mean cosine of the final h
 _SAME = (0.90, 0.70)  # same choice
+_NDCG = (0.95, 0.80)  # nDCG@10, share of the dense model's
 _AGREE, _KL = (0.95, 0.80), 0.05  # same most likely token a step; nats a step
 
 
@@ -36,11 +37,11 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
     """Verdicts on one target.
 
     Args:
-        runs: command (``generate``, ``mcq``) -> run.json of that command on the target.
+        runs: command (``generate``, ``mcq``, ``retrieve``) -> run.json of that command on the target.
     """
     generate, mcq = runs.get("generate"), runs.get("mcq")
     return [
-        _unless_few(_retrieval(runs), generate or mcq),
+        _unless_few(_retrieval(runs), runs.get("retrieve") or generate or mcq),
         _unless_few(_choice(mcq), mcq),
         _unless_few(_generation(generate), generate),
     ]
@@ -48,6 +49,8 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
 
 def _count(info: Mapping[str, Any]) -> tuple[int, str]:
     """How many prompts or questions a run has, and these words."""
+    if info["command"] == "retrieve":
+        return info["queries"], f"{info['queries']} quer{'y' if info['queries'] == 1 else 'ies'}"
     count, what = (info["questions"], "question") if info["command"] == "mcq" else (len(info["prompts"]), "prompt")
     return count, f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -70,7 +73,36 @@ def _mean(stats: Mapping[str, Any]) -> str:
     return f"{stats['mean']:.4g}" + ("" if low is None else f" ({low:.4g} to {high:.4g})")
 
 
+def _searched(info: Mapping[str, Any]) -> Verdict:
+    """By what was found in a corpus, where a run of `retrieve` shows it."""
+    use, (high, low) = "Embedding and retrieval", _NDCG
+    rule = f"nDCG@10, share of the dense model's: kept from {high:g} with no significant loss (95 % interval), broken below {low:g}."
+    found = info["measures"]["ndcg_10"]
+    share = found["target"] / found["dense"] if found["dense"] else 0.0
+    numbers = [
+        ("nDCG@10, dense", f"{found['dense']:.3f}"),
+        ("nDCG@10, target", f"{found['target']:.3f}"),
+        (
+            "change, 95 % interval",
+            f"{found['diff']:+.3f} ({found['diff_ci95'][0]:+.3f} to {found['diff_ci95'][1]:+.3f})",
+        ),
+        ("same first passage", _mean(info["summary"]["retrieval"]["top1_same"])),
+    ]
+    if not found["dense"]:
+        return Verdict(use, "h", UNCLEAR, "The dense model finds nothing in this corpus.", rule, numbers)
+    lost = found["diff_ci95"][1] < 0
+    level = BROKEN if share < low else KEPT if share >= high and not lost else RISK
+    words = {
+        KEPT: "The target finds in the corpus what the dense model finds.",
+        RISK: "The target finds somewhat less in the corpus, or too few queries show whether it does.",
+        BROKEN: "The target finds much less in the corpus.",
+    }[level]
+    return Verdict(use, "h", level, words, rule, numbers)
+
+
 def _retrieval(runs: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    if (info := runs.get("retrieve")) is not None:
+        return _searched(info)
     rule = f"Mean cosine of the final hidden state: kept from {_H[0]:g}, broken below {_H[1]:g}."
     use = "Embedding and retrieval"
     if info := runs.get("generate"):
@@ -110,7 +142,12 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
     if accuracy["dense"]["ci95"][0] <= info["chance"]:
         words += " The dense accuracy is not above chance, so accuracies say nothing here; only agreement does."
     low, high = info["agreement"]["ci95"]
-    options = info["summary_by_space"]["options"]["p"]["kl_dense_target"]
+    kls = {space: info["summary_by_space"][space]["p"]["kl_dense_target"] for space in ("options", "global")}
+    placed = []
+    for space, where in (("options", "over the options"), ("global", "over the vocabulary")):
+        placed.append((f"KL {where}", _mean(kls[space])))
+        if like := (info.get("like") or {}).get(space):
+            placed.append((f"KL {where}, beside its own quantised types", like))
     return Verdict(
         use,
         "options",
@@ -123,7 +160,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
             ("accuracy, target", f"{accuracy['target']['accuracy']:.3f}"),
             ("right to wrong / wrong to right", f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"),
             ("McNemar p", f"{flips['mcnemar_p']:.3g}"),
-            ("KL over the options", _mean(options)),
+            *placed,
         ],
     )
 

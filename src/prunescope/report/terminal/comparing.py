@@ -97,7 +97,7 @@ def show_generation(info: Mapping[str, Any], console: Console | None = None) -> 
         table.add_row(column, *cells)
     console.print(table)
     if info.get("like"):
-        console.print(Text(f"KL in the dense model's texts is like that of the model quantised {info['like']}"))
+        console.print(Text(f"KL in the dense model's texts: {info['like']} of the dense model's own quantised types"))
     if first := info.get("first_difference"):
         median = "" if first["median"] is None else f"; the others differ first at step {first['median']:g} (median)"
         console.print(Text(f"same text to the end: {first['same_texts']} of {len(first['by_prompt'])} prompts{median}"))
@@ -150,6 +150,9 @@ def show_mcq(info: Mapping[str, Any], console: Console | None = None) -> None:
             cells.append(f"{_number(stats['mean'], floor.get(column))}{interval}")
         table.add_row(column, *cells)
     console.print(table)
+    for space, where in (("global", "over the whole vocabulary"), ("options", "over the options")):
+        if words := info.get("like", {}).get(space):
+            console.print(Text(f"KL {where}: {words} of the dense model's own quantised types"))
     for side in ("dense", "target"):
         found = info["accuracy"][side]
         low, high = found["ci95"]

@@ -46,7 +46,8 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     last = [kind.rpartition(".")[2] for kind in kinds]
     if any(cells.values()):
-        how = "" if record["method"] == "sparsegpt" else ", estimated on some of the calibration tokens"
+        exact = record["method"] == "sparsegpt" or record["config"].get("refine")
+        how = "" if exact else ", estimated on some of the calibration tokens"
         console.print(Text(f"relative error |(W - W\u2032)X| / |WX| by block{how}"))
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         table.add_column("block", justify="right")
@@ -56,6 +57,12 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
             errors = [cells.get((layer, kind), []) for kind in kinds]
             table.add_row(str(layer), *(f"{sum(found) / len(found):.4f}" if found else "-" for found in errors))
         console.print(table)
+    refined = [row for row in modules if row.get("error_unrefined") is not None]
+    if refined:
+        was, now = (sum(row[name] for row in refined) / len(refined) for name in ("error_unrefined", "error"))
+        console.print(
+            Text(f"refined ({record['config']['refine']}): mean relative error {was:.4f} before, {now:.4f} after")
+        )
     dead = [row for row in modules if row["dead_inputs"]]
     few = [row for row in modules if row["few_tokens"] or row["tokens"] == 0]
     if dead:

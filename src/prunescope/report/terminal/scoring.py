@@ -72,7 +72,7 @@ def step_rows(info: Mapping[str, Any]) -> list[list[str]]:
 
 def remarks(info: Mapping[str, Any]) -> list[str]:
     """What one must know to read the table: tasks and pairs that say nothing, and notes."""
-    lines = []
+    lines = [_divergence(label, kl, info.get("like", {}).get(label)) for label, kl in info.get("kl", {}).items()]
     for pair in info["pairs"]:
         tasks = [task for task in (f"{pair}-gen", f"{pair}-mc") if task in info["says_nothing"]]
         if tasks:
@@ -82,6 +82,13 @@ def remarks(info: Mapping[str, Any]) -> list[str]:
     lines += [f"{task} says nothing here: {why}." for task, why in info["says_nothing"].items() if task not in inside]
     first = next(iter(info["summary"].values()))
     return lines + [f"{task}: {entry['note']}." for task, entry in first.items() if entry.get("note")]
+
+
+def _divergence(label: str, kl: Mapping[str, Any], like: str | None) -> str:
+    low, high = kl["ci95"]
+    interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
+    place = f", {like} of the first model's own quantised types" if like else ""
+    return f"{label}: KL from the first model, a step of that one's text, {kl['mean']:.3g}{interval}{place}."
 
 
 def show_scores_of_tasks(info: Mapping[str, Any], console: Console | None = None) -> None:
