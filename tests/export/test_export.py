@@ -21,6 +21,7 @@ from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import TEXTS
 from prunescope.export.transformers import write_folder
+from prunescope.jobs.options import LoadOptions
 from prunescope.runs.folder import Run
 
 
@@ -284,3 +285,28 @@ def test_gguf_tokenizer_is_that_of_the_folder(kind: str, tmp_path: Path) -> None
         made = list(dict.fromkeys(left + right for left, right in merges))
         assert sorted(made, key=lambda text: -scores[text]) == made
         assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+
+
+def test_packed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch integers of a quantised checkpoint written as if they were its weights, and a format in config.json that its weights no longer have."""
+    dense = tiny("llama", tmp_path / "dense")
+    load = LoadOptions.load
+
+    def quantised(self: Any, ref: Any, **how: Any) -> Any:
+        loaded = load(self, ref, **how)
+        loaded.model.config.quantization_config = {"quant_method": "gptq"}
+        return loaded
+
+    monkeypatch.setattr(LoadOptions, "load", quantised)
+    folder = prunescope.export(dense, engine="vllm", drop="attn=2", out=str(tmp_path / "floats"))
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text("utf-8"))
+
+    def packed(self: Any, ref: Any, **how: Any) -> Any:
+        loaded = quantised(self, ref, **how)
+        part = loaded.model.model.layers[0].mlp.up_proj
+        part.weight = torch.nn.Parameter(part.weight.to(torch.int8), requires_grad=False)
+        return loaded
+
+    monkeypatch.setattr(LoadOptions, "load", packed)
+    with pytest.raises(UserError, match=r"quantised already, which --for llama\.cpp cannot work on; give --dequantise"):
+        prunescope.export(dense, engine="llama.cpp", out=str(tmp_path / "out"))

@@ -31,12 +31,12 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON),
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": lambda **more: transformers.LlamaConfig(**_COMMON | more),
     "llama3": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_LLAMA3, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**_COMMON, use_sliding_window=False),
-    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=16),
-    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=None, head_dim=16),
+    "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | more, use_sliding_window=False),
+    "qwen3": lambda **more: transformers.Qwen3Config(**_COMMON | {"head_dim": 16} | more),
+    "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16} | more, sliding_window=None),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, **_GEMMA, query_pre_attn_scalar=25),
 }
 
@@ -71,10 +71,10 @@ def space_tokenizer() -> Any:
     )
 
 
-def tiny(family: str, folder: Path, tokenizer: Any = None, seed: int = 0) -> str:
-    """A tiny model with a tokenizer that llama.cpp has a name for, saved as a plain folder."""
+def tiny(family: str, folder: Path, tokenizer: Any = None, seed: int = 0, **more: Any) -> str:
+    """A tiny model with a tokenizer that llama.cpp has a name for, saved as a plain folder; ``more`` goes into its config."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**more), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -16,6 +16,7 @@ from prunescope.errors import UserError
 from prunescope.export.parts import dropped_here, whole
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import is_packed
 from prunescope.models.record import RECORD
 from prunescope.models.saving import save_dropped
 
@@ -117,6 +118,7 @@ def write_plain(loaded: LoadedModel, folder: Path, spec: DropSpec) -> bool:
         if not spec:
             model.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
+            _change_config(loaded, folder, {})
             return True
         blocks = tuple(range(len(loaded.anatomy)))
         here = replace(loaded, record=None, stored_dtype=loaded.dtype, layer_map=blocks, dense_layers=len(blocks), _drops=[])  # fmt: skip
@@ -145,7 +147,15 @@ def write_class(loaded: LoadedModel, folder: Path, values: dict[str, Any], body:
         attn_norms=tuple(sorted(attn)), mlp_norms=tuple(sorted(mlp)),
     )  # fmt: skip
     (folder / MODELLING).write_text(source, "utf-8")
-    stem, path = MODELLING.removesuffix(".py"), folder / "config.json"
+    stem = MODELLING.removesuffix(".py")
     auto = {"AutoConfig": f"{stem}.PrunedConfig", "AutoModelForCausalLM": f"{stem}.PrunedForCausalLM"}
-    found = json.loads(path.read_text("utf-8")) | {"auto_map": auto} | values
+    _change_config(loaded, folder, {"auto_map": auto, **values})
+
+
+def _change_config(loaded: LoadedModel, folder: Path, values: dict[str, Any]) -> None:
+    """Put ``values`` into config.json; the format of a quantised checkpoint goes where its weights are floats by now."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text("utf-8")) | values
+    if not any(is_packed(parameter) for parameter in loaded.model.parameters()):
+        found.pop("quantization_config", None)
     path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", "utf-8")

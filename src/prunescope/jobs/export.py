@@ -15,6 +15,7 @@ from prunescope.export.no_ops import write_no_ops
 from prunescope.export.transformers import write_folder
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.packed import refuse_packed
 from prunescope.progress import console
 from prunescope.runs.folder import open_run, write_config
 
@@ -56,6 +57,8 @@ def run(options: ExportOptions) -> Path:
         if loaded.dropped:
             raise UserError(f"{options.model} has sublayers dropped already ({loaded.dropped}); leave --drop out")
         loaded.drop(options.drop)
+    if options.engine != "transformers":
+        refuse_packed(str(options.model), loaded.model, f"--for {options.engine}")
     options.output.require_space(sum(4 * p.numel() for p in loaded.model.parameters()) + 2**25)
     checked = None
     with options.output.staged() as folder:
