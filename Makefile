@@ -49,7 +49,7 @@ dist: $(DOCS)
 	$(BIN)/python -m build --outdir dist .
 
 notebooks: $(DOCS)
-	cd notebooks && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
+	cd notebooks && PYTHONWARNINGS=ignore OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} ../$(BIN)/jupyter-execute --inplace tour.ipynb cure.ipynb
 
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks paper
