@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -106,3 +107,15 @@ def test_the_picture_on_top_of_the_readme(tmp_path: Path) -> None:
     figure = script.draw(table, "title")
     assert [len(panel.lines) for panel in figure.axes] == [3, 3]
     figure.savefig(tmp_path / "hero.png")
+
+
+@pytest.mark.parametrize("book", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda book: book.stem)
+def test_notebooks_were_executed(book: Path) -> None:
+    """Every cell in order and without an error, every function that they call is public, and no folder of a machine is shown."""
+    text = book.read_text("utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    called = set(re.findall(r"prunescope\.(\w+)\(", "".join("".join(cell["source"]) for cell in cells)))
+    assert called and called <= set(prunescope.__all__)
+    assert not re.search(r"/(home|root|work|tmp|Users)/", text)
