@@ -145,3 +145,14 @@ def test_the_page_shows_the_advice(tmp_path: Path) -> None:
     prunescope.advise(str(sweep), out=str(tmp_path / "advice"))
     page = prunescope.report([str(tmp_path / "advice")], out=str(tmp_path / "page.html")).read_text("utf-8")
     assert "Quantising alone wins" in page and page.count('<td class="text">breaks</td>') == 5
+
+
+def test_a_sweep_in_which_nothing_saves_bytes(tmp_path: Path) -> None:
+    """Zeros in dense files, or a sweep of 0.1, which knows no bytes: it is not the items that cannot tell."""
+    tables = made_up(40)
+    for size in (WHOLE, None):
+        rows = [row | {"bytes": size} for row in tables.sweep.to_pylist()]
+        sweep = pa.Table.from_pylist(rows, tables.sweep.schema)
+        same = Tables(sweep, tables.items, tables.metrics, tables.correlations, tables.summary)
+        found = prunescope.advise(str(folder_of(same, tmp_path / f"sweep-{size}")))
+        assert found.summary["best"] is None and found.summary["says"][0].startswith("No point saves bytes")

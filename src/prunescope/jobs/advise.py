@@ -66,18 +66,20 @@ def run(options: AdviseOptions) -> AdviseResult:
     rows: list[dict[str, Any]] = []
     tasks: list[str] = []
     points: list[Advised] = []
+    items: list[int] = []
     for one in runs:
         tables = Tables.of_run(one)
-        mine = tasks_of(options.use, tables.sweep.to_pylist())
+        scores = tables.sweep.to_pylist()
+        mine = tasks_of(options.use, scores)
         found = advised(tables, mine, loss=options.loss, seed=options.seed)
         tasks += [task for task in mine if task not in tasks]
+        items += [row["items"] for row in scores if row["task"] in mine]
         points += found
-        how = {row["point"]: row for row in tables.sweep.to_pylist()}
+        how = {row["point"]: row for row in scores}
         rows += [asdict(p) | {"run": one.folder.name, "command": command(how[p.point], one.info)} for p in found]
     if not rows:
         raise UserError(f"{runs[0].folder} has the dense model alone; sweep more points")
     chosen = best(points, options.budget)
-    items = min(int(row["items"]) for one in runs for row in one.table().to_pylist() if row["task"] in tasks)
     info: dict[str, Any] = {
         **{
             key: runs[0].info[key] for key in ("schema_version", "versions", "device")
@@ -90,11 +92,11 @@ def run(options: AdviseOptions) -> AdviseResult:
         "summary": {
             "use": options.use,
             "tasks": tasks,
-            "items": items,
+            "items": min(items),
             "loss": options.loss,
             "best": None if chosen is None else asdict(chosen),
             "command": None if chosen is None else next(r["command"] for r in rows if r["point"] == chosen.point),
-            "says": says(points, chosen, options, items),
+            "says": says(points, chosen, options, min(items)),
         },
     }
     result = AdviseResult(info, pa.Table.from_pylist(rows))
@@ -124,8 +126,12 @@ def says(points: list[Advised], chosen: Advised | None, options: AdviseOptions, 
     """The advice in sentences."""
     share, widest = f"{100 * options.loss:g} %", max(one.high - one.low for one in points)
     if chosen is None:
-        clear = all(one.verdict == "breaks" for one in points if (one.saved or 0) > 0)
-        if clear and any((one.saved or 0) > 0 for one in points):
+        smaller = [one for one in points if (one.saved or 0) > 0]
+        if not smaller:
+            return [
+                "No point saves bytes: zeros in dense files take as much, and sweeps before 0.2 did not count bytes; sweep again, with --sparse-bytes for pruned weights."
+            ]
+        if all(one.verdict == "breaks" for one in smaller):
             return [f"Nothing that was measured saves bytes and loses at most {share} of {options.use}."]
         return [
             f"The data cannot tell: with {items} items an interval is up to {100 * widest:.0f} points wide, too wide to see a loss of {share}; sweep with a larger --limit."

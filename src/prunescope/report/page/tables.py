@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from prunescope.report.names import measure_name, short
+from prunescope.report.terminal.scoring import gain
 from prunescope.runs.folder import Run
 
 __all__ = ["TABLES", "table_section"]
@@ -66,7 +67,7 @@ def _speed(run: Run) -> dict[str, Any]:
             short(str(row["model"])),
             str(row.get("batch_size", 1)),
             *(f"{row[f'{kind}_tokens_per_s']:,.0f}" for kind in ("prefill", "decode")),
-            *("" if row["model"] == names[0] else _gain(row, kind) for kind in ("prefill", "decode")),
+            *("" if row["model"] == names[0] else gain(row, kind) for kind in ("prefill", "decode")),
         ]
         for row in rows
     ]
@@ -136,10 +137,6 @@ def _between(bounds: Any) -> str:
 def _mean(stats: Mapping[str, Any]) -> str:
     low, high = stats["ci95"]
     return f"{stats['mean']:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
-
-
-def _gain(row: Mapping[str, Any], kind: str) -> str:
-    return f"{'~ ' if row.get(f'{kind}_within_spread') else ''}{row[f'{kind}_speedup']:.2f}x"
 
 
 def _count(value: float | None) -> str:

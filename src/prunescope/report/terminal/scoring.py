@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +13,7 @@ from rich.text import Text
 __all__ = [
     "HEADINGS",
     "STEP_HEADINGS",
+    "gain",
     "remarks",
     "score_rows",
     "show_engine_speed",
@@ -161,25 +162,7 @@ def show_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Con
             stored = (row[key] for key in ("disk_bytes", "memory_bytes", "step_bytes", "cache_bytes_per_token"))
             sizes.add_row(row["model"], *map(_count, counts), *(_count(size, "B") for size in stored))
     console.print(sizes)
-    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
-        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
-        times.add_column("model")
-        for heading in ("batch", "tokens/s", "ms", "spread", "over floor", "gain"):
-            times.add_column(heading, justify="right", no_wrap=True)
-        for row in rows:
-            over, middle = row[f"{kind}_over_floor"], row[f"{kind}_s"]
-            spread = (row[f"{kind}_s_max"] - row[f"{kind}_s_min"]) / middle
-            gain = f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
-            times.add_row(
-                row["model"],
-                str(row["batch_size"]),
-                f"{row[f'{kind}_tokens_per_s']:,.0f}",
-                f"{1000 * middle:.4g}",
-                f"{100 * spread:.0f} %",
-                "-" if over is None else f"{over:.2f}",
-                "" if row["model"] == rows[0]["model"] else gain,
-            )
-        console.print(times)
+    _show_times(console, rows, batch=lambda row, kind: str(row["batch_size"]), floor=_over_floor)
     for name, notes in info["notes"].items():
         for note in notes:
             console.print(Text(f"{name}: {note}"))
@@ -210,24 +193,51 @@ def show_engine_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], conso
         stored = [(row[f"{what}_bytes"], row[f"{what}_ratio"]) for what in ("weight", "cache")]
         sizes.add_row(row["model"], *(cell for size, ratio in stored for cell in (_count(size, "B"), _change(ratio))))
     console.print(sizes)
-    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
-        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
-        times.add_column("model")
-        for heading in ("tokens/s", "ms", "spread", "gain"):
-            times.add_column(heading, justify="right", no_wrap=True)
-        for row in rows:
-            middle = row[f"{kind}_s"]
-            spread = (row[f"{kind}_s_max"] - row[f"{kind}_s_min"]) / middle
-            gain = f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
-            cells = (f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{1000 * middle:.4g}", f"{100 * spread:.0f} %")
-            times.add_row(row["model"], *cells, "" if row is rows[0] else gain)
-        console.print(times)
+    _show_times(console, rows, digits=1)
     console.print(
         Text(
             "spread: slowest less fastest, over the median; ~ : a difference within the spread, that is, noise",
             style="dim",
         )
     )
+
+
+def _show_times(
+    console: Console,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    digits: int = 0,
+    batch: Callable[[Mapping[str, Any], str], str] | None = None,
+    floor: Callable[[Mapping[str, Any], str], str] | None = None,
+) -> None:
+    """Prefill and decode, a line a row; ``digits`` of tokens/s, and columns that not every engine has."""
+    columns: dict[str, Callable[[Mapping[str, Any], str], str] | None] = {
+        "batch": batch,
+        "tokens/s": lambda row, kind: f"{row[f'{kind}_tokens_per_s']:,.{digits}f}",
+        "ms": lambda row, kind: f"{1000 * row[f'{kind}_s']:.4g}",
+        "spread": lambda row, kind: f"{100 * (row[f'{kind}_s_max'] - row[f'{kind}_s_min']) / row[f'{kind}_s']:.0f} %",
+        "over floor": floor,
+        "gain": lambda row, kind: "" if row["model"] == rows[0]["model"] else gain(row, kind),
+    }
+    shown = {heading: cell for heading, cell in columns.items() if cell is not None}
+    for kind, what in (("prefill", "prompt tokens read"), ("decode", "tokens written")):
+        times = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(f"{kind}: {what}"), title_justify="left")
+        times.add_column("model")
+        for heading in shown:
+            times.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            times.add_row(row["model"], *(cell(row, kind) for cell in shown.values()))
+        console.print(times)
+
+
+def gain(row: Mapping[str, Any], kind: str) -> str:
+    """How many times as fast as the first model, with a ``~`` where that is within the spread."""
+    return f"{'~ ' if row[f'{kind}_within_spread'] else ''}{row[f'{kind}_speedup']:.2f}x"
+
+
+def _over_floor(row: Mapping[str, Any], kind: str) -> str:
+    over = row[f"{kind}_over_floor"]
+    return "-" if over is None else f"{over:.2f}"
 
 
 def _change(ratio: float) -> str:
