@@ -41,13 +41,14 @@ from prunescope.cli import main
 code = main(json.loads(sys.argv[1]))
 print("PEAK", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
 sys.exit(code)
-"""  # VmHWM, in KiB: getrusage's figure would start from the resident memory of the process that starts this one
+"""  # VmHWM, in KiB: it counts pages of mapped files too; getrusage's figure would start from the memory of the process that starts this one
 
 
-def make_model(folder: Path, shape: dict[str, int], blocks: int) -> int:
-    """Write a model of random float32 weights, a block at a time; gives its bytes."""
-    config = transformers.Qwen2Config(**shape, **COMMON, num_hidden_layers=blocks)
-    config.architectures, config.dtype = ["Qwen2ForCausalLM"], torch.float32
+def make_model(
+    folder: Path, config: transformers.PretrainedConfig, generator: torch.Generator, words: list[str], unknown: str
+) -> int:
+    """Write a model of random float32 weights, a block at a time, with a tokenizer of whole words; gives its bytes."""
+    config.dtype = torch.float32
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -55,9 +56,8 @@ def make_model(folder: Path, shape: dict[str, int], blocks: int) -> int:
     for name, parameter in model.named_parameters():
         place = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "outside"
         shards.setdefault(place, {})[name] = parameter.shape
-    generator = torch.Generator().manual_seed(0)
     weight_map, total = {}, 0
-    for i, (_, shapes) in enumerate(shards.items()):
+    for i, shapes in enumerate(shards.values()):
         tensors = {
             name: torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
             for name, shape in shapes.items()
@@ -69,12 +69,23 @@ def make_model(folder: Path, shape: dict[str, int], blocks: int) -> int:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(5000)}, unk_token="w3"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3").save_pretrained(folder)
-    words = torch.randint(0, 5000, (40000,), generator=generator)
-    (folder.parent / "text.txt").write_text(" ".join(f"w{i}" for i in words.tolist()))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
     return total
+
+
+def make_text(file: Path, generator: torch.Generator) -> None:
+    words = torch.randint(0, 5000, (40000,), generator=generator)
+    file.write_text(" ".join(f"w{i}" for i in words.tolist()))
+
+
+def run(argv: list[str]) -> tuple[float, str]:
+    """Peak bytes of a command in a process of its own, and what it said."""
+    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return 1024 * float(done.stderr.split("PEAK")[1]), done.stderr
 
 
 def rate() -> float:
@@ -88,8 +99,9 @@ def rate() -> float:
     return 2 * 3000**3 / best
 
 
-def bare_process() -> float:
-    code = "from transformers import Qwen2ForCausalLM; import prunescope.jobs.sparsify; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+def bare_process(family: str, job: str) -> float:
+    """Peak bytes of a process that has loaded its libraries and nothing else."""
+    code = f"from transformers import {family}; import prunescope.jobs.{job}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     return 1024 * float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -106,11 +118,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         (folder / "model").mkdir()
-        total = make_model(folder / "model", shape, options.blocks)
+        config = transformers.Qwen2Config(
+            **shape, **COMMON, num_hidden_layers=options.blocks, architectures=["Qwen2ForCausalLM"]
+        )
+        generator = torch.Generator().manual_seed(0)
+        total = make_model(folder / "model", config, generator, [f"w{i}" for i in range(5000)], "w3")
+        make_text(folder / "text.txt", generator)
         d, hidden, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
         keys = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
         block = 4 * (2 * d * d + 2 * keys * d + 3 * d * hidden)
-        bare = bare_process()
+        bare = bare_process("Qwen2ForCausalLM", "sparsify")
         floor = bare + max(4 * vocabulary * d, block + 8 * hidden**2)
         print(
             f"model: {total / 2**30:.2f} GiB, {options.blocks} blocks; process with its libraries: {bare / 2**20:.0f} MiB"
@@ -123,15 +140,8 @@ def main() -> None:
                 "--out", str(folder / "out"), "--device", "cpu",
             ]  # fmt: skip
             started = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                sys.exit(done.stderr)
-            peak = 1024 * float(done.stderr.split("PEAK")[1])
-            seconds = [
-                float(line.split(",")[-1].split()[0]) for line in done.stderr.splitlines() if line.startswith("block ")
-            ]
+            peak, said = run(argv)
+            seconds = [float(line.split(",")[-1].split()[0]) for line in said.splitlines() if line.startswith("block ")]
             middle = sorted(seconds)[len(seconds) // 2]
             operations = 4 * block / 4 * tokens
             if options.method == "sparsegpt":  # half of each Gram matrix; a factorisation and an inverse; updates

@@ -14,8 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -23,58 +21,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from sparsify_memory import COMMON, bare_process, make_model, run
 
-from prunescope.models.shards import INDEX, write_shard
+from prunescope.models.shards import INDEX
 
-COMMON = {
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 5120},
 }  # fmt: skip
-RUN = """
-import json, sys
-from pathlib import Path
-from prunescope.cli import main
-code = main(json.loads(sys.argv[1]))
-print("PEAK", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
-sys.exit(code)
-"""  # VmHWM, in KiB: it counts pages of mapped files too, which the system may take back
-
-
-def make_model(folder: Path, shape: dict[str, int], blocks: int, seed: int) -> None:
-    """Write a Llama of random float32 weights, a block at a time."""
-    config = transformers.LlamaConfig(**shape, **COMMON, num_hidden_layers=blocks)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.float32
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    shards: dict[str, dict[str, torch.Size]] = {}
-    for name, parameter in model.named_parameters():
-        place = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "outside"
-        shards.setdefault(place, {})[name] = parameter.shape
-    generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
-    for i, shapes in enumerate(shards.values()):
-        tensors = {
-            name: torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
-            for name, shape in shapes.items()
-        }
-        file = f"model-{i:05d}.safetensors"
-        write_shard(folder / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["A", "B", "C", "D", *(f"w{i}" for i in range(4, 5000))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w4"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w4").save_pretrained(folder)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+WORDS = ["A", "B", "C", "D", *(f"w{i}" for i in range(4, 5000))]
 
 
 def make_texts(folder: Path, prompts: int, steps: int, context: int, chunks: int) -> None:
@@ -100,20 +55,13 @@ def reading(folder: Path) -> float:
     return total / (time.perf_counter() - started)
 
 
-def bare_process() -> float:
-    code = "from transformers import LlamaForCausalLM; import prunescope.jobs.layerwise; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    return 1024 * float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def run(argv: list[str]) -> tuple[float, str]:
+def timed(argv: list[str]) -> tuple[float, str]:
     """Peak bytes of a command in a process of its own, and what to say of its time."""
     started, before = time.perf_counter(), os.times()
-    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(argv)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
+    peak, _ = run(argv)
     seconds, after = time.perf_counter() - started, os.times()
     busy = after.children_user + after.children_system - before.children_user - before.children_system
-    return 1024 * float(done.stderr.split("PEAK")[1]), f"{seconds:.0f} s, {busy:.0f} s of a core"
+    return peak, f"{seconds:.0f} s, {busy:.0f} s of a core"
 
 
 def same(one: Path, other: Path) -> bool:
@@ -149,14 +97,17 @@ def main() -> None:
         for seed, name in enumerate(("dense", "target")):
             if not (folder / name / INDEX).is_file():
                 (folder / name).mkdir(parents=True)
-                make_model(folder / name, shape, options.blocks, seed)
+                config = transformers.LlamaConfig(
+                    **shape, **COMMON, num_hidden_layers=options.blocks, architectures=["LlamaForCausalLM"]
+                )
+                make_model(folder / name, config, torch.Generator().manual_seed(seed), WORDS, "w4")
         make_texts(folder, options.prompts, options.steps, options.context, options.chunks)
         os.sync()
         total = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
         d, hidden = shape["hidden_size"], shape["intermediate_size"]
         keys = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
         block = 4 * (2 * d * d + 2 * keys * d + 3 * d * hidden)
-        bare, rate = bare_process(), reading(folder / "dense")
+        bare, rate = bare_process("LlamaForCausalLM", "layerwise"), reading(folder / "dense")
         floor = bare + 4 * shape["vocab_size"] * d + 2 * block
         print(
             f"each model: {total / 1e9:.2f} GB, {options.blocks} blocks of {block / 1e6:.0f} MB; process with its libraries: {bare / 1e6:.0f} MB; files read at {rate / 1e9:.2f} GB/s",
@@ -175,7 +126,7 @@ def main() -> None:
         for name in options.commands:
             argv = [*commands[name], "--device", "cpu", "--out"]
             shutil.rmtree(folder / name, ignore_errors=True)
-            peak, seconds = run([*argv, str(folder / name), "--stream", "true"])
+            peak, seconds = timed([*argv, str(folder / name), "--stream", "true"])
             # each block is read once to be checked when a model is opened, and once in earnest
             models = 1 if name == "drop" else 2
             least = 2 * models * options.blocks * block / rate
@@ -184,7 +135,7 @@ def main() -> None:
                 flush=True,
             )
             if options.check:
-                peak, seconds = run([*argv, str(folder / f"{name}-held")])
+                peak, seconds = timed([*argv, str(folder / f"{name}-held")])
                 equal = same(folder / name, folder / f"{name}-held")
                 print(f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds}; the same bits: {equal}", flush=True)
                 shutil.rmtree(folder / f"{name}-held")

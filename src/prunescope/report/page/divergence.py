@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping
 from math import sqrt
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from prunescope.report.figures.divergence import draw_divergence
 from prunescope.report.names import short
 from prunescope.report.page.payload import TOKEN_CHARACTERS, clipped
+from prunescope.report.page.pictures import images
 from prunescope.report.terminal.divergence import kl_lines
 from prunescope.runs.folder import Run
 
@@ -26,7 +24,6 @@ def divergence_section(run: Run) -> dict[str, Any]:
     info = run.info
     config, names = info["config"], [piece["name"] for piece in info["slices"]]
     stats = info["summary"]["p"]["kl_dense_target"]
-    pictures = _pictures(run)
     return {
         "dense": short(config["dense"]),
         "target": short(config["target"]),
@@ -45,13 +42,11 @@ def divergence_section(run: Run) -> dict[str, Any]:
         "groups": list(_groups(info["by"], len(names) > 1)),
         "more_chunks": max(0, len(info["by"]["chunk"]) - CHUNKS),
         "passages": [_passage(found) for found in run.samples()],
-        "images": [
-            {
-                "data": base64.b64encode(content).decode("ascii"),
-                "alt": f"{short(config['dense'])} against {short(config['target'])}: {stem.replace('_', ' ')}",
-            }
-            for stem, content in pictures.items()
-        ],
+        "images": images(
+            run,
+            f"{short(config['dense'])} against {short(config['target'])}",
+            lambda folder: draw_divergence(run.table(), info, run.samples(), folder),
+        ),
     }
 
 
@@ -129,13 +124,3 @@ def _passage(found: Mapping[str, Any]) -> dict[str, Any]:
 def _visible(text: str) -> str:
     """Blanks and ends of lines as signs, as the rest of the page shows single tokens."""
     return text.translate({ord(" "): "\u2423", ord("\n"): "\u21b5", ord("\t"): "\u21e5"}) or "(empty)"
-
-
-def _pictures(run: Run) -> dict[str, bytes]:
-    """SVG by name: those of the run's folder, or drawn now where they are missing."""
-    there = sorted((run.folder / "figures").glob("*.svg"))
-    if there:
-        return {path.stem: path.read_bytes() for path in there}
-    with TemporaryDirectory(prefix="prunescope-") as folder:
-        drawn = draw_divergence(run.table(), run.info, run.samples(), Path(folder))
-        return {path.stem: path.read_bytes() for path in drawn if path.suffix == ".svg"}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from prunescope.report.figures.sweep import draw_sweep
 from prunescope.report.names import short
+from prunescope.report.page.pictures import images
 from prunescope.report.sweep_means import KINDS, Rows, mean_over_tasks, of_kind
 from prunescope.runs.folder import Run
 
@@ -23,10 +22,6 @@ def sweep_section(run: Run) -> dict[str, Any]:
     says = [row for row in rows if row["informative"]] or rows
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in says)]
     name = short(info["config"]["model"])
-    images = [
-        {"data": base64.b64encode(content).decode("ascii"), "alt": f"{name}: {stem.replace('_', ' ')}"}
-        for stem, content in _pictures(run).items()
-    ]
     return {
         "model": name,
         "folder": run.folder.name,
@@ -39,7 +34,7 @@ def sweep_section(run: Run) -> dict[str, Any]:
             _shown(point, [row for row in says if row["point"] == point], kinds, info["summary"])
             for point in _points(rows)
         ],
-        "images": images,
+        "images": images(run, name, lambda folder: _draw(run, folder)),
         "predicts": [
             (outcome, ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best))
             for outcome, best in info["summary"]["predicts"].items()
@@ -47,15 +42,8 @@ def sweep_section(run: Run) -> dict[str, Any]:
     }
 
 
-def _pictures(run: Run) -> dict[str, bytes]:
-    """SVG by name: those of the run's folder, or drawn now where it was not finished."""
-    there = sorted((run.folder / "figures").glob("*.svg")) if run.info["complete"] else []
-    if there:
-        return {path.stem: path.read_bytes() for path in there}
-    with TemporaryDirectory(prefix="prunescope-") as folder:
-        tables = (run.table(), run.table("metrics"), run.table("correlations"))
-        drawn = draw_sweep(*tables, run.info, Path(folder))
-        return {path.stem: path.read_bytes() for path in drawn if path.suffix == ".svg"}
+def _draw(run: Run, folder: Path) -> list[Path]:
+    return draw_sweep(run.table(), run.table("metrics"), run.table("correlations"), run.info, folder)
 
 
 def _points(rows: Rows) -> list[str]:
