@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from prunescope.cache import cache_folder
@@ -14,13 +12,11 @@ from prunescope.compare.divergence_summary import divergence_summary, worst_pass
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
-from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import StreamedPair, stream_folder
+from prunescope.jobs.streaming import Sides, sides
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
 from prunescope.report.terminal.divergence import show_divergence
 from prunescope.results import DivergenceResult
-from prunescope.runs.parts import begin
 from prunescope.runs.provenance import run_record
 
 __all__ = ["DivergenceOptions", "run"]
@@ -68,13 +64,8 @@ class DivergenceOptions(Options):
 def run(options: DivergenceOptions) -> DivergenceResult:
     started = time.monotonic()
     options.check()
-    if options.stream:
-        with stream_folder(options.output) as folder:
-            streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
-            result, complete = _measured(options, streamed.pair, started, streamed, folder)
-    else:
-        pair = Pair.load(options.dense, options.target, options.loading)
-        result, complete = _measured(options, pair, started)
+    with sides(options.dense, options.target, options.loading, options.output, stream=options.stream) as found:
+        result, complete = _measured(options, found, started)
     if complete:
         options.output.say_complete()
         return result
@@ -85,16 +76,11 @@ def run(options: DivergenceOptions) -> DivergenceResult:
 
 def _measured(
     options: DivergenceOptions,
-    pair: Pair,
+    both: Sides,
     started: float,
-    streamed: StreamedPair | None = None,
-    folder: Path | None = None,
 ) -> tuple[DivergenceResult, bool]:
-    """The result, and whether it was there already.
-
-    Args:
-        streamed, folder: where ``pair`` stays on disk, and the folder that then is worked in.
-    """
+    """The result, and whether it was there already."""
+    pair = both.pair
     slices = read_slices(pair.dense, options.text, context=options.context, chunks=options.chunks)
     for other in pair.models[1:]:
         read_slices(other, options.text, context=options.context, chunks=options.chunks)  # its context may be shorter
@@ -104,14 +90,8 @@ def _measured(
         return DivergenceResult.of_run(done), True
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
     passes = divergence_passes(slices, options.batch_size)
-    read = 0 if streamed is None else streamed.bytes_read(*passes)
-    options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + read)
-    with ExitStack() as stack:
-        parts = folder or stack.enter_context(options.output.staged())
-        stack.enter_context(pair.blaming())
-        if streamed is not None and folder is not None:
-            begin(folder, key)
-            stack.enter_context(streamed.having_read(*passes, folder))
+    options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + both.bytes_read(*passes))
+    with both.reading(options.output, key, *passes) as parts:
         found = divergence_rows(
             pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
         )  # fmt: skip

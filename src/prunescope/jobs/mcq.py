@@ -6,9 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -22,11 +20,10 @@ from prunescope.data.questions import Question, Template, read_questions
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import StreamedPair, stream_folder
+from prunescope.jobs.streaming import Sides, sides
 from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
-from prunescope.runs.parts import begin
 from prunescope.runs.provenance import run_record
 
 __all__ = ["McqOptions", "run"]
@@ -70,13 +67,8 @@ def run(options: McqOptions) -> McqResult:
     subjects = listed(options.subjects) if options.subjects else []
     questions, shots = read_questions(options.questions, shots=options.shots, subjects=subjects)
     questions = questions[: options.limit]
-    if options.stream:
-        with stream_folder(options.output) as folder:
-            streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
-            result, complete = _asked(options, streamed.pair, questions, shots, started, streamed, folder)
-    else:
-        pair = Pair.load(options.dense, options.target, options.loading)
-        result, complete = _asked(options, pair, questions, shots, started)
+    with sides(options.dense, options.target, options.loading, options.output, stream=options.stream) as found:
+        result, complete = _asked(options, found, questions, shots, started)
     if complete:
         options.output.say_complete()
         return result
@@ -87,18 +79,13 @@ def run(options: McqOptions) -> McqResult:
 
 def _asked(
     options: McqOptions,
-    pair: Pair,
+    both: Sides,
     questions: Sequence[Question],
     shots: dict[str, list[Question]],
     started: float,
-    streamed: StreamedPair | None = None,
-    folder: Path | None = None,
 ) -> tuple[McqResult, bool]:
-    """The result, and whether it was there already.
-
-    Args:
-        streamed, folder: where ``pair`` stays on disk, and the folder that then is worked in.
-    """
+    """The result, and whether it was there already."""
+    pair = both.pair
     asked = ask(pair.dense, questions, options.template, shots)
     for other in pair.models[1:]:
         ask(other, questions, options.template, shots)  # its context may be shorter
@@ -107,14 +94,8 @@ def _asked(
     if done := options.output.complete(key):
         return McqResult.of_run(done), True
     passes = mcq_passes(asked, options.batch_size)
-    read = 0 if streamed is None else streamed.bytes_read(*passes)
-    options.output.require_space(len(asked) * 8000 + 2**24 + read)
-    with ExitStack() as stack:
-        parts = folder or stack.enter_context(options.output.staged())
-        stack.enter_context(pair.blaming())
-        if streamed is not None and folder is not None:
-            begin(folder, key)
-            stack.enter_context(streamed.having_read(*passes, folder))
+    options.output.require_space(len(asked) * 8000 + 2**24 + both.bytes_read(*passes))
+    with both.reading(options.output, key, *passes) as parts:
         found = mcq_rows(
             pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
             memory=options.memory_mb * 2**20, parts=parts, key=key,

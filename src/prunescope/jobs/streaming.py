@@ -20,8 +20,9 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.streaming import having_read
 from prunescope.models.variants import VariantSpec, read_variant
 from prunescope.progress import progress
+from prunescope.runs.parts import begin
 
-__all__ = ["StreamedPair", "stream_folder"]
+__all__ = ["Sides", "StreamedPair", "sides", "stream_folder"]
 
 CPU = torch.device("cpu")
 
@@ -95,3 +96,44 @@ def stream_folder(output: OutputOptions) -> Iterator[Path]:
         assert staging is not None
         yield staging
         shutil.rmtree(staging / "scratch", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both models of a comparison, in memory or, with ``streamed`` and the ``folder`` that is worked in, on disk."""
+
+    pair: Pair
+    streamed: StreamedPair | None = None
+    folder: Path | None = None
+
+    def bytes_read(self, both: Sequence[Sequence[Transcript]], dense_only: Sequence[Sequence[Transcript]]) -> int:
+        """See `StreamedPair.bytes_read`; nothing where the models are in memory."""
+        return 0 if self.streamed is None else self.streamed.bytes_read(both, dense_only)
+
+    @contextmanager
+    def reading(
+        self,
+        output: OutputOptions,
+        key: str,
+        both: Sequence[Sequence[Transcript]],
+        dense_only: Sequence[Sequence[Transcript]],
+    ) -> Iterator[Path | None]:
+        """Within the ``with`` block the models give their states of these texts; gives the folder for finished parts, if there is one."""
+        with ExitStack() as stack:
+            folder = self.folder or stack.enter_context(output.staged())
+            stack.enter_context(self.pair.blaming())
+            if self.streamed is not None and folder is not None:
+                begin(folder, key)
+                stack.enter_context(self.streamed.having_read(both, dense_only, folder))
+            yield folder
+
+
+@contextmanager
+def sides(dense: Model, target: Model, loading: LoadOptions, output: OutputOptions, *, stream: bool) -> Iterator[Sides]:
+    """Open both models. Raises UserError as `Pair.load`, or as `StreamedPair.open`."""
+    if not stream:
+        yield Sides(Pair.load(dense, target, loading))
+        return
+    with stream_folder(output) as folder:
+        streamed = StreamedPair.open(dense, target, loading, folder / "scratch")
+        yield Sides(streamed.pair, streamed, folder)
