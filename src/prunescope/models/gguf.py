@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
+from prunescope.models.gguf_reading import parsed_once
 from prunescope.models.loading import loading_problem, quiet_transformers
 from prunescope.models.shards import INDEX, write_shard
 from prunescope.progress import progress
@@ -39,7 +40,7 @@ def dequantise(ref: str, path: Path, folder: Path) -> Path:
         (folder / INDEX).unlink()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with quiet_transformers(True):
+        with quiet_transformers(True), parsed_once():
             _write(path, folder)
     except (UserError, OSError, MemoryError, KeyboardInterrupt):
         raise

@@ -17,6 +17,7 @@ from prunescope.files import system_error_number
 from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
 from prunescope.models.anatomy import Anatomy, find_anatomy
 from prunescope.models.dropping import DropSpec
+from prunescope.models.gguf_reading import parsed_once
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import check_head, format_of, is_finite
@@ -178,7 +179,8 @@ def from_pretrained(
         OSError: no space is left for what is converted on disk.
     """
     local = Path(source).is_dir()
-    with quiet_transformers(local), nullcontext() if local else one_try():
+    once = parsed_once() if "gguf_file" in options else nullcontext()
+    with quiet_transformers(local), nullcontext() if local else one_try(), once:
         model, missing, stored_dtype = _read_model(ref, source, options, dtype, device, placement or {})
         tokenizer = _read_tokenizer(ref, source, options)
     return model, tokenizer, missing, stored_dtype
