@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 if not Path(
@@ -20,6 +22,9 @@ from prunescope.models.loading import load_model
 from prunescope.runs.result import RunResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+_KERNELS = None if "NUMBA_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="prunescope-kernels-")
+if _KERNELS is not None:  # compiled once a run: workers and the processes that tests start inherit it
+    os.environ["NUMBA_CACHE_DIR"] = _KERNELS
 torch.set_num_threads(1)  # tests run side by side
 
 _LONGEST = ("test_sparsify_real", "test_sparsify", "test_layerwise", "test_evaluate", "test_cli", "test_sweep")
@@ -35,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+def pytest_unconfigure() -> None:
+    if _KERNELS is not None:
+        shutil.rmtree(_KERNELS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

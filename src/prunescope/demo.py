@@ -20,7 +20,7 @@ __all__ = ["demo", "run_demo"]
 _KINDS: tuple[Literal["attn"], Literal["mlp"]] = ("attn", "mlp")
 _DROPPED = 8
 _PAIRS = ("arithmetic", "brackets", "substitution")  # the quick tasks that cost least
-_ITEMS = 20  # of each
+_ITEMS = 20  # of each; also prompts that are written for together
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
@@ -81,7 +81,8 @@ def run_demo(
         keep("layerwise-final-norm", commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few))
         for name, drop in drops.items():
             target = f"drop:{drop.spec}"
-            keep(f"generate-{name}", commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens))
+            generated = commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens, batch_size=_ITEMS)
+            keep(f"generate-{name}", generated)
             if questions:
                 keep(f"mcq-{name}", commands.mcq(dense, target))
         if questions:

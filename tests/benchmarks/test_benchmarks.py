@@ -72,8 +72,8 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
     ),
     "stream_memory.py": (
-        "--shape tiny --blocks 2 --chunks 2 --context 16 --steps 2 --commands layerwise --check --folder {folder}/streamed",
-        ("layerwise --stream: peak", "x the floor", "the same bits: True"),
+        "--shape tiny --blocks 2 --chunks 2 --context 16 --steps 2 --commands drop --check --folder {folder}/streamed",
+        ("drop --stream: peak", "x the floor", "the same bits: True"),
     ),
     "sweep_figure1.py": ("--model {folder}/chars --out {folder}/figure1 --n 1 --target attn --limit 2 --device cpu", ("written",)),
 }  # fmt: skip

@@ -394,10 +394,11 @@ def floor_of(
         "prompts": len(looked_at),
         "steps": len(alone),
     }
-    for name, other in (("batched_against_single", together), ("cache_against_no_cache", cached)):
-        pairs = torch.tensor([(slot, 2 * layers + 1 + slot) for slot in range(1, 2 * layers + 1)])
-        columns = _columns(_Streams(torch.cat([alone, other], 1), pairs), looked_at, head, temperature, memory)
-        result[name] = largest(columns)
+    slots = 2 * layers + 1
+    pairs = torch.tensor([(slot, way * slots + slot) for slot in range(1, slots) for way in (1, 2)])
+    columns = _columns(_Streams(torch.cat([alone, together, cached], 1), pairs), looked_at, head, temperature, memory)
+    for way, name in enumerate(("batched_against_single", "cache_against_no_cache")):
+        result[name] = largest({column: values[way::2] for column, values in columns.items()})
     if on_tensor_cores(alone, head.weight):
         pairs = torch.tensor([(slot, slot - 1) for slot in range(1, 2 * layers + 1)])
         result["product_error"] = product_error(alone[:_PRODUCT_STEPS], pairs, head, temperature, memory)

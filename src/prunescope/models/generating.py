@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _TRIAL_STEPS = 4
+_CPU_ROWS, _CPU_CACHE = 32, 2**29  # a product of 8 rows takes a CPU as long as one of 16, and 0.7 times as long as one of 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def continue_texts(
         max_new_tokens: at most so many new tokens each.
         stop: end a text at an end-of-text token, which is kept as its last token.
         first: the number of the first prompt, from which the uniform draws of sampling follow.
+        batch_size: prompts at a time; on a CPU up to `_CPU_ROWS` where their cache is small, unless ``see`` is given.
         advance: told how many prompts are done, batch by batch.
         see: given what the head read, ``(steps, batch, d)``, batch by batch; a text that has ended leaves what follows it without meaning.
     Returns:
@@ -122,6 +124,8 @@ def continue_texts(
     check_cache(loaded)
     ends = end_tokens(loaded) if stop else []
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+    if see is None:
+        batch_size = _at_a_time(loaded, batch_size, max(map(len, prompts), default=0) + max_new_tokens)
     results: list[list[int]] = []
     for chosen in batches(range(len(prompts)), batch_size):
         ids, mask = _left_padded([prompts[i] for i in chosen], pad, loaded.device)
@@ -135,6 +139,14 @@ def continue_texts(
             see(states)
         advance(len(chosen))
     return results
+
+
+def _at_a_time(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
+    """Prompts of ``tokens`` that are written together: more than asked for on a CPU, as long as keys and values stay below `_CPU_CACHE`."""
+    if loaded.device.type != "cpu":
+        return batch_size
+    cached = 2 * len(loaded.anatomy) * loaded.anatomy.hidden_size * loaded.dtype.itemsize * tokens
+    return max(batch_size, min(_CPU_ROWS, _CPU_CACHE // cached))
 
 
 def check_cache(loaded: LoadedModel) -> None:
