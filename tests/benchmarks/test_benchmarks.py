@@ -48,6 +48,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",
         ("two runs equal to the bit: True", "drop of every sublayer", "against a target model"),
     ),
+    "report_large.py": ("{folder}/run --gb 0.0002", ("s of a core, peak", "MB")),
     "report_page.py": ("{folder}/page.html --runs 1", ("first contentful paint", "all charts drawn: True")),
     "sparsify_cpu.py": ("--shapes tiny --repeats 1 --samples 2 --length 64", ("times as fast", "objective at 2:4")),
     "sparsify_gpu.py": (
@@ -99,8 +100,8 @@ def test_a_benchmark_runs(
 ) -> None:
     """In this process, which has the libraries loaded. `sparsify_gpu.py` called a function that no longer existed, and nobody saw it."""
     options, said = TOYS[name]
-    if name == "report_page.py":
-        if not (shutil.which("chromium") or shutil.which("chromium-browser")):
+    if name.startswith("report_"):
+        if name == "report_page.py" and not (shutil.which("chromium") or shutil.which("chromium-browser")):
             pytest.skip("chromium is not installed; make test installs it")
         (folder / "p.txt").write_text("cat\n", "utf-8")
         found = prunescope.layerwise(

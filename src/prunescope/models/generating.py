@@ -30,7 +30,10 @@ __all__ = [
 ]
 
 _TRIAL_STEPS = 4
-_CPU_ROWS, _CPU_CACHE = 32, 2**29  # a product of 8 rows takes a CPU as long as one of 16, and 0.7 times as long as one of 32
+_CPU_ROWS, _CPU_CACHE = (
+    32,
+    2**29,
+)  # a product of 8 rows takes a CPU as long as one of 16, and 0.7 times as long as one of 32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Columns",
     "Run",
     "check_free",
     "open_run",
@@ -50,6 +51,32 @@ _NO_SAMPLES = ("sweep", "speed", "advise")  # commands whose folders hold no sam
 _OURS = ("run.json", "prunescope.json", "demo.json")  # a folder that --overwrite may replace holds one of these
 _MARKER = ".unfinished"  # in a folder that a run still works on
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Columns:
+    """A parquet file of which each column is read as it is asked for; it stands in for a `pyarrow.Table` where columns are all that is used."""
+
+    def __init__(self, path: Path, damaged: Callable[[Exception], UserError]) -> None:
+        import pyarrow.parquet as pq
+
+        self._damaged = damaged
+        try:
+            self._file = pq.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise damaged(error) from error
+        self.schema = self._file.schema_arrow
+        self.column_names: list[str] = self.schema.names
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        if name not in self.column_names:
+            raise KeyError(name)
+        try:
+            return self._file.read([name])[name]
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
 
 
 class Run:
@@ -81,9 +108,17 @@ class Run:
         try:
             return pq.read_table(path)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({first_line(error)}); the run folder is damaged, run {self.command} again"
-            ) from error
+            raise self._damaged(path, error) from error
+
+    def columns(self) -> Columns:
+        """The rows of the run, a column at a time: for a table that need not fit into the memory."""
+        path = self.folder / TABLES[self.command]
+        return Columns(path, lambda error: self._damaged(path, error))
+
+    def _damaged(self, path: Path, error: Exception) -> UserError:
+        return UserError(
+            f"{path} cannot be read ({first_line(error)}); the run folder is damaged, run {self.command} again"
+        )
 
     def samples(self) -> list[dict[str, Any]]:
         """Prompts and texts; empty for a command that keeps none."""

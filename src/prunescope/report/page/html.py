@@ -260,7 +260,8 @@ def _names(runs: Sequence[results.Run], aliases: Mapping[Path, str]) -> list[str
 
 
 def _view(run: results.Run, name: str, runs: Sequence[results.Run], aliases: Mapping[Path, str]) -> dict[str, Any]:
-    info, table, samples = run.info, run.table(), run.samples()
+    info, samples = run.info, run.samples()
+    table = run.columns() if run.command == "layerwise" else run.table()  # which may be larger than the memory
     if not len(table):
         raise ValueError("no rows")
     expected = info["questions"] if run.command == "mcq" else len(info["prompts"])
@@ -296,11 +297,13 @@ def _under_floor(command: str, table: Any, info: Mapping[str, Any]) -> dict[str,
     """Share of rows under the noise floor by space; of a layerwise run only sublayers that the target changes."""
     keep = np.ones(len(table), bool)
     if command == "layerwise":
-        pairs = zip(table["sublayer"].to_pylist(), table["layer"].to_pylist(), strict=True)
-        changed = {kind: set(layers) for kind, layers in info["changed_layers"].items()}
-        keep = np.array([layer in changed[kind] for kind, layer in pairs])
-    rows = table.filter(pa.array(keep))
-    shares = {s: pc.mean(rows[f"{s}_under_floor"]).as_py() for s in "hzp" if f"{s}_under_floor" in rows.column_names}
+        layer = table["layer"].to_numpy()
+        for kind, layers in info["changed_layers"].items():
+            of_kind = pc.equal(table["sublayer"], kind).to_numpy()
+            keep &= ~of_kind | np.isin(layer, list(layers))
+    rows = pa.array(keep)
+    names = {space: f"{space}_under_floor" for space in "hzp"}
+    shares = {s: pc.mean(table[name].filter(rows)).as_py() for s, name in names.items() if name in table.column_names}
     return {space: float(share) for space, share in shares.items() if share is not None}
 
 

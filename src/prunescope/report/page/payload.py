@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prunescope.report import KIND_NAMES
+from prunescope.runs.folder import Columns
 
 __all__ = ["CELL_COLUMNS", "checkpoint_view", "generation_view", "layerwise_view", "mcq_view", "metric_columns", "pack"]
 
@@ -37,7 +38,7 @@ def pack(values: Any, dtype: str = "f8") -> dict[str, Any]:
     }
 
 
-def metric_columns(table: pa.Table) -> list[str]:
+def metric_columns(table: pa.Table | Columns) -> list[str]:
     """The metric columns of a run's table: its floating-point columns."""
     return [field.name for field in table.schema if pa.types.is_floating(field.type)]
 
@@ -47,10 +48,11 @@ def _values(rows: pa.Table, columns: Sequence[str]) -> np.ndarray:
     return np.stack([rows[name].to_numpy().astype(np.float64) for name in columns], axis=1)
 
 
-def _group_stats(values: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
-    """Mean, 5th and 95th percentile, smallest and largest of each group, ``(stats, columns, count)``; NaN where a group has nothing."""
+def _group_stats(values: np.ndarray, group: np.ndarray, count: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Mean, 5th and 95th percentile, smallest and largest of each group, ``(stats, columns, count)``; NaN where a group has nothing.
+    ``order`` sorts the groups, where it is known."""
     result = np.full((len(_STATS), values.shape[1], count), np.nan)
-    order = np.argsort(group, kind="stable")
+    order = np.argsort(group, kind="stable") if order is None else order
     edges = np.searchsorted(group[order], np.arange(count + 1))
     for number in range(count):
         found = values[order[edges[number] : edges[number + 1]]]
@@ -81,7 +83,7 @@ def clipped(text: str, limit: int) -> str:
 
 
 def layerwise_view(
-    table: pa.Table, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], share: int = 1
+    table: pa.Table | Columns, info: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], share: int = 1
 ) -> dict[str, Any]:
     """By layer over all rows; by layer and step, mean over prompts; by layer and step of single prompts, with their tokens.
 
@@ -90,9 +92,8 @@ def layerwise_view(
     """
     columns = metric_columns(table)
     kinds, layers = list(KIND_NAMES), int(info["models"]["dense"]["blocks"])
-    kind_of = np.array([kinds.index(name) for name in table["sublayer"].to_pylist()])
-    layer, step, prompt = (table[name].to_numpy().astype(int) for name in ("layer", "step", "prompt"))
-    values = _values(table, columns)
+    kind_of = pc.index_in(table["sublayer"], pa.array(kinds)).to_numpy()
+    layer, step, prompt = (table[name].to_numpy() for name in ("layer", "step", "prompt"))
     place = kind_of * layers + layer
     steps = int(step.max()) + 1
     stride = _stride(len(kinds) * layers * steps * len(columns), MEAN_FLOATS // share)
@@ -100,69 +101,80 @@ def layerwise_view(
     chosen = step % stride == 0
     shape = (len(kinds), layers, len(kept))
     cell = place[chosen] * len(kept) + step[chosen] // stride
-    means = {}
-    for number, name in enumerate(columns):
-        known = np.isfinite(values[chosen, number])
-        total = np.bincount(cell[known], values[chosen, number][known], int(np.prod(shape)))
+    shown = _Prompts(kind_of, layer, step, prompt, layers, [name for name in CELL_COLUMNS if name in columns], share)
+    order = np.argsort(place, kind="stable")
+    means, by_layer = {}, {}
+    for name in columns:  # a column at a time: a run may be larger than the memory
+        values = table[name].to_numpy().astype(np.float64)
+        known = np.isfinite(values[chosen])
+        total = np.bincount(cell[known], values[chosen][known], int(np.prod(shape)))
         count = np.bincount(cell[known], minlength=int(np.prod(shape)))
         with np.errstate(invalid="ignore"):
             means[name] = pack((total / count).reshape(shape), "f4")
+        stats = _group_stats(values[:, None], place, len(kinds) * layers, order)
+        by_layer[name] = pack(stats.reshape(len(_STATS), len(kinds), layers))
+        shown.add(name, values)
     return {
         "layers": layers,
         "kinds": kinds,
         "columns": columns,
         "changed": info["changed_layers"],
-        "by_layer": _stat_blobs(
-            _group_stats(values, place, len(kinds) * layers).reshape(len(_STATS), -1, len(kinds), layers), columns
-        ),
+        "by_layer": by_layer,
         "steps": kept,
         "stride": stride,
         "means": means,
-        "prompts": _prompts(table, values, columns, samples, kind_of, layers, share),
+        "prompts": shown.described(samples),
         "prompt_count": len(np.unique(prompt)),
     }
 
 
-def _prompts(
-    table: pa.Table,
-    values: np.ndarray,
-    columns: Sequence[str],
-    samples: Sequence[Mapping[str, Any]],
-    kind_of: np.ndarray,
-    layers: int,
-    share: int,
-) -> list[dict[str, Any]]:
-    """Single prompts, evenly chosen, as many as the budget holds; of very long ones the first steps."""
-    layer, step, prompt = (table[name].to_numpy().astype(int) for name in ("layer", "step", "prompt"))
-    wanted = [name for name in CELL_COLUMNS if name in columns]
-    numbers = [int(number) for number in np.unique(prompt)]
-    longest = max(1, int(step.max()) + 1)
-    per_step = 2 * layers * len(wanted)
-    most_steps = max(8, CELL_FLOATS // share // per_step)
-    total = sum(min(len(np.unique(step[prompt == n])), most_steps) for n in numbers[:200]) / len(numbers[:200])
-    fit = max(1, int(CELL_FLOATS // share // (per_step * max(total, 1))))
-    chosen = numbers[:: _stride(len(numbers), fit)]
-    result = []
-    for number in chosen:
-        mine = (prompt == number) & (step < most_steps)
-        steps = min(int(step[mine].max()) + 1, longest)
-        cells = {}
-        for name in wanted:
-            grid = np.full((2, layers, steps), np.nan)
-            grid[kind_of[mine], layer[mine], step[mine]] = values[mine, columns.index(name)]
-            cells[name] = pack(grid, "f4")
-        sample = samples[number]
-        pieces = sample.get("dense_pieces") or [f"token {token}" for token in sample["dense_tokens"]]
-        result.append(
-            {
-                "prompt": number,
-                "id": clipped(str(sample["id"]), 80),
-                "steps": steps,
-                "tokens": [clipped(piece, TOKEN_CHARACTERS) for piece in pieces[:steps]],
-                "cells": cells,
-            }
-        )
-    return result
+class _Prompts:
+    """Single prompts, evenly chosen, as many as the budget holds; of very long ones the first steps. Columns are added one by one."""
+
+    def __init__(
+        self, kind_of: np.ndarray, layer: np.ndarray, step: np.ndarray, prompt: np.ndarray, layers: int, wanted: Sequence[str], share: int
+    ) -> None:  # fmt: skip
+        self.wanted = wanted
+        numbers = [int(number) for number in np.unique(prompt)]
+        longest = max(1, int(step.max()) + 1)
+        per_step = 2 * layers * len(wanted)
+        most_steps = max(8, CELL_FLOATS // share // per_step)
+        total = sum(min(len(np.unique(step[prompt == n])), most_steps) for n in numbers[:200]) / len(numbers[:200])
+        fit = max(1, int(CELL_FLOATS // share // (per_step * max(total, 1))))
+        self.rows: dict[int, np.ndarray] = {}  # prompt -> its rows
+        self.places: dict[int, tuple[tuple[np.ndarray, ...], tuple[int, int, int]]] = {}  # where they stand in its grid
+        self.cells: dict[int, dict[str, Any]] = {}
+        for number in numbers[:: _stride(len(numbers), fit)]:
+            mine = np.flatnonzero((prompt == number) & (step < most_steps))
+            steps = min(int(step[mine].max()) + 1, longest)
+            self.rows[number] = mine
+            self.places[number] = (kind_of[mine], layer[mine], step[mine]), (2, layers, steps)
+            self.cells[number] = {}
+
+    def add(self, name: str, values: np.ndarray) -> None:
+        if name not in self.wanted:
+            return
+        for number, mine in self.rows.items():
+            place, shape = self.places[number]
+            grid = np.full(shape, np.nan)
+            grid[place] = values[mine]
+            self.cells[number][name] = pack(grid, "f4")
+
+    def described(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        result = []
+        for number, cells in self.cells.items():
+            sample, steps = samples[number], self.places[number][1][2]
+            pieces = sample.get("dense_pieces") or [f"token {token}" for token in sample["dense_tokens"]]
+            result.append(
+                {
+                    "prompt": number,
+                    "id": clipped(str(sample["id"]), 80),
+                    "steps": steps,
+                    "tokens": [clipped(piece, TOKEN_CHARACTERS) for piece in pieces[:steps]],
+                    "cells": {name: cells[name] for name in self.wanted},
+                }
+            )
+        return result
 
 
 # --- generate ----------------------------------------------------------------------------------------------------------
