@@ -34,6 +34,7 @@ from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
+from prunescope.models import generating
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
@@ -266,7 +267,8 @@ def test_choose_follows_the_distribution_it_is_given() -> None:
     assert choose(scores, Sampling(), draws[:1]).item() == scores.argmax().item()
 
 
-def test_draws_belong_to_the_prompt_not_to_the_batch(dense: LoadedModel) -> None:
+def test_draws_belong_to_the_prompt_not_to_the_batch(dense: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a CPU writes more prompts at a time than were asked for; catches draws counted from the batch, and texts left out or exchanged."""
     sampling = Sampling(1.0, seed=4)
     together = uniform_draws(sampling, [0, 1, 2], 5)
     assert torch.equal(together[1:2], uniform_draws(sampling, [1], 5))
@@ -274,6 +276,11 @@ def test_draws_belong_to_the_prompt_not_to_the_batch(dense: LoadedModel) -> None
     prompts = [[5, 9], [8], [30]]
     texts = continue_texts(dense, prompts, 6, batch_size=3, sampling=sampling)
     assert continue_texts(dense, prompts[2:], 6, batch_size=1, sampling=sampling, first=2) == texts[2:]
+    told: list[int] = []
+    assert continue_texts(dense, prompts, 6, batch_size=1, sampling=sampling, advance=told.append) == texts
+    monkeypatch.setattr(generating, "_CPU_CACHE", 0)
+    assert continue_texts(dense, prompts, 6, batch_size=2, sampling=sampling, advance=told.append) == texts
+    assert told == [3, 2, 1]
 
 
 # --- what is said of the texts -----------------------------------------------------------------------------------------

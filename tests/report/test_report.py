@@ -224,3 +224,17 @@ def test_report_needs_neither_torch_nor_transformers(tmp_path):
     run = layerwise_run(tmp_path / "run")
     code = f"import sys, prunescope; prunescope.report([{str(run)!r}], out={str(tmp_path / 'p.html')!r}); assert not {{'torch', 'transformers'}} & set(sys.modules); import prunescope.report.figures.layerwise; assert callable(prunescope.report)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_layerwise_run_is_read_a_column_at_a_time(tmp_path, monkeypatch):
+    """The page is the same, and the table is never read whole; a damaged file is said to be one. Catches a page that needs twice its run in memory."""
+    folder = layerwise_run(tmp_path / "run", prompts=2, steps=3, layers=4)
+    run = prunescope.open(folder)
+    by_column = payload.layerwise_view(run.columns(), run.info, run.samples())
+    assert by_column == payload.layerwise_view(run.table(), run.info, run.samples())
+    monkeypatch.setattr(type(run), "table", lambda *_: pytest.fail("read whole"))
+    html.write_report([run], tmp_path / "page.html")
+    path = folder / "layerwise.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(prunescope.UserError, match="run folder is damaged, run layerwise again"):
+        html.write_report([prunescope.open(folder)], tmp_path / "page.html")

@@ -61,7 +61,7 @@ def layerwise(
         top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling and the bootstrap
-        batch_size: prompts at a time
+        batch_size: prompts at a time; texts may be written for more at once on a CPU
         memory_mb: memory that the metrics may use, in MB
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
@@ -131,7 +131,7 @@ def generate(
         top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling, the same draws for both models, and of the bootstrap
-        batch_size: prompts at a time
+        batch_size: prompts at a time; texts may be written for more at once on a CPU
         memory_mb: memory that the metrics may use, in MB
         ladder: types of GGUF to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; left out, those measured before
         cache: keep the rungs of the ladder for the next call
