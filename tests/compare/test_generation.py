@@ -33,8 +33,8 @@ from prunescope.compare.texts import (
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.models.dropping import DropSpec
 from prunescope.models import generating
+from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, choose, continue_texts, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model

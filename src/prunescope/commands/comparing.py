@@ -131,7 +131,7 @@ def generate(
         top_p: sample from the most likely tokens of this total probability only
         ignore_eos: write on behind an end-of-text token, as the paper's code does
         seed: of the sampling, the same draws for both models, and of the bootstrap
-        batch_size: prompts at a time; texts may be written for more at once on a CPU
+        batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB
         ladder: types of GGUF to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; left out, those measured before
         cache: keep the rungs of the ladder for the next call
