@@ -285,7 +285,7 @@ def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
     """What `compare` holds however few rows there are, and what each distinct row adds."""
     width, vocab = head.weight.shape[1], head.vocab_size
     if sums.backend(head.weight.device, dtype) is not None and on_tensor_cores(head.weight, head.weight):
-        return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 16 + _GATHERED  # logits, parts of h, maxima, sums
+        return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 8 + _GATHERED  # logits, parts of h, maxima, sums
     tile = vocab_tile(head)
     group = max(1, _GROUP // vocab)
     fixed = _TEMPORARIES * group * vocab * dtype.itemsize + 8 * tile * width
