@@ -28,6 +28,7 @@ _SAMPLED_ROWS = (
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
 _STRIPES = 8  # of the upper triangle of a Gram matrix
+_TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
 
 
 class InputStatistic:
@@ -46,6 +47,10 @@ class InputStatistic:
         self.gram = torch.zeros(width, width, device=device) if gram else None
         self.rows = torch.zeros(0, width, device=device)
         self._mirrored = not gram
+        self._waiting: Tensor | None = (
+            None  # (_TOGETHER or 2 n, n) half precision, of which the first `_held` rows are not in ``gram`` yet
+        )
+        self._held = 0
 
     @classmethod
     def uniform(cls, weight: Tensor, *, gram: bool) -> InputStatistic:
@@ -64,11 +69,32 @@ class InputStatistic:
             if sampled is not None:
                 self.rows = torch.cat([self.rows, sampled.float()])
         else:
-            _add_upper_gram(self.gram, x)
+            self._add_rows(self.gram, x)
             self._mirrored = False
+
+    def _add_rows(self, gram: Tensor, x: Tensor) -> None:
+        if not (x.device.type == "cuda" and x.dtype in _HALF):
+            return _add_upper_gram(gram, x)
+        most = min(_TOGETHER, 2 * len(gram))
+        if self._waiting is None and len(x) < most:
+            self._waiting = x.new_empty(most, len(gram))
+        if self._waiting is None or x.dtype != self._waiting.dtype or self._held + len(x) > most:
+            self._settle()
+        if self._waiting is None or x.dtype != self._waiting.dtype or len(x) >= most:
+            return _add_upper_gram(gram, x)
+        self._waiting[self._held : self._held + len(x)] = x
+        self._held += len(x)
+
+    def _settle(self) -> None:
+        """Add the rows that wait."""
+        if self.gram is not None and self._waiting is not None and self._held:
+            _add_upper_gram(self.gram, self._waiting[: self._held])
+            self._held = 0
 
     def merge(self, other: InputStatistic) -> None:
         """Add what another part of the calibration text gave."""
+        self._settle()
+        other._settle()
         self.tokens += other.tokens
         self.squares += other.squares
         self.rows = torch.cat([self.rows, other.rows])
@@ -80,6 +106,8 @@ class InputStatistic:
         """``(n, n)`` float32, sum of x x^T, symmetric. The same memory as ``gram``."""
         if self.gram is None:
             raise ValueError("no Gram matrix was gathered")
+        self._settle()
+        self._waiting = None
         for low, high in [] if self._mirrored else _stripes(len(self.gram)):
             square = self.gram[low:high, low:high]
             square.copy_(square.triu() + square.triu(1).T)
@@ -89,10 +117,12 @@ class InputStatistic:
 
     def norm(self) -> Tensor:
         """``(n,)`` float32, root mean square of each input."""
+        self._settle()
         squares = self.squares if self.gram is None else self.gram.diagonal()
         return (squares / max(1, self.tokens)).sqrt()
 
     def finite(self) -> bool:
+        self._settle()
         return bool(torch.isfinite(self.squares if self.gram is None else self.gram.diagonal()).all())
 
     def relative_error(self, old: Tensor, new: Tensor) -> float:
@@ -101,6 +131,7 @@ class InputStatistic:
         return math.sqrt(lost / whole) if whole > 0 else math.nan
 
     def _energy(self, weight: Tensor) -> float:
+        self._settle()
         if self.gram is not None and self.gram.device.type == "cuda":
             return max(0.0, _energy_by_half(weight, self.gram))
         if self.gram is not None:

@@ -40,6 +40,8 @@ __all__ = [
     "Prepared",
     "RowStats",
     "backend",
+    "check_finite",
+    "columns_of",
     "finish",
     "gather",
     "merged",
@@ -321,8 +323,20 @@ def finish(
     Raises:
         FloatingPointError: a NaN or infinite logit.
     """
-    if not bool(found.rows.finite.all()):
+    check_finite(found.rows.finite)
+    return columns_of(found, vocab, temperature, change)
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raise FloatingPointError where not all are."""
+    if not bool(finite.all()):
         raise FloatingPointError("a logit is NaN or infinite")
+
+
+def columns_of(
+    found: Gathered, vocab: int, temperature: float, change: Callable[[Tensor, Tensor, Tensor], object]
+) -> dict[str, Tensor]:
+    """`finish` without its check, so that nothing waits for the device."""
     t = temperature
     i, j = found.pairs.unbind(1)
     a, b = found.rows.take(i), found.rows.take(j)

@@ -29,7 +29,9 @@ COARSE = ("far", "slope", "level", "log_p", "log_q", "ratio", "coef")  # what th
 _FAR_SUMS, _NEAR_SUMS = 19, 22
 _FAR_BLOCK, _FAR_WARPS = 256, 2
 _NEAR_BLOCK, _NEAR_WARPS = 128, 2
-_FAST = os.environ.get("TRITON_INTERPRET") != "1"  # fused multiply-adds and the hardware's logarithm, which the interpreter lacks
+_FAST = (
+    os.environ.get("TRITON_INTERPRET") != "1"
+)  # fused multiply-adds and the hardware's logarithm, which the interpreter lacks
 _LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 
