@@ -17,7 +17,7 @@ from prunescope.compare.context import TargetModel, Transcript, padded, step_ind
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.residual import Passage, substituting, watching
+from prunescope.models.residual import Passage, headless, substituting, watching
 from prunescope.models.variants import Variant
 
 __all__ = [
@@ -134,7 +134,7 @@ def dense_streams(
     dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Kept] | None, spare: int = 0
 ) -> DenseRows:
     rows = DenseRows(step_index(sequences, dense.device), 2 * len(dense.anatomy) + 1 + spare, keep)
-    with watching(dense, rows.see, stream_only=keep is None):
+    with watching(dense, rows.see, stream_only=keep is None), headless(dense):
         dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
     return rows
 
@@ -150,7 +150,7 @@ def streams_of(dense: LoadedModel, target: TargetModel, sequences: Sequence[Tran
         theirs = TargetRows(model, taken, layers, model.device)
         for layer in range(layers):
             theirs.begin(layer)
-        with substituting(model, theirs.stream, theirs.see):
+        with substituting(model, theirs.stream, theirs.see), headless(model):
             model.model(input_ids=padded(sequences, model.device), use_cache=False, logits_to_keep=1)
     return Streams(taken.rows, pairs)
 

@@ -13,7 +13,7 @@ from prunescope.models.anatomy import Block, Kind, Sublayer
 from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Passage", "block_streams", "final_states", "starting_at", "substituting", "watching"]
+__all__ = ["Passage", "block_streams", "final_states", "headless", "starting_at", "substituting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,23 @@ def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]
 
 def _scaled(scale: float, branch: Tensor) -> Tensor:
     return branch if scale == 1 else scale * branch
+
+
+@contextmanager
+def headless(loaded: LoadedModel) -> Iterator[None]:
+    """Forward passes inside the block give zeros for logits: where only the stream is wanted, a head is read for nothing."""
+    head, own = loaded.anatomy.head, loaded.anatomy.head.__dict__.get("forward")
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], loaded.anatomy.vocab_size)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+        if own is not None:
+            head.forward = own
 
 
 @contextmanager

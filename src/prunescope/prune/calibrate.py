@@ -108,7 +108,7 @@ class InputStatistic:
             raise ValueError("no Gram matrix was gathered")
         self._settle()
         self._waiting = None
-        for low, high in [] if self._mirrored else _stripes(len(self.gram)):
+        for low, high in [] if self._mirrored else _stripes(self.gram):
             square = self.gram[low:high, low:high]
             square.copy_(square.triu() + square.triu(1).T)
             self.gram[high:, low:high] = self.gram[low:high, high:].T
@@ -139,15 +139,18 @@ class InputStatistic:
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
 
 
-def _stripes(n: int) -> list[tuple[int, int]]:
+def _stripes(gram: Tensor) -> list[tuple[int, int]]:
+    n = len(gram)
     size = max(64, -(-n // _STRIPES))
+    if gram.device.type == "cuda":  # fewer and wider where n is small, and whole tiles of a product
+        size = -(-max(n // 16, min(n, 1792)) // 128) * 128
     return [(low, min(low + size, n)) for low in range(0, n, size)]
 
 
 def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
     """``sum((weight @ H) * weight)`` from the upper triangle of H alone: each pair of inputs once, in float32."""
     total = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for low, high in _stripes(len(gram)):
+    for low, high in _stripes(gram):
         square = gram[low:high, low:high].triu()
         square.diagonal().mul_(0.5)
         product = weight[:, low:high] @ square
@@ -169,12 +172,12 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _add_upper_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x to the upper triangle, in float32. Below the diagonal only the stripes' own squares are kept up."""
     if x.device.type == "cuda" and x.dtype in _HALF:  # tensor cores: exact products, float32 sums, added in place
-        for low, high in _stripes(len(gram)):
+        for low, high in _stripes(gram):
             part = gram[low:high, low:]
             torch.addmm(part, x[:, low:high].T, x[:, low:], out_dtype=torch.float32, out=part)
         return
     x = x.float()
-    for low, high in _stripes(len(gram)):
+    for low, high in _stripes(gram):
         gram[low:high, low:].addmm_(x[:, low:high].T, x[:, low:])
 
 

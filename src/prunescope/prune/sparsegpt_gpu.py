@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunescope.prune.factor import factorise
+from prunescope.prune.factor import factorise, split_product
 from prunescope.prune.masks import Goal
 
 __all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
@@ -115,10 +115,8 @@ def _carry(carried: Tensor, ahead: Tensor, lost: Tensor) -> None:
     if carried.device.type != "cuda":
         carried.addmm_(ahead.T, lost)
         return
-    a, b = ahead.bfloat16(), lost.bfloat16()
-    a_rest, b_rest = (ahead - a.float()).bfloat16(), (lost - b.float()).bfloat16()
-    left, right = torch.cat([a_rest, a, a]), torch.cat([b, b_rest, b])
-    torch.addmm(carried, left.T, right, out_dtype=torch.float32, out=carried)
+    left, right = split_product(ahead.T, lost.T, 2)
+    torch.addmm(carried, left, right.T, out_dtype=torch.float32, out=carried)
 
 
 def _parts(
