@@ -44,13 +44,18 @@ class InputStatistic:
     def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
         self.tokens = 0
         self.squares = torch.zeros(width, device=device)
-        self.gram = torch.zeros(width, width, device=device) if gram else None
+        self._gram = torch.zeros(width, width, device=device) if gram else None
         self.rows = torch.zeros(0, width, device=device)
         self._mirrored = not gram
-        self._waiting: Tensor | None = (
-            None  # (_TOGETHER or 2 n, n) half precision, of which the first `_held` rows are not in ``gram`` yet
-        )
+        self._waiting: Tensor | None = None  # (_TOGETHER or 2 n, n), whose first `_held` rows are not in the sum yet
         self._held = 0
+
+    @property
+    def gram(self) -> Tensor | None:
+        if self._gram is not None and self._waiting is not None and self._held:
+            _add_upper_gram(self._gram, self._waiting[: self._held])
+            self._held = 0
+        return self._gram
 
     @classmethod
     def uniform(cls, weight: Tensor, *, gram: bool) -> InputStatistic:
@@ -64,49 +69,40 @@ class InputStatistic:
     def add(self, x: Tensor, sampled: Tensor | None = None) -> None:
         """Add rows ``x`` ``(tokens, n)``; ``sampled`` are those of them to keep."""
         self.tokens += len(x)
-        if self.gram is None:
+        if self._gram is None:
             self.squares += _sum_of_squares(x)
             if sampled is not None:
                 self.rows = torch.cat([self.rows, sampled.float()])
         else:
-            self._add_rows(self.gram, x)
+            self._add_rows(self._gram, x)
             self._mirrored = False
 
     def _add_rows(self, gram: Tensor, x: Tensor) -> None:
-        if not (x.device.type == "cuda" and x.dtype in _HALF):
+        if not _on_tensor_cores(x):
             return _add_upper_gram(gram, x)
         most = min(_TOGETHER, 2 * len(gram))
         if self._waiting is None and len(x) < most:
             self._waiting = x.new_empty(most, len(gram))
         if self._waiting is None or x.dtype != self._waiting.dtype or self._held + len(x) > most:
-            self._settle()
+            _ = self.gram  # adds the rows that wait
         if self._waiting is None or x.dtype != self._waiting.dtype or len(x) >= most:
             return _add_upper_gram(gram, x)
         self._waiting[self._held : self._held + len(x)] = x
         self._held += len(x)
 
-    def _settle(self) -> None:
-        """Add the rows that wait."""
-        if self.gram is not None and self._waiting is not None and self._held:
-            _add_upper_gram(self.gram, self._waiting[: self._held])
-            self._held = 0
-
     def merge(self, other: InputStatistic) -> None:
         """Add what another part of the calibration text gave."""
-        self._settle()
-        other._settle()
         self.tokens += other.tokens
         self.squares += other.squares
         self.rows = torch.cat([self.rows, other.rows])
         if self.gram is not None and other.gram is not None:
-            self.gram += other.gram
+            self.gram.add_(other.gram)
             self._mirrored = False
 
     def hessian(self) -> Tensor:
         """``(n, n)`` float32, sum of x x^T, symmetric. The same memory as ``gram``."""
         if self.gram is None:
             raise ValueError("no Gram matrix was gathered")
-        self._settle()
         self._waiting = None
         for low, high in [] if self._mirrored else _stripes(self.gram):
             square = self.gram[low:high, low:high]
@@ -117,12 +113,10 @@ class InputStatistic:
 
     def norm(self) -> Tensor:
         """``(n,)`` float32, root mean square of each input."""
-        self._settle()
         squares = self.squares if self.gram is None else self.gram.diagonal()
         return (squares / max(1, self.tokens)).sqrt()
 
     def finite(self) -> bool:
-        self._settle()
         return bool(torch.isfinite(self.squares if self.gram is None else self.gram.diagonal()).all())
 
     def relative_error(self, old: Tensor, new: Tensor) -> float:
@@ -131,12 +125,15 @@ class InputStatistic:
         return math.sqrt(lost / whole) if whole > 0 else math.nan
 
     def _energy(self, weight: Tensor) -> float:
-        self._settle()
         if self.gram is not None and self.gram.device.type == "cuda":
             return max(0.0, _energy_by_half(weight, self.gram))
         if self.gram is not None:
             return max(0.0, float(((weight @ self.hessian()) * weight).sum(dtype=torch.float64)))
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
+
+
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype in _HALF
 
 
 def _stripes(gram: Tensor) -> list[tuple[int, int]]:
@@ -163,7 +160,7 @@ def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """``(n,)`` float32."""
-    if x.device.type == "cuda" and x.dtype in _HALF:  # one reading of x, and nothing of its size in float32
+    if _on_tensor_cores(x):  # one reading of x, and nothing of its size in float32
         norm: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
         return norm.square()
     return x.float().square().sum(0)
