@@ -29,7 +29,7 @@ __all__ = ["COARSE", "binary", "swept"]
 COARSE = ("far", "slope", "level", "log_p", "log_q", "ratio", "coef")  # what the pilots say beyond PILOTS
 _FAR_SUMS, _NEAR_SUMS = 19, 22
 _FAR_BLOCK, _FAR_WARPS = 256, 2
-_NEAR_BLOCK, _NEAR_WARPS = 128, 2
+_NEAR_BLOCK, _NEAR_WARPS = 64, 2
 _FAST = (
     os.environ.get("TRITON_INTERPRET") != "1"
 )  # fused multiply-adds and the hardware's logarithm, which the interpreter lacks

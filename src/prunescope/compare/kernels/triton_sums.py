@@ -294,7 +294,7 @@ def row_sums(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     wide = triton.next_power_of_2(n * _LANES)
     _top_kernel[(rows,)](
         z, z.stride(0), vocab, maxima, n * _LANES, top,
-        SEG=SEGMENT, LANES=_LANES, WIDE=wide, K=TOP, K2=16, num_warps=4 if wide <= 2048 else 8,
+        SEG=SEGMENT, LANES=_LANES, WIDE=wide, K=TOP, K2=16, num_warps=4,
     )  # fmt: skip
     return sums, top
 
