@@ -158,7 +158,7 @@ def test_blocks_that_pass_on_more_than_the_stream(tmp_path: Path, monkeypatch: p
     streamed = stream_model(str(tiny_folder("llama", tmp_path / "model")), tmp_path / "s", device="cpu")
     sequences = [Transcript(prompt, text) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
     left[0] = torch.tensor(3.0)
-    with pytest.raises(UserError, match=r"block 0 .* pass on more than the stream; leave --stream out"):
+    with pytest.raises(UserError, match=r"block 0 .* pass on more than the stream; give --stream false"):
         streamed_layerwise_rows(streamed, None, sequences, "key", tmp_path)
 
 

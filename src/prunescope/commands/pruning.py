@@ -85,7 +85,7 @@ def drop(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     cache: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -114,7 +114,7 @@ def drop(
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
-        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
+        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe; auto: if it does not fit into free memory
         overwrite: replace an existing checkpoint folder
 
     Raises:

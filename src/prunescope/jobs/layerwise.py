@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunescope.compare.context import Transcript
 from prunescope.compare.layerwise import LayerwiseRows, Lens, layerwise_key, layerwise_rows
 from prunescope.compare.streamed import rows_bytes, streamed_layerwise_rows
@@ -18,16 +16,20 @@ from prunescope.data.continuations import Continued, encode_continued, read_cont
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream
 from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import StreamedPair, stream_folder
+from prunescope.jobs.streaming import Placement, StreamedPair, place, stream_folder
 from prunescope.models.generating import Sampling
 from prunescope.report.terminal.comparing import show_layerwise
 from prunescope.results import LayerwiseResult
 from prunescope.runs.parts import resume_state
 from prunescope.runs.provenance import run_record
 
-__all__ = ["LayerwiseOptions", "run"]
+__all__ = ["UNWRITTEN", "LayerwiseOptions", "run"]
+
+UNWRITTEN = (
+    "a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LayerwiseOptions(Options):
     target: Model | None
     prompts: str | None
     continuations: str | None
-    stream: bool
+    stream: Stream
     chat: bool
     max_new_tokens: int
     lens: Lens
@@ -57,10 +59,8 @@ class LayerwiseOptions(Options):
         super().check()
         if self.continuations is not None and self.prompts is not None:
             raise UserError("--continuations holds the prompts too; leave --prompts out")
-        if self.stream and self.continuations is None:
-            raise UserError(
-                "--stream: a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
-            )
+        if self.stream is True and self.continuations is None:
+            raise UserError(f"--stream: {UNWRITTEN}")
 
     def settings(self) -> tuple[Any, ...]:
         """What decides the rows beside models and texts."""
@@ -77,8 +77,11 @@ def run(options: LayerwiseOptions) -> LayerwiseResult:
     given = None if options.continuations is None else read_continuations(options.continuations)
     prompts = read_prompts(options.prompts) if given is None else [row.prompt for row in given]
     options.settings()[1].check()
-    if options.stream and given is not None:
-        result, complete = _streamed(options, given, started)
+    placement = place(
+        options.stream, options.dense, options.target, options.loading, options.memory_mb, None if given else UNWRITTEN
+    )
+    if placement.streamed and given is not None:
+        result, complete = _streamed(options, given, placement, started)
     else:
         result, complete = _loaded(options, given, prompts, started)
     if complete:
@@ -109,10 +112,12 @@ def _loaded(
             batch_size=options.batch_size, lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
             parts=staging, texts=texts,
         )  # fmt: skip
-        return _finished(options, pair, pair.dense.device, prompts, found, staging, started), False
+        return _finished(options, pair, Placement(False), prompts, found, staging, started), False
 
 
-def _streamed(options: LayerwiseOptions, given: Sequence[Continued], started: float) -> tuple[LayerwiseResult, bool]:
+def _streamed(
+    options: LayerwiseOptions, given: Sequence[Continued], placement: Placement, started: float
+) -> tuple[LayerwiseResult, bool]:
     """The same with both models on disk."""
     output = options.output
     with stream_folder(output) as folder:
@@ -135,7 +140,7 @@ def _streamed(options: LayerwiseOptions, given: Sequence[Continued], started: fl
             )  # fmt: skip
         prompts = [row.prompt for row in given]
         staging = None if output.out is None else folder
-        return _finished(options, pair, streamed.dense.device, prompts, found, staging, started), False
+        return _finished(options, pair, placement, prompts, found, staging, started), False
 
 
 def _table_bytes(options: LayerwiseOptions, prompts: int, layers: int) -> int:
@@ -145,7 +150,7 @@ def _table_bytes(options: LayerwiseOptions, prompts: int, layers: int) -> int:
 def _finished(
     options: LayerwiseOptions,
     pair: Pair,
-    device: torch.device,
+    placement: Placement,
     prompts: Sequence[Prompt],
     found: LayerwiseRows,
     staging: Path | None,
@@ -153,7 +158,8 @@ def _finished(
 ) -> LayerwiseResult:
     """Write what was found into ``staging``, and show it."""
     info = {
-        **run_record("layerwise", options.config(), device, pair.describe(), started),
+        **run_record("layerwise", options.config(), pair.dense.device, pair.describe(), started),
+        "placement": placement.describe(),
         "key": found.key,
         "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
         "steps": sum(len(text.continuation) for text in found.sequences),

@@ -80,7 +80,7 @@ class Recorded:
         found = self.run(streamed, 0, layer, streamed.probe[layer])
         if not torch.equal(found, streamed.probe[layer + 1]):
             raise UserError(
-                f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; leave --stream out"
+                f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; give --stream false"
             )
 
 
@@ -202,7 +202,7 @@ class Carried:
                     cache = _cache_in(*self.recorded.calls[-1][0])
                     if cache is None or type(cache).__name__ != "DynamicCache":
                         raise UserError(
-                            f"{self.streamed.loaded.ref}: its blocks are given no plain key/value cache; leave --stream out"
+                            f"{self.streamed.loaded.ref}: its blocks are given no plain key/value cache; give --stream false"
                         )
                 assert cache is not None
                 self._texts.append((_emptied(cache), numbers))
