@@ -222,6 +222,32 @@ def test_mcq(place: Path) -> None:
     assert_same_run(prunescope.mcq(*pair, **options), prunescope.mcq(*pair, stream=True, **options))
 
 
+@pytest.mark.parametrize("target", ["drop:attn=1;mlp=3", "llama1"])
+def test_generate(target: str, place: Path, tmp_path: Path) -> None:
+    """Both models read given texts. Would catch a text read in another batch, and, by the run in which the dense model wrote these texts itself,
+    a step that is shifted."""
+    target = target if target.startswith("drop:") else str(place / target)
+    dense, given = str(place / "llama0"), tmp_path / "given.jsonl"
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw20 w21\nw9 w8 w7 w4\n", "utf-8")
+    options: dict[str, Any] = {"max_new_tokens": 5, "batch_size": 2, "device": "cpu", "ignore_eos": True}
+    wrote = prunescope.generate(
+        dense, target, prompts=str(tmp_path / "prompts.txt"), regime="teacher-forced", **options
+    )
+    rows = [{"prompt": row["text"], "continuation": row["dense_tokens"]} for row in wrote.samples()]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    held = prunescope.generate(dense, target, continuations=str(given), stream=False, **options)
+    streamed = prunescope.generate(
+        dense, target, continuations=str(given), stream=True, out=str(tmp_path / "run"), **options
+    )
+    assert_same_run(held, streamed)
+    assert held.info["regimes"] == ["teacher-forced"] and held.info["decoding"] == {"dense": "given"}
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(("part-", "scratch"))]
+    for name in ("kl_dense_target", "h_cos_dev", "nll_target", "target_token"):
+        ours, theirs = (torch.tensor(run.table()[name].to_pylist()) for run in (held, wrote))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert max(held.table()["kl_dense_target"].to_pylist()) > 1e-6
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -315,6 +341,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "packed": (("layerwise", DENSE[0], "{place}/packed", *DENSE[1:], *GIVEN), "give --dequantise"),
     "ladder": (("divergence", DENSE[0], "drop:attn=1", *DENSE[1:], "--text", "{place}/text.txt"), "--scale false"),
     "ladder of mcq": (("mcq", DENSE[0], "drop:attn=1", *DENSE[1:], "--ladder", "q8_0"), "leave --ladder out"),
+    "free-running": (("generate", DENSE[0], "drop:attn=1", *GIVEN, "--regime", "free-running"), "leave --regime or --continuations out"),
+    "no texts of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:]), "give its texts with --continuations FILE"),
+    "ladder of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:], *GIVEN, "--ladder", "q8_0"), "leave --ladder out"),
     "search": (("drop", *DENSE, "--select", "kl", "--n", "1"), "--select cosine"),
     "run of blocks": (("drop", *DENSE, "--target", "block", "--order", "consecutive", "--n", "1"), "--order discrete"),
     "weights": (("drop", *DENSE, "--n", "1", "--format", "compact", "--calibration", "{place}/text.txt"), "--format recipe"),

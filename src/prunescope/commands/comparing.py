@@ -93,6 +93,8 @@ def generate(
     *,
     out: str | None = None,
     prompts: str | None = None,
+    continuations: str | None = None,
+    stream: bool | Literal["auto"] = "auto",
     chat: bool = False,
     max_new_tokens: int = 64,
     regime: Literal["both", "free-running", "teacher-forced"] = "both",
@@ -122,6 +124,8 @@ def generate(
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; both models read these, teacher-forced only
+        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
@@ -151,7 +155,7 @@ def generate(
 
     return job.run(
         job.GenerateOptions(
-            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
+            dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),

@@ -18,18 +18,14 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream
 from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import Placement, StreamedPair, place, stream_folder
+from prunescope.jobs.streaming import UNWRITTEN, Placement, StreamedPair, place, stream_folder
 from prunescope.models.generating import Sampling
 from prunescope.report.terminal.comparing import show_layerwise
 from prunescope.results import LayerwiseResult
 from prunescope.runs.parts import resume_state
 from prunescope.runs.provenance import run_record
 
-__all__ = ["UNWRITTEN", "LayerwiseOptions", "run"]
-
-UNWRITTEN = (
-    "a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
-)
+__all__ = ["LayerwiseOptions", "run"]
 
 
 @dataclass(frozen=True)

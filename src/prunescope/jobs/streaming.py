@@ -24,9 +24,12 @@ from prunescope.models.variants import VariantSpec, read_variant
 from prunescope.progress import console, progress
 from prunescope.runs.parts import begin
 
-__all__ = ["Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder"]
+__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder"]
 
 CPU = torch.device("cpu")
+UNWRITTEN = (
+    "a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
+)
 _ROOM = 16  # of the weights' bytes one in so many is kept for hidden states
 
 
