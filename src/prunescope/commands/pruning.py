@@ -134,7 +134,7 @@ def drop(
 def sparsify(
     model: Model,
     *,
-    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured", "experts"] = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
     out: str | None = None,
@@ -170,7 +170,7 @@ def sparsify(
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
-        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
+        method: magnitude, wanda, sparsegpt, structured (whole MLP neurons, physically removed), or experts (whole experts of MoE models, by REAP, physically removed)
         sparsity: share of the weights to remove, from 0 up to, not including, 1
         pattern: N:M, at most N weights are left of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
         out: checkpoint folder to write
