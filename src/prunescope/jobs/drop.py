@@ -68,7 +68,9 @@ def run(options: DropOptions) -> DropResult:
     if not placement.streamed:
         return _drop(options, options.loading.load(options.model), placement, select, task)
     with TemporaryDirectory(prefix="prunescope-") as scratch:
-        streamed = stream_model(str(options.model), Path(scratch) / "scratch", experts=None, **options.loading.config())
+        streamed = stream_model(
+            str(options.model), Path(scratch) / "scratch", experts=None, prefetch=True, **options.loading.config()
+        )
 
         def passing(batches: Sequence[Tensor], before: Callable[[int], None], after: Callable[[], None]) -> None:
             pass_through(streamed, batches, Path(scratch), before, after, check=not streamed.loaded.dropped)

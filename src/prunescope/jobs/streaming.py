@@ -118,11 +118,12 @@ class StreamedPair:
             raise UserError(
                 f"target {spec}: weights are quantised in memory; with --stream give a checkpoint that holds them as floats, or give --stream false"
             )
-        base = stream_model(str(dense), scratch / "dense", experts=None, **options.config())
+        base = stream_model(str(dense), scratch / "dense", experts=None, prefetch=True, **options.config())
         if spec is not None or target is None:
             return cls(base, spec)
         other = LoadOptions(options.dtype, options.device, None, options.trust_remote_code, None, options.dequantise)
-        return cls(base, stream_model(str(target), scratch / "target", experts=None, **other.config()))
+        theirs = stream_model(str(target), scratch / "target", experts=None, prefetch=True, **other.config())
+        return cls(base, theirs)
 
     @contextmanager
     def having_read(

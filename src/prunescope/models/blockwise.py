@@ -26,6 +26,7 @@ from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.prefetching import Ahead
 from prunescope.models.record import config_drop_lists, layers_of, read_record
 from prunescope.models.references import expand_user, not_on_hub, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, stored_tensors
@@ -55,6 +56,7 @@ class StreamedModel:
     )  # the streams (1, tokens, d) into every block then, and after the last
     # by what is dropped: what the head reads of texts that were read
     read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    ahead: Ahead | None = field(default=None, repr=False)  # fetches the next block while one runs
 
     @property
     def model(self) -> Any:
@@ -72,9 +74,16 @@ class StreamedModel:
             mapped: leave what can be used as it is in its mapped file, as `load_model` does.
         """
         source = self.weights if weights is None else weights
+        ready = self.ahead.take(layer) if self.ahead is not None and weights is None else {}
+        prefix = self.names[layer] + "."
         # copies: what lies in a mapped file is aligned at random, and products round by that
-        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=not mapped):
+        with _filled(self.blocks[layer], prefix, source, self.device, copies=not mapped, ready=ready):
+            if self.ahead is not None and weights is None and layer + 1 < len(self.blocks):
+                following = self.blocks[layer + 1].named_parameters(prefix=self.names[layer + 1])
+                self.ahead.begin(layer + 1, [name for name, _ in following])
             yield
+        if self.ahead is not None and layer + 1 == len(self.blocks):
+            self.ahead.close()
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
@@ -170,6 +179,7 @@ def stream_model(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     experts: str | None = "eager",
+    prefetch: bool = False,
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
@@ -180,6 +190,7 @@ def stream_model(
         dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
         experts: how transformers runs fused experts: one by one, so that each one's input is seen, or None for its own choice, as `load_model`.
+        prefetch: fetch the next block while one runs; a GPU then holds two.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -221,6 +232,8 @@ def stream_model(
     names = tuple(where[id(block)] for block in blocks)
     loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
+    if prefetch:
+        streamed.ahead = Ahead(weights, torch_device)
     with streamed.running(), _looking(streamed):
         streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
@@ -405,8 +418,9 @@ def _filled(
     device: torch.device,
     skipped: Collection[int] = (),
     copies: bool = False,
+    ready: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once."""
+    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once. What is ``ready`` need not be read."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     fresh: dict[int, nn.Parameter] = {}
     try:
@@ -414,8 +428,13 @@ def _filled(
             if id(parameter) in skipped:
                 continue
             if id(parameter) not in fresh:
-                value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
-                if not all(torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)):
+                found = (ready or {}).get(prefix + name)
+                if found is None:
+                    value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
+                else:
+                    value = found.to(parameter.dtype)
+                finite = [torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)]
+                if not torch.stack(finite).all():
                     raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
                 fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
             path, _, leaf = name.rpartition(".")
