@@ -7,7 +7,6 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,16 +18,17 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.files import parse_json
-from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
+from prunescope.models.adapters import with_adapter
 from prunescope.models.anatomy import find_anatomy, probe_ids
 from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.plain import check_plain, merged, settings, snapshot, unpacked
 from prunescope.models.prefetching import Ahead
 from prunescope.models.record import config_drop_lists, layers_of, read_record
-from prunescope.models.references import expand_user, not_on_hub, resolve
+from prunescope.models.references import expand_user, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
@@ -74,23 +74,26 @@ class StreamedModel:
             mapped: leave what can be used as it is in its mapped file, as `load_model` does.
         """
         source = self.weights if weights is None else weights
-        ready = self.ahead.take(layer) if self.ahead is not None and weights is None else {}
-        prefix = self.names[layer] + "."
+        ahead, prefix = self.ahead if weights is None else None, self.names[layer] + "."
+        ready = {} if ahead is None else ahead.take(layer, self._names(layer))
         # copies: what lies in a mapped file is aligned at random, and products round by that
         with _filled(self.blocks[layer], prefix, source, self.device, copies=not mapped, ready=ready):
-            if self.ahead is not None and weights is None and layer + 1 < len(self.blocks):
-                following = self.blocks[layer + 1].named_parameters(prefix=self.names[layer + 1])
-                self.ahead.begin(layer + 1, [name for name, _ in following])
+            if ahead is not None and layer + 1 < len(self.blocks):
+                ahead.begin(layer + 1, self._names(layer + 1))
             yield
-        if self.ahead is not None and layer + 1 == len(self.blocks):
-            self.ahead.close()
+
+    def _names(self, layer: int) -> list[str]:
+        return [name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer])]
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
         """Everything outside the blocks with its weights (embeddings, final norm, head), but for ``skip``."""
         parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (self.blocks, *skip)]
         skipped = {id(parameter) for part in parts for parameter in part}
-        with _filled(self.model, "", self.weights, self.device, skipped):
+        ready: Mapping[str, Tensor] = {}
+        if self.ahead is not None:
+            ready = self.ahead.take(-1, [name for name, p in self.model.named_parameters() if id(p) not in skipped])
+        with _filled(self.model, "", self.weights, self.device, skipped, ready=ready):
             yield
 
     @contextmanager
@@ -205,17 +208,17 @@ def stream_model(
     base, found = with_adapter(ref, adapter)
     source, options, identity = resolve(base, revision)
     if found is not None:
-        folder = _merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
+        folder = merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
         identity |= found.identity
     elif "gguf_file" in options:
         folder = dequantise_gguf(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
         folder = Path(source)
     else:
-        folder = _snapshot(ref, source, revision)
+        folder = snapshot(ref, source, revision)
         identity["revision"] = folder.name
-    if dequantise and _settings(folder).get("quantization_config"):
-        folder = _unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
+    if dequantise and settings(folder).get("quantization_config"):
+        folder = unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
         identity["dequantised"] = "true"
     stored = stored_tensors(folder, ref)
     opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code, experts)
@@ -327,7 +330,7 @@ def _open(
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
-    _check_plain(ref, config)
+    check_plain(ref, config)
     placement = {"device_map": {"": "disk"}, "offload_folder": str(converted)}
     if experts is not None:
         placement["experts_implementation"] = experts
@@ -349,65 +352,6 @@ def _offloaded(model: nn.Module) -> Mapping[str, Tensor]:
                 found: Mapping[str, Tensor] = getattr(weights, "dataset", weights)
                 return found
     raise UserError(f"{type(model).__name__}: accelerate left no map of the weights on disk; use another version of it")
-
-
-def _snapshot(ref: str, source: str, revision: str | None) -> Path:
-    """The files of a Hugging Face id, in the hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise not_on_hub(ref, error) from error
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"
-        )
-    return folder
-
-
-def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, folder: Path) -> Path:
-    """A plain folder of the model with an adapter merged into it; one that is there already is left as it is."""
-    if not folder.is_dir():
-        model, tokenizer, missing, _ = from_pretrained(ref, source, options, "auto")
-        if missing:
-            raise missing_weights(ref, missing)
-        _check_plain(ref, model.config.to_dict())
-        beside = folder.with_name(f"{folder.name}.beside")
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
-        merge_adapter(ref, model, adapter).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    return folder
-
-
-def _unpacked(ref: str, source: Path, device: torch.device, trust_remote_code: bool, folder: Path) -> Path:
-    """A plain folder of the model with dense weights; one that is there already is left as it is."""
-    if not folder.is_dir():
-        loaded = load_model(source, device=str(device), trust_remote_code=trust_remote_code, dequantise=True)
-        _check_plain(ref, loaded.model.config.to_dict())
-        beside = folder.with_name(f"{folder.name}.beside")
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
-        loaded.model.save_pretrained(beside)
-        loaded.tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    return folder
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        return {}  # said where it is read in earnest
-
-
-def _check_plain(ref: str, config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{ref}: its weights are quantised; give --dequantise to prune them as dense floats, or the model in float32, bfloat16 or float16"
-        )
 
 
 @contextmanager
@@ -441,6 +385,7 @@ def _filled(
             owner = module.get_submodule(path)
             owner._parameters[leaf] = fresh[id(parameter)]
             replaced.append((owner, leaf, parameter))
+        ready = None
         yield
     finally:
         for owner, leaf, parameter in replaced:

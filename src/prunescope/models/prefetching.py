@@ -56,7 +56,6 @@ class Ahead:
         self._headers: dict[str, dict[str, Stored]] = {}
         self._found: dict[str, Tensor] = {}
         self._tasks: list[Future[None]] = []
-        self._files: dict[Path, int] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._copies: Any = None  # the stream of the copies to a GPU
         self._rings: list[Any] = []
@@ -73,11 +72,17 @@ class Ahead:
         else:
             self._tasks = [self._pool.submit(_warm, list(places.values()))]
 
-    def take(self, layer: int) -> dict[str, Tensor]:
-        """What was fetched of block ``layer`` by the model's names, in the dtypes of the file; nothing if it was not begun, or on a CPU."""
+    def take(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What was fetched of block ``layer`` by the model's names, in the dtypes of the file; nothing on a CPU, where weights stay in their files.
+
+        Args:
+            names: what is fetched now, if the block was not begun.
+        """
         if self.begun != layer:
-            self.discard()
-            return {}
+            if not self.copying:
+                self.discard()
+                return {}
+            self.begin(layer, names)
         for task in self._tasks:
             task.result()
         if self._copies is not None:
@@ -96,15 +101,6 @@ class Ahead:
         if self._copies is not None and self._found:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         self._found, self._tasks, self.begun = {}, [], None
-
-    def close(self) -> None:
-        """Let go of threads, buffers and files."""
-        self.discard()
-        if self._pool is not None:
-            self._pool.shutdown()
-        for handle in self._files.values():
-            os.close(handle)
-        self._pool, self._copies, self._files, self._rings = None, None, {}, []
 
     def _place(self, name: str) -> _Place | None:
         entry = getattr(self.weights, "index", {}).get(name)
@@ -135,15 +131,10 @@ class Ahead:
         # the buffers may stand where tensors stood that work on the current stream still reads
         self._found = {n: torch.empty(p.shape, dtype=p.dtype, device=self.device) for n, p in places.items()}
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        work: list[tuple[int, int, int, Tensor]] = []
+        work: list[tuple[Path, int, Tensor]] = []
         for name, place in places.items():
-            handle = self._files.get(place.file)
-            if handle is None:
-                handle = self._files[place.file] = os.open(place.file, os.O_RDONLY)
             whole = self._found[name].view(-1).view(torch.uint8)
-            work += [
-                (handle, place.offset + low, high - low, whole[low:high]) for low, high in _pieces(place.nbytes)
-            ]  # fmt: skip
+            work += [(place.file, place.offset + low, whole[low:high]) for low, high in _pieces(place.nbytes)]
         self._tasks = [self._pool.submit(ring.copy, work[i :: len(self._rings)]) for i, ring in enumerate(self._rings)]
 
 
@@ -156,15 +147,15 @@ class _Ring:
         self.done = [torch.cuda.Event() for _ in range(_SLOTS)]
         self.next = 0
 
-    def copy(self, work: Sequence[tuple[int, int, int, Tensor]]) -> None:
-        """Read pieces of files, and begin to copy each to where it shall be."""
+    def copy(self, work: Sequence[tuple[Path, int, Tensor]]) -> None:
+        """Read pieces of files from where they begin, and start to copy each to where it shall be."""
         with torch.cuda.stream(self.copies):
-            for handle, offset, size, into in work:
+            for file, offset, into in work:
                 slot, event = self.slots[self.next], self.done[self.next]
                 self.next = (self.next + 1) % _SLOTS
                 event.synchronize()  # what was there before is copied
-                _read(handle, offset, memoryview(slot.numpy())[:size])  # type: ignore[arg-type]
-                into.copy_(slot[:size], non_blocking=True)
+                _read(file, offset, memoryview(slot.numpy())[: len(into)])  # type: ignore[arg-type]
+                into.copy_(slot[: len(into)], non_blocking=True)
                 event.record(self.copies)
 
 
@@ -176,13 +167,15 @@ def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
     return ((low, min(low + _PIECE, nbytes)) for low in range(0, nbytes, _PIECE))
 
 
-def _read(handle: int, offset: int, into: memoryview) -> None:
-    done = 0
-    while done < len(into):
-        count = os.preadv(handle, [into[done:]], offset + done)
-        if not count:
-            raise UserError("a weights file became shorter while it was read; fetch the model again")
-        done += count
+def _read(file: Path, offset: int, into: memoryview) -> None:
+    with file.open("rb", buffering=0) as bare:
+        bare.seek(offset)
+        done = 0
+        while done < len(into):
+            count = bare.readinto(into[done:])
+            if not count:
+                raise UserError(f"{file} became shorter while it was read; fetch the model again")
+            done += count
 
 
 def _warm(places: Sequence[_Place]) -> None:
@@ -190,10 +183,6 @@ def _warm(places: Sequence[_Place]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for place in places:
-        with suppress(OSError):
-            handle = os.open(place.file, os.O_RDONLY)
-            try:
-                for low, high in _pieces(place.nbytes):
-                    os.posix_fadvise(handle, place.offset + low, high - low, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+        with suppress(OSError), place.file.open("rb", buffering=0) as bare:
+            for low, high in _pieces(place.nbytes):
+                os.posix_fadvise(bare.fileno(), place.offset + low, high - low, os.POSIX_FADV_WILLNEED)
