@@ -107,6 +107,13 @@ def test_dtypes_and_lenses(dtype: str, lens: str, tmp_path: Path) -> None:
     assert_same(*both_ways(dense, target, tmp_path, dtype=dtype, lens=lens))
 
 
+def test_hidden_states_that_move_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Would catch passes that are cut at the wrong places."""
+    monkeypatch.setattr("prunescope.models.streaming._at_once", lambda carried: True)
+    dense, target = (tiny_folder("mixtral", tmp_path / str(seed), seed) for seed in (0, 1))
+    assert_same(*both_ways(dense, target, tmp_path))
+
+
 @pytest.mark.stream
 def test_the_bundled_model(tmp_path: Path) -> None:
     """A real model, from a GGUF file."""
