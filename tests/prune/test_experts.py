@@ -15,6 +15,7 @@ from torch import Tensor
 import prunescope
 from families import VOCAB, tiny_folder, tiny_tokenizer
 from prunescope.cli import main
+from zoo import family_folder
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -169,6 +170,25 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     stored = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
     experts = {name.rpartition(".experts.")[2].partition(".")[0] for name in stored if ".experts." in name}
     assert experts <= {*map(str, range(6)), "gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("name", "key"), [("minimax_m2", "num_local_experts"), ("ernie4_5_moe", "moe_num_experts")])
+def test_biases_that_are_not_the_routers(name: str, key: str, tmp_path: Path) -> None:
+    """They choose experts and lie in the MLP, or in a module of their own, with the experts in the last dimension. Would catch one that keeps all its
+    entries, or loses others than the router: the expected logits come from the dense model, with these entries at minus infinity."""
+    model = family_folder(name, tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(WORDS.replace("w5", "w4"), "utf-8")
+    removed = {row["layer"]: row["removed_experts"] for row in prune(tmp_path, samples=2, seq_len=16).info["modules"]}
+    plain, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert getattr(plain.config, key) == 3
+    tokens = torch.arange(4, 16)[None]
+    for buffer_name, value in [*model.named_buffers(), *model.named_parameters()]:
+        if buffer_name.endswith("e_score_correction_bias"):
+            value.data[..., removed[int(buffer_name.split(".layers.")[1].split(".")[0])]] = -torch.inf
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=tokens).logits for m in (plain, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

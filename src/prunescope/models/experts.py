@@ -22,7 +22,8 @@ from prunescope.models.finding import hooks
 __all__ = ["Experts", "count_fields", "find_experts", "remove_experts", "routed", "without"]
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # config fields
-_CHOICE_BIAS = "e_score_correction_bias"  # is added to the scores that choose, not to those that weigh (DeepSeek-V3)
+_CHOICE_BIASES = ("e_score_correction_bias", "expert_bias")  # added to the scores that choose, not to those that weigh
+_COUNTERS = ("num_experts", "num_local_experts", "n_routed_experts", "out_features")  # of modules
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Experts:
     module: nn.Module
     router_name: str
     router: nn.Module
+    inside: tuple[nn.Module, ...]  # all modules of the MLP
+    biases: tuple[tuple[str, nn.Module, str], ...]  # that only choose: name of the module, module, attribute
     count: int
     top_k: int
     groups: int  # experts stand in groups of equal size, of which the router chooses some first
@@ -59,17 +62,19 @@ class Experts:
         return left * self.groups
 
     @property
-    def parameters(self) -> list[str]:
-        """Names in the model of what has a row, or a slice, for every expert."""
-        return [f"{name}.{leaf}" for name, module in self._owners() for leaf in _per_expert(module, self.count)]
+    def shapes(self) -> dict[str, list[int]]:
+        """By its name in the model, what has a row, a slice or an entry for every expert."""
+        return {f"{name}.{leaf}": list(getattr(module, leaf).shape) for name, module, leaf, _ in self.tensors()}
 
-    def _owners(self) -> tuple[tuple[str, nn.Module], ...]:
-        return (self.name, self.module), (self.router_name, self.router)
-
-
-def _per_expert(module: nn.Module, count: int) -> list[str]:
-    tensors = {**module._parameters, **module._buffers}
-    return [name for name, value in tensors.items() if value is not None and value.dim() and value.shape[0] == count]
+    def tensors(self) -> Iterator[tuple[str, nn.Module, str, int]]:
+        """What has something for every expert: name of the module, module, attribute, and the dimension of the experts."""
+        for name, module in ((self.name, self.module), (self.router_name, self.router)):
+            held = {**module._parameters, **module._buffers}
+            for leaf, value in held.items():
+                if value is not None and value.dim() and value.shape[0] == self.count and leaf not in _CHOICE_BIASES:
+                    yield name, module, leaf, 0
+        for name, module, leaf in self.biases:
+            yield name, module, leaf, -1
 
 
 def find_experts(block: Block, prefix: str, top_k: int | None = None) -> Experts | None:
@@ -91,14 +96,21 @@ def find_experts(block: Block, prefix: str, top_k: int | None = None) -> Experts
         return None
     counts = {p.shape[0] for home in homes for p in home.parameters(recurse=False) if p.dim() == 3}
     count = counts.pop()
-    rows = {"weight": count}
     routers = [
         m
         for m in inside
         if m not in homes
-        and not isinstance(m, nn.Linear)
-        and all(name in m._parameters and m._parameters[name].shape[:1] == (n,) for name, n in rows.items())  # type: ignore[union-attr]
+        and isinstance(m._parameters.get("weight"), nn.Parameter)
+        and m.weight.dim() == 2  # type: ignore[operator]
+        and len(m.weight) == count  # type: ignore[arg-type]
     ]
+    routers = [m for m in routers if type(m) is not nn.Linear] or routers
+    biases = tuple(
+        (".".join(filter(None, (prefix, where[id(m)]))), m, leaf)
+        for m in inside
+        for leaf in _CHOICE_BIASES
+        if isinstance(bias := {**m._parameters, **m._buffers}.get(leaf), Tensor) and bias.shape[-1:] == (count,)
+    )
     name = ".".join(filter(None, (prefix, where[id(homes[0])])))
     if len(homes) > 1 or counts or len(routers) != 1 or count < 2:
         raise UserError(
@@ -111,10 +123,10 @@ def find_experts(block: Block, prefix: str, top_k: int | None = None) -> Experts
     groups = int(getattr(router, "num_group", None) or 1)
     if getattr(router, "topk_method", None) == "greedy":
         groups = 1
-    least = 2 if hasattr(router, _CHOICE_BIAS) else 1  # a group is as good as its two best
+    least = 2 if hasattr(router, "num_group") and biases else 1  # a group is as good as its two best
     some = int(getattr(router, "topk_group", None) or 1) if groups > 1 else 1
     router_name = ".".join(filter(None, (prefix, where[id(router)])))
-    return Experts(name, homes[0], router_name, router, count, chosen, groups, some, least)
+    return Experts(name, homes[0], router_name, router, tuple(inside), biases, count, chosen, groups, some, least)
 
 
 def count_fields(config: Any, count: int) -> list[str]:
@@ -125,19 +137,17 @@ def count_fields(config: Any, count: int) -> list[str]:
 
 def remove_experts(experts: Experts, kept: Tensor) -> None:
     """Keep only the experts ``kept`` (indices in ascending order) in the live weights: slices, biases, rows of the router."""
-    for _, module in experts._owners():
-        for leaf in _per_expert(module, experts.count):
-            if leaf in module._parameters:
-                value = module._parameters[leaf]
-                assert value is not None
-                new = value.detach().index_select(0, kept.to(value.device))
-                module._parameters[leaf] = nn.Parameter(new, requires_grad=False)
-            else:
-                buffer = module._buffers[leaf]
-                assert buffer is not None
-                module._buffers[leaf] = buffer.index_select(0, kept.to(buffer.device))
-        if hasattr(module, "num_experts"):
-            module.num_experts = len(kept)  # type: ignore[assignment]
+    for _, module, leaf, dimension in list(experts.tensors()):
+        value = getattr(module, leaf)
+        new = value.detach().index_select(dimension, kept.to(value.device))
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        else:
+            module._buffers[leaf] = new
+    for module in experts.inside:
+        for counter in _COUNTERS:
+            if module.__dict__.get(counter) == experts.count:
+                setattr(module, counter, len(kept))
 
 
 @contextmanager
@@ -166,7 +176,7 @@ def without(experts: Experts, removed: Sequence[int]) -> Iterator[None]:
     """Within the block the router cannot choose these experts: their logits are minus infinity. Nothing is removed."""
     router = experts.router
     forward = router.forward
-    bias = router._buffers.get(_CHOICE_BIAS)
+    held = [(module, leaf, getattr(module, leaf).detach().clone()) for _, module, leaf in experts.biases]
 
     def masked(*args: Any, **kwargs: Any) -> Any:
         with _Masked(experts.count, removed):
@@ -174,13 +184,13 @@ def without(experts: Experts, removed: Sequence[int]) -> Iterator[None]:
 
     try:
         router.forward = masked
-        if bias is not None:
-            router._buffers[_CHOICE_BIAS] = bias.index_fill(0, torch.tensor(removed, device=bias.device), -torch.inf)
+        for module, leaf, value in held:
+            getattr(module, leaf).data.index_fill_(-1, torch.tensor(removed, device=value.device), -torch.inf)
         yield
     finally:
         router.__dict__.pop("forward", None)
-        if bias is not None:
-            router._buffers[_CHOICE_BIAS] = bias
+        for module, leaf, value in held:
+            getattr(module, leaf).data.copy_(value)
 
 
 class _Masked(TorchFunctionMode):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def _shard_name(number: int, blocks: int) -> str:
 def write_block(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
     """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
     pruned = {row["name"] for row in found["rows"]}
-    changed = set(found.get("changed", ()))  # they lost experts
-    touched = changed | {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
+    changed: dict[str, list[int]] = found.get("changed", {})  # they lost experts
+    touched = {*changed} | {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
     tensors: dict[str, Tensor | Stored] = {}
     block, prefix = streamed.blocks[layer], streamed.names[layer]
     buffers = [(name, buffer) for name, buffer in block.named_buffers(prefix=prefix) if name in changed]
@@ -71,20 +71,10 @@ def write_block(streamed: StreamedModel, folder: Path, layer: int, found: dict[s
             kept = isinstance(parameter, nn.Parameter)
             tensors[key] = value.to(streamed.stored_dtype(name) if kept else DTYPES[source.dtype]) if new else source
     if changed:
-        found["gone"] = sorted(_of_experts(streamed, layer, changed, found["rows"]) - set(tensors))
+        whole = [streamed.on_disk(name, torch.empty(shape, device="meta")) for name, shape in changed.items()]
+        found["gone"] = sorted({key for keys in whole for key in keys} - set(tensors))
     write_json(report_of_block(folder, layer), found)
     write_shard(shard_of_block(folder, layer), dict(sorted(tensors.items())))
-
-
-def _of_experts(streamed: StreamedModel, layer: int, changed: Collection[str], rows: list[dict[str, Any]]) -> set[str]:
-    """What the source checkpoint stores of the weights and rows of all experts of a block."""
-    found: set[str] = set()
-    count = rows[0]["experts"]
-    tensors = {**dict(streamed.model.named_parameters()), **dict(streamed.model.named_buffers())}
-    for name in changed:
-        whole = torch.empty((count, *tensors[name].shape[1:]), device="meta")
-        found |= set(streamed.on_disk(name, whole))
-    return found
 
 
 def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from prunescope.errors import UserError, first_line
 from prunescope.models.blockwise import StreamedModel
-from prunescope.models.experts import Experts, find_experts, remove_experts, routed, without
+from prunescope.models.experts import Experts, remove_experts, routed, without
 from prunescope.progress import Advance, console
 from prunescope.prune.calibrate import Text
-from prunescope.prune.plan import PruningPlan
+from prunescope.prune.plan import PruningPlan, experts_of
 
 __all__ = ["cut_experts_again", "prune_experts", "saliencies"]
 
@@ -57,14 +57,14 @@ def prune_experts(
     """Take the experts with the lowest saliency out of the live block, as many of every group.
 
     Returns:
-        ``rows`` of the report (none where the block has no experts), the indices ``kept``, and the parameters ``changed``.
+        ``rows`` of the report (none where the block has no experts), the indices ``kept``, and by name the shapes that what is ``changed`` had.
     Raises:
         UserError: without them the block gives something else than with a router that cannot choose them.
     """
-    experts = find_experts(streamed.loaded.anatomy.blocks[layer], streamed.names[layer])
+    experts = experts_of(streamed, layer)
     if experts is None:
         advance(0 if text is None else len(text.tokens))
-        return {"rows": [], "kept": [], "changed": []}
+        return {"rows": [], "kept": [], "changed": {}}
     assert text is not None
     goal = next(iter(plan.goals.values()))
     advance.note(f"block {layer} experts")
@@ -77,7 +77,7 @@ def prune_experts(
     removed = sorted(set(range(experts.count)) - set(kept.tolist()))
     weights = sum(p.numel() for p in experts.module.parameters(recurse=False))
     width = streamed.loaded.anatomy.hidden_size
-    changed = experts.parameters
+    changed = experts.shapes
     with without(experts, removed):
         expected = text.first_output(layer)
     remove_experts(experts, kept)
@@ -127,6 +127,6 @@ def _check_removed(text: Text, layer: int, expected: Tensor) -> None:
 
 def cut_experts_again(streamed: StreamedModel, layer: int, kept: list[int]) -> None:
     """Take out of a live block what an earlier run took."""
-    experts = find_experts(streamed.loaded.anatomy.blocks[layer], streamed.names[layer])
+    experts = experts_of(streamed, layer)
     if experts is not None:
         remove_experts(experts, torch.tensor(kept))

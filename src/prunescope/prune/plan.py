@@ -12,7 +12,7 @@ import torch
 
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
-from prunescope.models.experts import count_fields, find_experts
+from prunescope.models.experts import Experts, count_fields, find_experts
 from prunescope.models.matrices import MLP_SIZES, Neurons, find_neurons
 from prunescope.prune.masks import Goal
 from prunescope.prune.refine import Refine
@@ -21,6 +21,7 @@ __all__ = [
     "RESHAPING",
     "Method",
     "PruningPlan",
+    "experts_of",
     "has_fused_experts",
     "make_plan",
     "removed_neurons",
@@ -167,6 +168,12 @@ def config_sizes(streamed: StreamedModel) -> dict[str, int]:
     return sizes
 
 
+def experts_of(streamed: StreamedModel, layer: int) -> Experts | None:
+    """The routed experts of block ``layer``, see `find_experts`."""
+    top_k = getattr(streamed.model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    return find_experts(streamed.loaded.anatomy.blocks[layer], streamed.names[layer], top_k)
+
+
 def expert_counts(streamed: StreamedModel, goal: Goal) -> dict[str, int]:
     """The fields of the config that hold the number of routed experts, with how many remain.
 
@@ -174,9 +181,7 @@ def expert_counts(streamed: StreamedModel, goal: Goal) -> dict[str, int]:
         UserError: no block has experts, blocks have different numbers of them, or see `find_experts` and `Experts.left`.
     """
     config = streamed.model.config.get_text_config(decoder=True)
-    top_k = getattr(config, "num_experts_per_tok", None)
-    blocks = enumerate(streamed.loaded.anatomy.blocks)
-    found = [experts for i, block in blocks if (experts := find_experts(block, streamed.names[i], top_k))]
+    found = [experts for layer in range(len(streamed.blocks)) if (experts := experts_of(streamed, layer))]
     name = type(streamed.model).__name__
     if not found:
         raise UserError(f"{name}: no block has routed experts; choose another --method")
