@@ -296,6 +296,21 @@ def test_continuations_of_the_dense_model_give_what_it_writes(place: Path, tmp_p
     assert same(wrote.table(), given.table())
 
 
+def test_a_model_on_disk_writes_what_it_writes_in_memory(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All prompts in one batch. Would catch a cache that is lost between two tokens, and a block that runs with another one's weights."""
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw20 w21\nw9 w8 w7 w4\n", "utf-8")
+    options: dict[str, Any] = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 5, "device": "cpu"}
+    for more in ({}, {"temperature": 1.0, "seed": 3}):
+        pair = (str(place / "llama0"), str(place / "llama1"))
+        held = prunescope.layerwise(*pair, stream=False, **options, **more)
+        assert "from disk" not in capfd.readouterr().err
+        streamed = prunescope.layerwise(*pair, stream=True, **options, **more)
+        assert "writes 3 continuations from disk, token by token: up to 5 times 0.0 GB" in capfd.readouterr().err
+        assert_same_run(held, streamed)
+
+
 KILLED = """
 import os, signal, sys
 from prunescope.cli import main
@@ -341,7 +356,6 @@ def test_killed_within_a_block_and_resumed_it_gives_the_same_bytes(place: Path, 
 DENSE = ("{place}/llama0", "--stream", "true", "--device", "cpu")
 GIVEN = ("--continuations", "{place}/continuations.jsonl")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "no texts": (("layerwise", *DENSE), "give its texts with --continuations FILE"),
     "prompts twice": (("layerwise", *DENSE, *GIVEN, "--prompts", "{place}/text.txt"), "leave --prompts out"),
     "quantised in memory": (("layerwise", DENSE[0], "quant:int8", *DENSE[1:], *GIVEN), "give a checkpoint that holds them as floats"),
     "recipe": (("layerwise", DENSE[0], "{place}/recipe", *DENSE[1:], *GIVEN), "--format zeroed or compact"),
@@ -349,7 +363,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "ladder": (("divergence", DENSE[0], "drop:attn=1", *DENSE[1:], "--text", "{place}/text.txt"), "--scale false"),
     "ladder of mcq": (("mcq", DENSE[0], "drop:attn=1", *DENSE[1:], "--ladder", "q8_0"), "leave --ladder out"),
     "free-running": (("generate", DENSE[0], "drop:attn=1", *GIVEN, "--regime", "free-running"), "leave --regime or --continuations out"),
-    "no texts of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:]), "give its texts with --continuations FILE"),
+    "no texts of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:]), "give texts with --continuations FILE"),
     "ladder of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:], *GIVEN, "--ladder", "q8_0"), "leave --ladder out"),
     "search": (("drop", *DENSE, "--select", "kl", "--n", "1"), "--select cosine"),
     "run of blocks": (("drop", *DENSE, "--target", "block", "--order", "consecutive", "--n", "1"), "--order discrete"),

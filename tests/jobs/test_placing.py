@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": "cat dog", "continuation": " and"}, {"prompt": "2 + 3 =", "continuation": " 5"}]
     (folder / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (folder / "text.txt").write_text("a cat and a dog and 12 birds\n" * 6, "utf-8")
+    (folder / "prompts.txt").write_text("cat\n", "utf-8")
     asked = {"question": "2 + 2", "choices": ["3", "4"], "answer": 1}
     (folder / "questions.jsonl").write_text(json.dumps(asked) + "\n", "utf-8")
     return folder
@@ -81,7 +82,7 @@ def test_what_does_not_fit_is_read_from_disk(
 @pytest.mark.parametrize(
     ("command", "more", "why"),
     [
-        ("layerwise", {"continuations": None, "prompts": "text.txt", "max_new_tokens": 1}, "give its texts with --continuations"),
+        ("generate", {"prompts": "prompts.txt", "max_new_tokens": 1}, "give texts with --continuations"),
         ("divergence", {"target": "quant:int8"}, "quantised in memory"),
         ("mcq", {"target": "recipe"}, "is a recipe"),
         ("drop", {"order": "consecutive", "target": "block"}, "use --order discrete"),
@@ -97,7 +98,7 @@ def test_what_does_not_fit_and_cannot_be_streamed_is_loaded_and_said(
     monkeypatch.setattr("prunescope.jobs.streaming.free_bytes", lambda device: 1)
     run = getattr(prunescope, command)
     options = {
-        "layerwise": {"dense": "model0", "target": "model1"},
+        "generate": {"dense": "model0", "target": "model1"},
         "mcq": {"dense": "model0", "questions": "questions.jsonl"},
         "divergence": {"dense": "model0", "text": "text.txt", "context": 16, "scale": False},
         "drop": {"model": "model0", "n": 1, "calibration": "text.txt", "samples": 2, "seq_len": 16, "cache": False},

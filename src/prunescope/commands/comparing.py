@@ -51,7 +51,7 @@ def layerwise(
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
         continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; left out, the dense model writes them
-        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations; auto: if they do not fit into free memory
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without continuations the dense model is read once a token; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)

@@ -18,18 +18,18 @@ from prunescope.jobs.options import LoadOptions, Model, OutputOptions, Stream
 from prunescope.jobs.pair import Pair
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import hooks
 from prunescope.models.fitting import free_bytes, unstreamable, weight_bytes
+from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.streaming import having_read
 from prunescope.models.variants import VariantSpec, read_variant
 from prunescope.progress import console, progress
 from prunescope.runs.parts import begin
 
-__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder"]
+__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder", "write_texts"]
 
 CPU = torch.device("cpu")
-UNWRITTEN = (
-    "a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
-)
+UNWRITTEN = "both models would be read anew for every token that they write; give texts with --continuations FILE"
 _ROOM = 16  # of the weights' bytes one in so many is kept for hidden states
 
 
@@ -151,6 +151,25 @@ class StreamedPair:
     def pair(self) -> Pair:
         """What is known of the two without their weights."""
         return Pair(self.dense.loaded, self.target.loaded if isinstance(self.target, StreamedModel) else self.target)
+
+
+def write_texts(
+    streamed: StreamedModel, prompts: Sequence[list[int]], steps: int, sampling: Sampling, *, stop: bool
+) -> list[list[int]]:
+    """What a model on disk writes after ``prompts``, at most ``steps`` tokens: all in one batch, every block read anew for each token.
+
+    What that costs is said first.
+    """
+    loaded = streamed.loaded
+    size = sum(p.numel() * p.element_size() for p in streamed.blocks.parameters())
+    console.print(
+        f"{loaded.ref} writes {len(prompts)} continuations from disk, token by token: up to {steps} times {size / 1e9:.1f} GB are read, about {steps * streamed.seconds:.0f} s at the rate at which it was opened; --continuations FILE gives it texts instead",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    loaded.decoding[str(loaded.dropped)] = "its weights stay on disk"
+    with streamed.running(mapped=True), hooks() as handles, progress(f"up to {steps} tokens", steps) as advance:
+        handles.append(streamed.blocks[-1].register_forward_hook(lambda *_: advance(1)))
+        return continue_texts(loaded, prompts, steps, batch_size=len(prompts), sampling=sampling, stop=stop)
 
 
 @contextmanager

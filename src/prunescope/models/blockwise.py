@@ -7,6 +7,7 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class StreamedModel:
     # by what is dropped: what the head reads of texts that were read
     read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     ahead: Ahead | None = field(default=None, repr=False)  # fetches the next block while one runs
+    seconds: float = 0.0  # that it took to read all of it once, when it was opened
 
     @property
     def model(self) -> Any:
@@ -119,14 +121,14 @@ class StreamedModel:
         return self.read[str(self.loaded.dropped)](ids)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The whole model can run: each block's weights come when it is entered and go when it is left."""
+    def running(self, *, mapped: bool = False) -> Iterator[None]:
+        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`."""
         with self.outside(), hooks() as handles, ExitStack() as all_blocks:
             for layer, block in enumerate(self.blocks):
                 held = all_blocks.enter_context(ExitStack())
 
                 def enter(*_: Any, layer: int = layer, held: ExitStack = held) -> None:
-                    held.enter_context(self.block(layer))
+                    held.enter_context(self.block(layer, mapped=mapped))
 
                 def leave(*_: Any, held: ExitStack = held) -> None:
                     held.close()
@@ -237,9 +239,11 @@ def stream_model(
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
     if prefetch:
         streamed.ahead = Ahead(weights, torch_device)
+    started = time.monotonic()
     with streamed.running(), _looking(streamed):
         streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
+    streamed.seconds = time.monotonic() - started
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     loaded.source = streamed
     return streamed
