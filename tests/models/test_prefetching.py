@@ -43,7 +43,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("mixtral", "float32"), ("llama", "bfloat16")])
 def test_blocks_that_were_fetched_ahead(family: str, dtype: str, tmp_path: Path, played: list[str]) -> None:
-    """Mixtral's experts are fused into files of bare numbers first. Would catch a piece at the wrong place, a buffer that is filled again too early, and
+    """Mixtral's experts are fused into files of their own first. Would catch a piece at the wrong place, a buffer that is filled again too early, and
     a block that gets another one's weights, also where blocks are taken out of order."""
     folder = str(tiny_folder(family, tmp_path / "model"))
     plain = stream_model(folder, tmp_path / "a", device="cpu", dtype=dtype)

@@ -26,6 +26,7 @@ from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.one_by_one import large_experts, one_at_a_time, slices
 from prunescope.models.plain import check_plain, merged, settings, snapshot, unpacked
 from prunescope.models.prefetching import Ahead
 from prunescope.models.record import config_drop_lists, layers_of, read_record
@@ -35,6 +36,7 @@ from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
 _PIECE = 2**22  # elements that are checked at a time
+_LARGE = 2**32  # bytes of a block's experts from which on they are read one at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -58,6 +60,7 @@ class StreamedModel:
     # by what is dropped: what the head reads of texts that were read
     read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     ahead: Ahead | None = field(default=None, repr=False)  # fetches the next block while one runs
+    large: int | None = None  # bytes of a block's experts from which on they are read one at a time
     seconds: float = 0.0  # that it took to read all of it once, when it was opened
 
     @property
@@ -78,14 +81,26 @@ class StreamedModel:
         source = self.weights if weights is None else weights
         ahead, prefix = self.ahead if weights is None else None, self.names[layer] + "."
         ready = {} if ahead is None else ahead.take(layer, self._names(layer))
+        experts = self._large(layer)
+        left = {id(p) for module in experts.values() for p in module.parameters(recurse=False)}
         # copies: what lies in a mapped file is aligned at random, and products round by that
-        with _filled(self.blocks[layer], prefix, source, self.device, copies=not mapped, ready=ready):
+        with ExitStack() as stack:
+            block = self.blocks[layer]
+            stack.enter_context(_filled(block, prefix, source, self.device, left, copies=not mapped, ready=ready))
+            for name, module in experts.items():
+                stack.enter_context(one_at_a_time(module, f"{prefix}{name}.", source, self.device))
             if ahead is not None and layer + 1 < len(self.blocks):
                 ahead.begin(layer + 1, self._names(layer + 1))
             yield
 
+    def _large(self, layer: int) -> dict[str, nn.Module]:
+        """Modules of a block whose experts are read one at a time, by their names in it."""
+        return {} if self.large is None else large_experts(self.blocks[layer], self.large)
+
     def _names(self, layer: int) -> list[str]:
-        return [name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer])]
+        left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
+        names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
+        return [name for name in names if not left or not name.startswith(left)]
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
@@ -195,7 +210,7 @@ def stream_model(
         dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
         experts: how transformers runs fused experts: one by one, so that each one's input is seen, or None for its own choice, as `load_model`.
-        prefetch: fetch the next block while one runs; a GPU then holds two.
+        prefetch: fetch the next block while one runs (a GPU then holds two), and experts of 4 GB a block or more one at a time.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -238,7 +253,7 @@ def stream_model(
     loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
     if prefetch:
-        streamed.ahead = Ahead(weights, torch_device)
+        streamed.ahead, streamed.large = Ahead(weights, torch_device), _LARGE
     started = time.monotonic()
     with streamed.running(), _looking(streamed):
         streamed.probe_ids = probe_ids(model)
@@ -262,7 +277,9 @@ def _looking(streamed: StreamedModel) -> Iterator[None]:
                 streams[layer] = first_tensor(args, kwargs).clone()
                 for name, parameter in module.named_parameters():
                     if parameter.dim() >= 2:
-                        zeros = int(parameter.numel() - parameter.count_nonzero())
+                        whole = f"{streamed.names[layer]}.{name}"
+                        pieces = slices(streamed.weights, whole, parameter) if parameter.is_meta else [parameter]
+                        zeros = sum(int(piece.numel() - piece.count_nonzero()) for piece in pieces)
                         streamed.loaded.zeros[id(meta[f"{streamed.names[layer]}.{name}"])] = zeros
 
             def out(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:

@@ -107,11 +107,7 @@ class Ahead:
         if not isinstance(entry, Mapping):
             return None
         file = entry.get("safetensors_file")
-        if file is None:  # converted: the bare numbers
-            path = Path(str(getattr(self.weights, "save_folder", ""))) / f"{name}.dat"
-            dtype, shape = getattr(torch, str(entry.get("dtype")), None), entry.get("shape")
-            if isinstance(dtype, torch.dtype) and dtype in DTYPES.values() and shape and path.is_file():
-                return _Place(path, 0, dtype, tuple(shape))
+        if file is None:
             return None
         if file not in self._headers:
             try:
