@@ -388,5 +388,8 @@ def _write(file: Any, tensor: Tensor) -> None:
 def _emptied(cache: Cache) -> Cache:
     """A cache as the model makes it: layers of the same kinds, which have seen nothing."""
     fresh = copy.deepcopy(cache)
+    for layer in fresh.layers:  # before 5.23 `reset` leaves zeros where keys were, and on the device of `_fill`
+        layer.keys = layer.values = None
+        layer.is_initialized = False
     fresh.reset()
     return fresh
