@@ -9,7 +9,7 @@ import torch
 
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
-from prunescope.prune.plan import PruningPlan, removed_neurons, smaller_config
+from prunescope.prune.plan import RESHAPING, PruningPlan, removed_neurons, smaller_config
 from prunescope.prune.refine import GRADUAL_STEPS, SCANS, STEPS
 
 __all__ = ["estimate"]
@@ -23,7 +23,7 @@ def estimate(
     Time counts floating-point operations: two passes of the text, the Gram matrices, and SparseGPT's factorisation and updates, at the
     rate of a matrix product measured now. Memory is that of the largest block on top of the process itself.
     """
-    if plan.method == "structured":
+    if plan.method in RESHAPING:
         smaller_config(streamed, plan)  # complains where the run would
     rows: list[dict[str, Any]] = []
     operations, memory = 0.0, 0
@@ -41,6 +41,8 @@ def estimate(
             gone = (
                 goal.count(outputs * inputs) if plan.method != "wanda" or plan.variant else goal.count(inputs) * outputs
             )
+            if plan.method == "experts":
+                gone = int(outputs * inputs * goal.sparsity)
             if removed:
                 gone = outputs * removed[matrix.name]
             rows.append(
