@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from prunescope.models.generating import Sampling, choose, continue_texts, decod
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_rows"]
 
@@ -273,6 +275,7 @@ def generation_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     key: str = "",
+    workers: Workers | None = None,
 ) -> GenerationRows:
     """Compare two models at every step while they write.
 
@@ -287,6 +290,7 @@ def generation_rows(
         temperature: metric temperature T, apart from the sampling temperature.
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from (`generation_key`).
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared, or parts of another run.
         FloatingPointError: a NaN or infinite logit.
@@ -295,6 +299,25 @@ def generation_rows(
     check_memory(memory, dense, target)
     settings = _Settings(max_new_tokens, sampling, stop, regime, temperature, memory)
     begin(parts, key)
+    make = partial(_batches, prompts=prompts, settings=settings)
+    with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
+        tables = computed(
+            parts, len(prompts), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
+        )  # fmt: skip
+    notes = [notes_of(table) for table in tables]
+    ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return GenerationRows(
+        mark_under_floor(table, notes[0]["floor"]["floor"]),
+        [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],
+        None if regime == TEACHER else [Transcript(list(p), t) for p, t in zip(prompts, theirs, strict=True)],
+        notes[0]["floor"],
+        notes[0].get("decoding", {}),
+    )
+
+
+def _batches(dense: LoadedModel, target: Changed, *, prompts: Sequence[list[int]], settings: _Settings) -> Compute:
+    """Numbers of prompts -> their table, with the texts, and the noise floor of the first batch, in its notes."""
 
     def rows(numbers: Sequence[int]) -> pa.Table:
         batch = _Batch(dense, target, [prompts[i] for i in numbers], numbers[0], settings)
@@ -306,18 +329,7 @@ def generation_rows(
             notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
         return with_notes(batch.table(), notes)
 
-    with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
-        tables = computed(parts, len(prompts), batch_size, rows, lambda numbers: advance(len(numbers)))
-    notes = [notes_of(table) for table in tables]
-    ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    return GenerationRows(
-        mark_under_floor(table, notes[0]["floor"]["floor"]),
-        [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],
-        None if regime == TEACHER else [Transcript(list(p), t) for p, t in zip(prompts, theirs, strict=True)],
-        notes[0]["floor"],
-        notes[0].get("decoding", {}),
-    )
+    return rows
 
 
 def _noise_floor(batch: _Batch) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,14 +38,16 @@ from prunescope.compare.context import (
 )
 from prunescope.compare.head import Head, on_tensor_cores
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS
+from prunescope.compare.writing import written_texts
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
     "DenseRows",
@@ -302,6 +305,7 @@ def layerwise_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     texts: list[list[int]] | None = None,
+    workers: Workers | None = None,
 ) -> LayerwiseRows:
     """Compare every sublayer at every step in the same context.
 
@@ -315,6 +319,7 @@ def layerwise_rows(
         memory: bytes for the metrics, see `compare`.
         parts: folder for finished batches; those that are there already, from the same settings, are not computed again.
         texts: continuations of the prompts, token ids; None where the dense model is to write them.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared.
         FloatingPointError: a NaN or infinite logit.
@@ -326,23 +331,26 @@ def layerwise_rows(
     key = layerwise_key(dense, target, prompts, texts, *settings)
     found = resume_state(parts, key) or texts
     if found is None:
-        with progress(
-            f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
-        ) as advance:
-            found = continue_texts(
-                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, stop=stop, advance=advance
-            )
+        found = written_texts(dense, prompts, max_new_tokens, sampling, stop, batch_size, workers)
     save_state(parts, key, found)
     sequences = [Transcript(list(p), t) for p, t in zip(prompts, found, strict=True)]
-
-    def rows(batch: Sequence[int]) -> pa.Table:
-        return batch_rows(dense, target, [sequences[i] for i in batch], head, temperature, memory, batch[0])
-
+    make = partial(_batches, sequences=sequences, lens=lens, temperature=temperature, memory=memory)
     steps = [len(s.continuation) for s in sequences]
     with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {sum(steps)} steps", sum(steps)) as advance:
-        tables = computed(parts, len(sequences), batch_size, rows, lambda batch: advance(sum(steps[i] for i in batch)))
+        tables = computed(
+            parts, len(sequences), batch_size, make(dense, target), lambda batch: advance(sum(steps[i] for i in batch)),
+            sharing(workers, make),
+        )  # fmt: skip
     floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+
+
+def _batches(
+    dense: LoadedModel, target: TargetModel, *, sequences: Sequence[Transcript], lens: Lens, temperature: float, memory: int
+) -> Compute:  # fmt: skip
+    """Numbers of texts -> their table."""
+    head = lens_head(dense, lens)
+    return lambda batch: batch_rows(dense, target, [sequences[i] for i in batch], head, temperature, memory, batch[0])
 
 
 # --- noise floor -------------------------------------------------------------------------------------------------------

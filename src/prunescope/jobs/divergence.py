@@ -11,7 +11,8 @@ from prunescope.compare.divergence import divergence_key, divergence_passes, div
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, listed
+from prunescope.jobs.pair import load_pair
 from prunescope.jobs.streaming import Sides, sides
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
@@ -41,11 +42,14 @@ class DivergenceOptions(Options):
     memory_mb: int
     cache: bool
     stream: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
     def check(self) -> None:
         super().check()
+        if self.stream:
+            self.spread.refuse("--stream", "one process reads the blocks")
         if self.stream and self.scale:
             raise UserError("--stream: the ladder quantises the dense model in memory; leave it out with --scale false")
         for name in self.rungs:
@@ -91,9 +95,13 @@ def _measured(
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
     passes = divergence_passes(slices, options.batch_size)
     options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = divergence_rows(
-            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
+            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key,
+            workers=workers,
         )  # fmt: skip
         ladder = []
         if options.rungs:

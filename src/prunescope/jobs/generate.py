@@ -14,8 +14,8 @@ from prunescope.compare.generation import TEACHER, GenerationRows, Regime, gener
 from prunescope.compare.summary import generation_summary
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.models.generating import Sampling, end_tokens
 from prunescope.report.terminal.comparing import show_generation
 from prunescope.results import GenerateResult
@@ -45,6 +45,7 @@ class GenerateOptions(Options):
     memory_mb: int
     ladder: str | None
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -71,10 +72,15 @@ def run(options: GenerateOptions) -> GenerateResult:
         options.output.say_complete()
         return GenerateResult.of_run(done)
     options.output.require_space(2 * len(encoded) * steps * 2 * 60 * 8 + 2**24)
-    with options.output.staged() as staging, pair.blaming():
+    with (
+        options.output.staged() as staging,
+        pair.blaming(),
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = generation_rows(
             pair.dense, pair.pruned, encoded, max_new_tokens=steps, sampling=sampling, stop=stop, regime=options.regime,
             batch_size=options.batch_size, temperature=options.metric_temperature, memory=options.memory_mb * 2**20, parts=staging, key=key,
+            workers=workers,
         )  # fmt: skip
         ours = [text.continuation for text in found.dense]
         theirs = None if found.target is None else [text.continuation for text in found.target]

@@ -18,8 +18,8 @@ from prunescope.data.continuations import Continued, encode_continued, read_cont
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.jobs.streaming import StreamedPair, stream_folder
 from prunescope.models.generating import Sampling
 from prunescope.report.terminal.comparing import show_layerwise
@@ -50,6 +50,7 @@ class LayerwiseOptions(Options):
     seed: int
     batch_size: int
     memory_mb: int
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -57,6 +58,8 @@ class LayerwiseOptions(Options):
         super().check()
         if self.continuations is not None and self.prompts is not None:
             raise UserError("--continuations holds the prompts too; leave --prompts out")
+        if self.stream:
+            self.spread.refuse("--stream", "one process reads the blocks")
         if self.stream and self.continuations is None:
             raise UserError(
                 "--stream: a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
@@ -103,11 +106,15 @@ def _loaded(
     if done := options.output.complete(layerwise_key(pair.dense, pair.target, encoded, texts, *settings)):
         return LayerwiseResult.of_run(done), True
     options.output.require_space(_table_bytes(options, len(encoded), len(pair.dense.anatomy)))
-    with options.output.staged() as staging, pair.blaming():
+    with (
+        options.output.staged() as staging,
+        pair.blaming(),
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = layerwise_rows(
             pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=settings[1], stop=not options.ignore_eos,
             batch_size=options.batch_size, lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
-            parts=staging, texts=texts,
+            parts=staging, texts=texts, workers=workers,
         )  # fmt: skip
         return _finished(options, pair, pair.dense.device, prompts, found, staging, started), False
 

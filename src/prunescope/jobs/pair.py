@@ -13,7 +13,7 @@ from prunescope.jobs.options import LoadOptions, Model
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant, VariantSpec, read_variant
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "load_pair"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,11 @@ class Pair:
             raise UserError(
                 f"{self.dense.ref}{against}: {error}; the activations of one of them overflow in {self.dense.dtype}, try --dtype float32"
             ) from error
+
+
+def load_pair(
+    dense: Model, target: Model | None, options: LoadOptions, *, headless: bool = False
+) -> tuple[LoadedModel, TargetModel]:
+    """Both sides for a worker, which the first process has checked."""
+    pair = Pair.load(dense, target, options, headless=headless)
+    return pair.dense, pair.target
