@@ -180,10 +180,12 @@ def _mistaken(*_: Any) -> Any:
 
 
 @pytest.mark.workers
-def test_an_item_that_kills_every_worker_ends_the_run(place: Path, warm: Workers, slow_here: list[Any]) -> None:
-    share = warm.sharing(_fatal)
+def test_an_item_that_kills_every_worker_ends_the_run() -> None:
+    """Would catch a run that starts workers for ever."""
+    workers = Workers(1, lambda _: module._Process(tuple, 1, None), helps=False)
     with pytest.raises(prunescope.UserError, match="died 3 times at the same items"):
-        share(["a", "b"], lambda item: time.sleep(5), lambda *_: None)
+        workers.sharing(_fatal)(["a", "b"], str, lambda *_: None)
+    workers.stop()
 
 
 def _fatal(*_: Any) -> Any:

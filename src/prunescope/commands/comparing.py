@@ -68,7 +68,7 @@ def layerwise(
         workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -144,7 +144,7 @@ def generate(
         workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -217,7 +217,7 @@ def mcq(
         workers: processes that share the questions, each with both models and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the questions instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -285,7 +285,7 @@ def divergence(
         workers: processes that share the chunks, each with both models and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the chunks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -357,7 +357,7 @@ def retrieve(
         workers: processes that share the passages, each with both models and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the passages instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model

@@ -33,7 +33,7 @@ def load(
     Args:
         model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         drop: sublayers to drop, for example attn=0,5;mlp=7
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id

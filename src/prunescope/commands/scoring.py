@@ -59,7 +59,7 @@ def evaluate(
         workers: processes that share the tasks, each with a model and a GPU of its own, or its share of the CPU's threads
         ray_address: of a running Ray cluster, whose workers share the tasks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
@@ -151,7 +151,7 @@ def sweep(
         ray_address: of a running Ray cluster, whose workers share the points instead; auto finds one, local starts one here
         seed: of tasks, calibration and bootstrap
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -208,7 +208,7 @@ def speed(
         seed: of the random prompts
         engine: what runs them; llama.cpp writes one text at a time (no --batch-size), models exported and timed in turn
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model

@@ -9,7 +9,6 @@ key and value projections.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +43,7 @@ from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import plain_copy
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
@@ -81,7 +81,7 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
-        copy.deepcopy(anatomy.final_norm).to(at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
+        plain_copy(anatomy.final_norm, dense.device, at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[arg-type]
     )
 
 

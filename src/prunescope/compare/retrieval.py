@@ -166,7 +166,7 @@ def retrieval_rows(
         early: dict[int, Any] = {}  # of the workers' chunks, those whose turn has not come
 
         def take(chosen: np.ndarray, vectors: Any) -> None:
-            found = [torch.from_numpy(one).to(dense.device) for one in vectors]
+            found = [torch.from_numpy(np.require(one, requirements="W")).to(dense.device) for one in vectors]
             scores = [(unit @ _unit(one).T).cpu().numpy() for unit, one in zip(units, found, strict=True)]
             for row, name in enumerate(
                 names

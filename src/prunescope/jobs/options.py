@@ -131,6 +131,7 @@ class SpreadOptions(Group):
         if not self.spread:
             yield None
             return
+        from prunescope.models.placing import refuse_sharded
         from prunescope.runs import workers
 
         for model in models:
@@ -138,6 +139,7 @@ class SpreadOptions(Group):
                 raise UserError(
                     f"{model}: every worker loads its own; give the model's folder or name, or leave --workers out"
                 )
+        refuse_sharded(dense.ref, dense.model, "--workers", "each takes one GPU: leave --workers out")
         own = replace(loading, device="cuda") if loading.device.startswith("cuda") else loading  # a worker sees one GPU
         loads = partial(load, *models, own, **how)
         if self.ray_address is None:

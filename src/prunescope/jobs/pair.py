@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunescope.compare.context import Changed, TargetModel, check_comparable, check_pair, switched
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model
@@ -46,6 +48,8 @@ class Pair:
         else:
             other = options.load_other(target, headless=headless)
         (check_comparable if blocks else check_pair)(base, other)  # type: ignore[arg-type]
+        if base.device.type == "cuda":
+            torch.cuda.set_device(base.device)  # kernels run where the dense head is
         return cls(base, other)
 
     @property

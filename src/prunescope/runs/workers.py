@@ -172,7 +172,12 @@ class _Here:
     lost: tuple[type[BaseException], ...] = ()
 
     def __init__(self, compute: Compute) -> None:
-        self._compute, self._thread = compute, ThreadPoolExecutor(1)
+        import torch
+
+        self._compute = compute
+        on_gpu = torch.cuda.is_initialized()  # the current device is a thread's own
+        device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if on_gpu else (None, ())
+        self._thread = ThreadPoolExecutor(1, "prunescope", *device)
 
     def prepare(self, make: Make) -> Future[None]:
         return self._thread.submit(lambda: None)
