@@ -154,6 +154,7 @@ def sparsify(
     seed: int = 0,
     perplexity: str | None = None,
     perplexity_windows: int | None = None,
+    shares: int | None = None,
     memory_mb: int = 4096,
     dtype: DType = "auto",
     device: str = "auto",
@@ -190,6 +191,7 @@ def sparsify(
         seed: of the calibration's choice
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
         perplexity_windows: take only so many windows of it
+        shares: pieces of the calibration text whose sums are added pair by pair, by default one for each process of torchrun; the result depends on them, and not on the processes
         memory_mb: memory for hidden states, in MB; more are kept on disk
         dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
@@ -212,7 +214,7 @@ def sparsify(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
-            perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
+            perplexity_windows=perplexity_windows, shares=shares, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -28,7 +28,7 @@ DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 Model: TypeAlias = "str | LoadedModel"  # a reference, see `load_model`, or a model that is loaded already
 _LEAST = {  # of whole numbers, in whatever command they are options
     **dict.fromkeys(("batch_size", "memory_mb", "limit", "samples", "max_length", "depth"), 1),
-    **dict.fromkeys(("length", "repeats", "block_size", "perplexity_windows"), 1),
+    **dict.fromkeys(("length", "repeats", "block_size", "perplexity_windows", "shares"), 1),
     "shots": 0,
     "generations": 0,
 }
