@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -231,3 +233,12 @@ def test_what_a_killed_ray_worker_was_at_is_done_again(
 
     monkeypatch.setattr(module._Actor, "compute", compute)
     assert rows_of("layerwise", place, workers=2, ray_address="auto") == alone and killed
+
+
+@pytest.mark.workers
+def test_the_benchmark_shares_a_sweep_and_a_sparsegpt_block() -> None:
+    """Its other parts run at a toy size with those of all benchmarks."""
+    script = Path(__file__).parents[2] / "benchmarks" / "parallel_gpu.py"
+    toy = "--shape tiny --device cpu --parts sweep,sparsegpt --prompts 8 --items 2 --samples 4 --length 16"
+    done = subprocess.run([sys.executable, script, *toy.split()], capture_output=True, text=True, timeout=400)
+    assert done.stdout.count("the same bits: True") == 2, done.stderr

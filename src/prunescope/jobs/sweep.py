@@ -257,7 +257,7 @@ def _load_dense(model: Model, loading: LoadOptions) -> tuple[LoadedModel]:
     return (loading.load(model),)
 
 
-def _measuring(dense: LoadedModel, *, plan: SweepPlan) -> Compute:
+def _measuring(dense: LoadedModel, *_: Any, plan: SweepPlan) -> Compute:
     """A point -> what it gives, for a worker."""
     return Bench(dense, plan).measure
 
