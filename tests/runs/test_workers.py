@@ -24,7 +24,7 @@ from prunescope.jobs.pair import load_pair
 from prunescope.runs import workers as module
 from prunescope.runs.workers import Workers, processes
 
-COMMANDS = ("layerwise", "generate", "mcq", "divergence", "retrieve", "evaluate", "sweep")
+COMMANDS = ("layerwise", "generate", "mcq", "divergence", "retrieve", "evaluate", "sweep", "drop")
 PAIRS = ("layerwise", "generate", "mcq", "divergence", "retrieve")  # whose workers load a dense model and a target
 
 
@@ -58,6 +58,16 @@ def rows_of(command: str, place: Path, **how: Any) -> str:
         "retrieve": pair | {"corpus": str(place / "beir"), "depth": 3, "recall_at": "1"},
         "evaluate": {"models": [dense, drop], **quick},
         "sweep": {"model": dense, "target": "attn", "n": "1,2", "samples": 2, "seq_len": 8, **writing, **quick},
+        "drop": {
+            "model": dense,
+            "n": 3,
+            "select": "search",
+            "generations": 2,
+            "samples": 3,
+            "seq_len": 8,
+            "cache": False,
+            **one,
+        },
     }[command]
     found = getattr(prunescope, command)(**options, **how)
     return str([{name: value for name, value in row.items() if name != "seconds"} for row in found.table().to_pylist()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DropResult, HealResult, SparsifyResult
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def drop(
     dequantise: bool = False,
     cache: bool = True,
     stream: bool = False,
+    workers: int = 1,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -115,6 +117,8 @@ def drop(
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
         stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
+        workers: processes that share the candidates of kl, search and task:NAME, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the candidates instead; auto finds one, local starts one here
         overwrite: replace an existing checkpoint folder
 
     Raises:
@@ -125,7 +129,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream, spread=SpreadOptions(workers, ray_address),
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

@@ -15,7 +15,7 @@ from prunescope.jobs.options import LoadOptions, Model
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant, VariantSpec, read_variant
 
-__all__ = ["Pair", "load_pair"]
+__all__ = ["Pair", "load_dense", "load_pair"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,8 @@ def load_pair(
     """Both sides for a worker, which the first process has checked."""
     pair = Pair.load(dense, target, options, headless=headless)
     return pair.dense, pair.target
+
+
+def load_dense(dense: Model, options: LoadOptions) -> tuple[LoadedModel]:
+    """One model for a worker."""
+    return (options.load(dense),)

@@ -23,6 +23,7 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, listed
+from prunescope.jobs.pair import load_dense
 from prunescope.models import ggml
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
@@ -243,7 +244,7 @@ def _measure(
         )
 
     if options.spread.spread and todo:
-        with options.spread.started(_load_dense, [options.model], options.loading, bench.loaded) as workers:
+        with options.spread.started(load_dense, [options.model], options.loading, bench.loaded) as workers:
             share = sharing(workers, partial(_measuring, plan=plan))
             share(todo, bench.measure, lambda place, found: say(todo[place], found))
         return
@@ -251,10 +252,6 @@ def _measure(
         elapsed = time.monotonic() - started
         rest = f", about {_duration(elapsed / number * (len(todo) - number))} left for all" if number else ""
         say(point, bench.measure(point, f"{point.title} ({first + number + 1} of {total}{rest})"))
-
-
-def _load_dense(model: Model, loading: LoadOptions) -> tuple[LoadedModel]:
-    return (loading.load(model),)
 
 
 def _measuring(dense: LoadedModel, *_: Any, plan: SweepPlan) -> Compute:

@@ -77,7 +77,7 @@ class Workers:
     """Started when there is something to do, kept until the ``with`` block of `processes` or `ray_actors` ends."""
 
     def __init__(self, count: int, start: Callable[[int], _Hand], helps: bool) -> None:
-        self._count, self._start, self._helps = count, start, helps
+        self.count, self._start, self._helps = count, start, helps
         self._hands: dict[int, _Hand] = {}
 
     def sharing(self, make: Make) -> Share:
@@ -94,7 +94,7 @@ class Workers:
     def hands(self, items: int, here: Compute) -> dict[int, _Hand]:
         """Those that share so many items, by number; 0 is this process, where it takes part."""
         first = int(self._helps)
-        numbers = range(first, min(self._count, items))
+        numbers = range(first, min(self.count, items))
         for number in numbers:
             if number not in self._hands:
                 self._hands[number] = self._start(number)
