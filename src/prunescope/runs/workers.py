@@ -79,6 +79,7 @@ class Workers:
     def __init__(self, count: int, start: Callable[[int], _Hand], helps: bool) -> None:
         self.count, self._start, self._helps = count, start, helps
         self._hands: dict[int, _Hand] = {}
+        self.made: dict[int, Make] = {}  # what each worker is prepared for
 
     def sharing(self, make: Make) -> Share:
         """``make`` goes to every worker as it is, so it must be a function of a module, or a `functools.partial` of one."""
@@ -103,6 +104,7 @@ class Workers:
 
     def replace(self, number: int) -> _Hand:
         """Another worker in the place of one that died."""
+        self.made.pop(number, None)
         self._hands.pop(number).stop()
         self._hands[number] = self._start(number)
         return self._hands[number]
@@ -130,7 +132,10 @@ class _Round:
         hands = self.workers.hands(len(self.items), self.here)
         try:
             for number, hand in hands.items():
-                self.running[hand.prepare(self.make)] = (number, hand, None)
+                if self.workers.made.get(number) is self.make:
+                    self._give(number, hand)
+                else:
+                    self.running[hand.prepare(self.make)] = (number, hand, None)
             while self.left:  # a worker that still loads when all is done is not waited for
                 for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                     self._take(future)
@@ -146,9 +151,15 @@ class _Round:
             return
         if error is not None:
             raise getattr(error, "cause", None) or error  # Ray puts the worker's own exception into ``cause``
-        if place is not None:
+        if place is None:
+            if not isinstance(hand, _Here):
+                self.workers.made[number] = self.make
+        else:
             self.done(place, future.result())
             self.left -= 1
+        self._give(number, hand)
+
+    def _give(self, number: int, hand: _Hand) -> None:
         if self.waiting:
             at = self.waiting.popleft()
             self.running[hand.compute(self.items[at])] = (number, hand, at)
