@@ -108,7 +108,7 @@ def slow_here(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """This process leaves time for the other one; gives the items that it has computed."""
     mine: list[Any] = []
 
-    def compute(self: Any, item: Any) -> Any:
+    def compute(self: Any, item: Any, following: Any) -> Any:
         def slowly() -> Any:
             mine.append(item)
             time.sleep(0.3)
@@ -140,18 +140,18 @@ def test_what_a_killed_worker_was_at_is_done_again(
     alone, first = rows_of("mcq", place), pid_of(loaded(warm))
     plainly, given = module._Process.compute, []
 
-    def stopped(self: Any, item: Any) -> Any:
+    def stopped(self: Any, item: Any, following: Any) -> Any:
         given.append(item)
         if len(given) == 1:
             os.kill(first, signal.SIGSTOP)
-        return plainly(self, item)
+        return plainly(self, item, following)
 
     here = module._Here.compute
 
-    def killing(self: Any, item: Any) -> Any:
+    def killing(self: Any, item: Any, following: Any) -> Any:
         if len(slow_here) == 1:
             os.kill(first, signal.SIGKILL)
-        return here(self, item)
+        return here(self, item, following)
 
     monkeypatch.setattr(module._Here, "compute", killing)
     monkeypatch.setattr(module._Process, "compute", stopped)
@@ -239,14 +239,14 @@ def test_what_a_killed_ray_worker_was_at_is_done_again(
     alone, killed = rows_of("layerwise", place), []
     plainly = module._Actor.compute
 
-    def compute(self: Any, item: Any) -> Any:
+    def compute(self: Any, item: Any, following: Any) -> Any:
         if not killed:
             killed.append(session.get(self._actor.__ray_call__.remote(lambda worker: os.getpid())))
             os.kill(killed[0], signal.SIGSTOP)
-            future = plainly(self, item)
+            future = plainly(self, item, following)
             os.kill(killed[0], signal.SIGKILL)
             return future
-        return plainly(self, item)
+        return plainly(self, item, following)
 
     monkeypatch.setattr(module._Actor, "compute", compute)
     assert rows_of("layerwise", place, workers=2, ray_address="auto") == alone and killed

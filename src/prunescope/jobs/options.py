@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from prunescope.models.loaded import LoadedModel
     from prunescope.runs.workers import Workers
 
-__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "SpreadOptions", "listed"]
+__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "SpreadOptions", "Stream", "listed"]
 
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Stream: TypeAlias = bool | Literal["auto"]  # whether models stay on disk; auto: where they do not fit into the memory
 Model: TypeAlias = "str | LoadedModel"  # a reference, see `load_model`, or a model that is loaded already
 _LEAST = {  # of whole numbers, in whatever command they are options
     **dict.fromkeys(("batch_size", "memory_mb", "limit", "samples", "max_length", "depth"), 1),
@@ -105,6 +106,13 @@ class SpreadOptions(Group):
             from prunescope.runs.workers import require_ray
 
             require_ray()
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why models cannot stay on disk."""
+        return (
+            "one process reads the blocks; leave out --stream, or --workers and --ray-address" if self.spread else None
+        )
 
     def refuse(self, option: str, why: str) -> None:
         """Raises UserError if anything is shared, with ``option`` that does not go with it."""

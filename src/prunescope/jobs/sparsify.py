@@ -21,7 +21,7 @@ from prunescope.cache import cache_folder
 from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled, perplexity_tokens
 from prunescope.errors import UserError, first_line
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.sparsify_record import sparsify_record
+from prunescope.jobs.sparsify_record import WHOLE, sparsify_record
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
@@ -32,7 +32,7 @@ from prunescope.prune.checkpoint import reports
 from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
 from prunescope.prune.owl import owl_sparsities
-from prunescope.prune.plan import Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.plan import RESHAPING, Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
 from prunescope.prune.refine import Refine
 from prunescope.prune.team import Team, joined
 from prunescope.report.terminal.pruning import show_plan, show_sparsified
@@ -248,18 +248,20 @@ def _together(
 def _check_together(options: SparsifyOptions, goal: Goal) -> None:
     """Options that do not go together. Raises UserError."""
     method, owl = options.method, options.allocation == "owl"
-    if method == "structured" and options.shares not in (None, 1):
-        raise UserError("structured removes whole neurons in one process; leave torchrun and --shares out")
+    if method in RESHAPING and options.shares not in (None, 1):
+        raise UserError(f"{method} removes whole {WHOLE[method]} in one process; leave torchrun and --shares out")
     if options.variant and method != "wanda":
         raise UserError(f"--variant is one of wanda, not of {method}; leave it out")
     if options.variant and goal.of:
         raise UserError(f"--variant moves weights between rows; it does not go with --pattern {goal}")
-    if method == "structured" and (goal.of or options.sparsity_map or owl):
-        raise UserError(
-            "structured removes the same share of whole neurons in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
-        )
-    if options.refine and method == "structured":
-        raise UserError("--refine changes which weights are zero; structured removes whole neurons, so leave it out")
+    if method in RESHAPING:
+        whole = f"{method} removes whole {WHOLE[method]}"
+        if goal.of or options.sparsity_map or owl:
+            raise UserError(
+                f"{whole}, the same share in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
+            )
+        if options.refine:
+            raise UserError(f"--refine changes which weights are zero; {whole}, so leave it out")
     if options.refine and options.calibration == "none":
         raise UserError("--refine lowers the error on a text; give one with --calibration")
     if owl and goal.of:

@@ -8,10 +8,12 @@ from typing import Any
 from prunescope.data.calibration import Calibration
 from prunescope.models.blockwise import StreamedModel
 from prunescope.prune.blocks import Pruned
-from prunescope.prune.plan import PruningPlan
+from prunescope.prune.plan import RESHAPING, PruningPlan
 from prunescope.runs.provenance import device_name, versions
 
-__all__ = ["sparsify_record"]
+__all__ = ["WHOLE", "sparsify_record"]
+
+WHOLE = {"structured": "neurons", "experts": "experts"}  # what these methods remove
 
 
 def sparsify_record(
@@ -56,7 +58,7 @@ def sparsify_record(
 
 
 def _overall(plan: PruningPlan, rows: list[dict[str, Any]]) -> float:
-    """Share of zero weights in the pruned matrices; of neurons removed for `structured`."""
-    if plan.method == "structured":
-        return float(sum(row["removed"] for row in rows) / sum(row["neurons"] for row in rows))
+    """Share of zero weights in the pruned matrices, of neurons or experts that were removed."""
+    if plan.method in RESHAPING:
+        return float(sum(row["removed"] for row in rows) / sum(row[WHOLE[plan.method]] for row in rows))
     return float(sum(row["zeros"] for row in rows) / sum(row["outputs"] * row["inputs"] for row in rows))

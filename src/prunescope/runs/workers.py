@@ -35,7 +35,14 @@ _STORE = 200 * 2**20  # bytes of Ray's object store on a cluster of our own; wha
 def alone(items: Sequence[Any], here: Compute, done: Callable[[int, Any], None]) -> None:
     """Every item in this process, one after the other; ``done`` is told its place in ``items`` and what it gave."""
     for place, item in enumerate(items):
+        expect(here, items[place + 1] if place + 1 < len(items) else None)
         done(place, here(item))
+
+
+def expect(compute: Compute, following: Any) -> None:
+    """Tell what has a method ``expect`` which item it will be asked for after the next one, so that it can begin with it."""
+    if following is not None and hasattr(compute, "expect"):
+        compute.expect(following)
 
 
 def sharing(workers: Workers | None, make: Make) -> Share:
@@ -59,7 +66,8 @@ class _Worker:
             self._models = self._load()
         self._compute = make(*self._models)
 
-    def compute(self, item: Any) -> Any:
+    def compute(self, item: Any, following: Any) -> Any:
+        expect(self._compute, following)
         return self._compute(item)
 
 
@@ -69,7 +77,7 @@ class _Hand(Protocol):
     lost: tuple[type[BaseException], ...]  # what its futures raise once it has died
 
     def prepare(self, make: Make) -> Future[None]: ...
-    def compute(self, item: Any) -> Future[Any]: ...
+    def compute(self, item: Any, following: Any) -> Future[Any]: ...
     def stop(self) -> None: ...
 
 
@@ -124,6 +132,7 @@ class _Round:
         self.workers, self.make, self.items, self.here, self.done = workers, make, items, here, done
         self.waiting, self.left = deque(range(len(items))), len(items)
         self.died: Counter[int | None] = Counter()
+        self.kept: dict[int, int] = {}  # place of the item that a hand was told to expect, by its number
         self.running: dict[Future[Any], tuple[int, _Hand, int | None]] = {}  # number of the hand, it, place of the item
 
     def run(self) -> None:
@@ -160,9 +169,15 @@ class _Round:
         self._give(number, hand)
 
     def _give(self, number: int, hand: _Hand) -> None:
-        if self.waiting:
+        at = self.kept.pop(number, None)
+        if at is None and self.waiting:
             at = self.waiting.popleft()
-            self.running[hand.compute(self.items[at])] = (number, hand, at)
+        if at is None:
+            return
+        if self.waiting and hasattr(self.here, "expect"):
+            self.kept[number] = self.waiting.popleft()
+        following = self.items[self.kept[number]] if number in self.kept else None
+        self.running[hand.compute(self.items[at], following)] = (number, hand, at)
 
     def _lost(self, number: int, place: int | None, error: BaseException) -> None:
         self.died[place] += 1
@@ -171,8 +186,9 @@ class _Round:
             raise UserError(
                 f"a worker died {_TRIES} times {where} ({first_line(error)}); continue with --resume, perhaps with fewer --workers"
             ) from error
-        if place is not None:
-            self.waiting.appendleft(place)
+        for at in (self.kept.pop(number, None), place):
+            if at is not None:
+                self.waiting.appendleft(at)
         hand = self.workers.replace(number)
         self.running[hand.prepare(self.make)] = (number, hand, None)
 
@@ -193,7 +209,8 @@ class _Here:
     def prepare(self, make: Make) -> Future[None]:
         return self._thread.submit(lambda: None)
 
-    def compute(self, item: Any) -> Future[Any]:
+    def compute(self, item: Any, following: Any) -> Future[Any]:
+        expect(self._compute, following)
         return self._thread.submit(self._compute, item)
 
     def stop(self) -> None:
@@ -215,12 +232,12 @@ class _Process:
     def prepare(self, make: Make) -> Future[None]:
         return self._submit(_prepare, make)
 
-    def compute(self, item: Any) -> Future[Any]:
-        return self._submit(_compute, item)
+    def compute(self, item: Any, following: Any) -> Future[Any]:
+        return self._submit(_compute, item, following)
 
-    def _submit(self, function: Callable[[Any], Any], argument: Any) -> Future[Any]:
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         try:
-            return self._pool.submit(function, argument)
+            return self._pool.submit(function, *arguments)
         except BrokenProcessPool as error:  # it died between two rounds
             failed: Future[Any] = Future()
             failed.set_exception(error)
@@ -252,8 +269,8 @@ def _prepare(make: Make) -> None:
     _worker.prepare(make)
 
 
-def _compute(item: Any) -> Any:
-    return _worker.compute(item)
+def _compute(item: Any, following: Any) -> Any:
+    return _worker.compute(item, following)
 
 
 @contextmanager
@@ -303,8 +320,8 @@ class _Actor:
         found: Future[None] = self._actor.prepare.remote(make).future()
         return found
 
-    def compute(self, item: Any) -> Future[Any]:
-        found: Future[Any] = self._actor.compute.remote(item).future()
+    def compute(self, item: Any, following: Any) -> Future[Any]:
+        found: Future[Any] = self._actor.compute.remote(item, following).future()
         return found
 
     def stop(self) -> None:
