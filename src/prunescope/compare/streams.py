@@ -16,6 +16,7 @@ from prunescope.compare.context import TargetModel, Transcript, padded, step_ind
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import is_sharded
 from prunescope.models.residual import Passage, headless, substituting, watching
 from prunescope.models.variants import Variant
 
@@ -170,8 +171,9 @@ def slot_pairs(target: TargetModel, layers: int) -> Tensor:
 
 def forward_stream(dense: LoadedModel, target: TargetModel, steps: int) -> torch.cuda.Stream | None:
     """A stream for the forward passes of batches of ``steps`` steps, so that the host can launch one while the columns of the batch before are
-    computed; None on a CPU, where the memory is short of a second set of streams, and for a target that changes the dense model's weights."""
-    if dense.device.type != "cuda" or isinstance(target, Variant):
+    computed; None on a CPU and on several GPUs, where the memory is short of a second set of streams, and for a target that changes the dense
+    model's weights."""
+    if dense.device.type != "cuda" or isinstance(target, Variant) or is_sharded(dense.model):
         return None
     slots = (4 if isinstance(target, LoadedModel) else 2) * len(dense.anatomy) + 1
     needed = 4 * steps * slots * dense.anatomy.hidden_size * dense.dtype.itemsize
