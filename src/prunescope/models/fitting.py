@@ -13,6 +13,7 @@ import torch
 from prunescope.errors import UserError
 from prunescope.models.adapters import with_adapter
 from prunescope.models.loading import choose_device, choose_dtype
+from prunescope.models.placing import placement
 from prunescope.models.record import read_record
 from prunescope.models.references import BUNDLED, bundled_file, expand_user
 from prunescope.models.shards import DTYPES, INDEX, read_header
@@ -127,6 +128,8 @@ def free_bytes(device: str = "auto") -> int | None:
         chosen = choose_device(device)
     except UserError:
         return None
+    if device == "auto" and (placed := placement(device)):  # a model may lie on all of them
+        return int(sum(placed["max_memory"].values()))
     if chosen.type == "cuda":
         free: int = torch.cuda.mem_get_info(chosen)[0]
         return free + torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)
