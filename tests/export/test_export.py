@@ -20,6 +20,7 @@ from families import tiny_folder, tiny_tokenizer
 from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import TEXTS
+from prunescope.export.parts import Needs
 from prunescope.export.transformers import write_folder
 from prunescope.jobs.options import LoadOptions
 from prunescope.runs.folder import Run
@@ -204,7 +205,7 @@ def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
     )
     tasks = {str(tmp_path / "pruned"): {"arc": {"value": 0.75, "n": 40}}}
     runs = [kl, Run(tmp_path, {"command": "evaluate", "summary": tasks})]
-    text = card(loaded, "vllm", trust=True, without_tokenizer=None, checked=None, runs=runs)
+    text = card(loaded, "vllm", Needs(code=True), checked=None, runs=runs)
     assert "| attention sublayers dropped | [2] of 6 |" in text and "vllm serve . --trust-remote-code" in text
     assert "By `prunescope divergence`:\n\n| | |\n|---|---|\n| p kl_dense_target | 0.0625 |\n" in text
     assert "| pruned arc | 0.75 |" in text

@@ -37,7 +37,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | more, use_sliding_window=False),
     "qwen3": lambda **more: transformers.Qwen3Config(**_COMMON | {"head_dim": 16} | more),
     "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16} | more, sliding_window=None),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, **_GEMMA, query_pre_attn_scalar=25),
+    "gemma3": lambda **more: transformers.Gemma3TextConfig(**_COMMON | _GEMMA | more, query_pre_attn_scalar=25),
 }
 
 

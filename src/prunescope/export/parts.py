@@ -1,16 +1,26 @@
-"""What every engine's export needs: the dropped sublayers by block number, and the dense weights under them."""
+"""What every engine's export needs: the dropped sublayers by block number, the dense weights under them, and what the folder asks of its user."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from prunescope.models.anatomy import KINDS
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["dropped_here", "whole"]
+__all__ = ["Needs", "dropped_here", "whole"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an exported folder needs to run in its engine, beside the engine."""
+
+    code: bool = False  # `trust_remote_code`, for the modelling file in it
+    plugin: bool = False  # prunescope in vLLM's environment
+    without_tokenizer: str | None = None  # why there is no tokenizer in a GGUF file
 
 
 def dropped_here(loaded: LoadedModel) -> DropSpec:
