@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -21,12 +26,14 @@ from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import TEXTS
 from prunescope.export.parts import Needs
-from prunescope.export.transformers import write_folder
+from prunescope.export.transformers import FAMILIES, write_folder
+from prunescope.export.vllm_names import IN_PLUGIN
+from prunescope.export.vllm_plugin import CONFIGS
 from prunescope.jobs.options import LoadOptions
 from prunescope.runs.folder import Run
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("drop", ["attn=0,2;mlp=1,5", "attn=3,4;mlp=3"])
 def test_plain_transformers_writes_the_same_tokens(family: str, drop: str, tmp_path: Path) -> None:
     """Would catch a wrong sublayer left out, and a cache whose count of tokens is lost with the attention of block 0."""
@@ -122,11 +129,63 @@ def test_no_op_folder_is_what_the_engines_read(engine: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
 def test_half_a_block_is_refused_where_the_engine_has_no_class(engine: str, family: str, tmp_path: Path) -> None:
     dense = tiny(family, tmp_path / "dense")
     with pytest.raises(UserError, match=r"whole blocks"):
         prunescope.export(dense, engine=engine, drop="attn=2", out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
+def test_vllm_gets_the_class_of_the_plugin_where_its_own_has_no_no_ops(family: str, tmp_path: Path) -> None:
+    """Would catch a name that the plugin does not register, and a folder that vLLM would take for the dense model."""
+    folder = prunescope.export(tiny(family, tmp_path / "dense"), engine="vllm", drop="attn=0,2;mlp=1", out=str(tmp_path / "out"))  # fmt: skip
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (architecture,) = config["architectures"]
+    kind = next(kind for kind in CONFIGS.values() if kind.model_type == config["model_type"])
+    assert isinstance(kind(**config), type(prunescope.load(str(tmp_path / "dense")).model.config))
+    assert IN_PLUGIN[config["model_type"].removeprefix("prunescope_")] == architecture
+    assert (config["no_attention"], config["no_mlp"]) == ([0, 2], [1])
+    weights = load_file(folder / "model.safetensors")
+    assert not [name for name in weights if ".0.self_attn." in name or ".0.input_" in name or ".1.mlp." in name]
+    assert "pip install --no-deps prunescope" in (folder / "README.md").read_text("utf-8")
+
+
+def test_plugin_registers_what_the_entry_point_and_the_folders_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes are read, not imported: vLLM is not here. Would catch a class that is registered and is not there, and a family without a config."""
+    registered = {}
+    registry = SimpleNamespace(register_model=lambda name, place: registered.update({name: place}))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    (point,) = project["entry-points"]["vllm.general_plugins"].items()
+    EntryPoint(*point, "vllm.general_plugins").load()()
+    assert set(registered) == set(IN_PLUGIN.values()) and CONFIGS.keys() == IN_PLUGIN.keys() == FAMILIES.keys()
+    models = importlib.util.find_spec("prunescope.export.vllm_models")
+    assert models is not None and models.origin is not None
+    written = {
+        node.name for node in ast.parse(Path(models.origin).read_text("utf-8")).body if isinstance(node, ast.ClassDef)
+    }
+    for name, place in registered.items():
+        module, there = place.split(":")
+        assert module == models.name and there == name and name in written
+    for kind in CONFIGS.values():
+        assert type(transformers.AutoConfig.for_model(kind.model_type)) is kind
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "windows in some of its blocks only"),
+        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+    ],
+)  # fmt: skip
+def test_what_vllm_does_not_compute_is_refused(family: str, more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Would catch a folder that vLLM refuses with a long trace, or runs with other positions."""
+    dense = tiny(family, tmp_path / "dense", **more)
+    with pytest.raises(UserError, match=rf"--for vllm: .*{message}; export it --for transformers"):
+        prunescope.export(dense, engine="vllm", drop="attn=2", out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -223,20 +282,24 @@ def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
         with torch.no_grad():
             first = model.model(ids).logits[0, -1].log_softmax(-1)
         new = model.model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}})
-    script, printed = tmp_path / "python", tmp_path / "answers"
-    script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else cat > /dev/null; cat {printed}; fi\n')
+        times = {"prefill_s": 1.0, "decode_s": 1.0}
+        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}, **times})
+    script, loaded, printed = tmp_path / "python", tmp_path / "loaded", tmp_path / "answers"
+    loaded.write_text('{"cache_bytes": 1, "cache_dtype": "float32", "attentions": 5, "architecture": "one"}\n')
+    script.write_text(
+        f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else read -r _; cat {loaded}; read -r _; cat {printed}; fi\n'
+    )
     script.chmod(0o755)
     how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "run_check": True, "engine_python": str(script)}
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     folder = prunescope.export(dense, dtype="float32", out=str(tmp_path / "out"), **how)
     assert "checked in vllm 0: 3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
     answers[1]["first"]["7"] += 0.5
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     with pytest.raises(UserError, match=r"off by 0\.5"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "off"), **how)
     answers[2]["tokens"][63] += 1
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     with pytest.raises(UserError, match=r"token 64 of 64"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "wrong"), **how)
     printed.write_text("")

@@ -33,10 +33,13 @@ _GEMMA: dict[str, Any] = {
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": lambda **more: transformers.LlamaConfig(**_COMMON | more),
-    "llama3": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_LLAMA3, tie_word_embeddings=True),
-    "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | more, use_sliding_window=False),
+    "llama3": lambda **more: transformers.LlamaConfig(
+        **_COMMON | more, rope_parameters=_LLAMA3, tie_word_embeddings=True
+    ),
+    "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | {"use_sliding_window": False} | more),
     "qwen3": lambda **more: transformers.Qwen3Config(**_COMMON | {"head_dim": 16} | more),
-    "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16} | more, sliding_window=None),
+    "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16, "sliding_window": None} | more),
+    "gemma2": lambda **more: transformers.Gemma2Config(**_COMMON | _GEMMA | more, query_pre_attn_scalar=25),
     "gemma3": lambda **more: transformers.Gemma3TextConfig(**_COMMON | _GEMMA | more, query_pre_attn_scalar=25),
 }
 

@@ -53,7 +53,7 @@ def card(
         trust_flag=" --trust-remote-code" if needs.code else "",
     )
     if needs.plugin:
-        how = f"vLLM finds the class in prunescope's plugin; `--no-deps` leaves vLLM's packages as they are.\n\n```sh\npip install --no-deps prunescope\nvllm serve .\n```"
+        how = "vLLM finds the class in prunescope's plugin; `--no-deps` leaves vLLM's packages as they are.\n\n```sh\npip install --no-deps prunescope\nvllm serve .\n```"
     if needs.without_tokenizer:
         how = f"`model.gguf` has no tokenizer: {needs.without_tokenizer}. Call `llama_decode` of llama.h with token ids; `llama-cli` and `llama-server` need one."
     parts = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunescope.errors import UserError
 from prunescope.export.gguf_tokenizer import add_tokenizer
-from prunescope.export.parts import dropped_here, whole
+from prunescope.export.parts import dropped_here, rope_types, whole
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
@@ -144,7 +144,7 @@ def _check(config: Any, plan: _Plan) -> None:
     by_window = any(plan.sliding) or not getattr(config, "layer_types", None)
     act = getattr(config, "hidden_activation" if gemma else "hidden_act", None)
     kinds = ("default", "linear", *(("llama3",) if plan.arch in _FREQUENCIES else ()))
-    found = {f"rope_type {kind}": kind not in kinds for kind in _rope_types(config)}
+    found = {f"rope_type {kind}": kind not in kinds for kind in rope_types(config)}
     found |= {
         "sliding window": bool(not gemma and by_window and window and window < config.max_position_embeddings),
         "pattern of sliding windows but every n-th block without one": gemma and _period(plan.sliding) is None,
@@ -154,12 +154,6 @@ def _check(config: Any, plan: _Plan) -> None:
     for what, is_there in found.items():
         if is_there:
             raise UserError(f"--for llama.cpp: its architecture {plan.arch} has no {what}; {_OTHERWISE}")
-
-
-def _rope_types(config: Any) -> list[str]:
-    ropes = config.rope_parameters
-    nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
-    return [rope.get("rope_type", "default") for rope in nested or [ropes]]
 
 
 def _period(sliding: tuple[bool, ...]) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prunescope.errors import UserError
-from prunescope.export.parts import Needs, dropped_here, whole
+from prunescope.export.parts import Needs, dropped_here, rope_types, whole
 from prunescope.export.transformers import lacking, write_class, write_plain, write_pruned
 from prunescope.export.vllm_names import IN_PLUGIN
 from prunescope.models.dropping import DropSpec
@@ -35,6 +35,7 @@ FAMILIES = (
     "qwen2",
 )  # what the engines' class computes: rotary halves, RMS norms, SiLU, no norm of queries and keys
 _OTHERWISE = "drop whole blocks (--target block), which its own class runs, or export it --for transformers"
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _MULTIPLE = 256  # of SGLang's MLP width
 _BODY = """
     model_type = "nemotron-nas"
@@ -134,6 +135,7 @@ def _lacks(config: Any, engine: str) -> str | None:
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         "bias of MLPs": engine == "sglang" and getattr(config, "mlp_bias", False),
     }
+    found |= {f"rope_type {kind}": kind not in _ROPE_TYPES for kind in rope_types(config)}
     return next((f"its class of no-op layers has no {what}" for what, is_there in found.items() if is_there), None)
 
 
@@ -147,14 +149,17 @@ def _check_plugin(loaded: LoadedModel) -> None:
         )
     gemma = family.startswith("gemma")
     act = config.hidden_activation if gemma else config.hidden_act
+    if gemma and loaded.dtype == torch.float16:
+        raise UserError("--for vllm: Gemma is not stable in float16, and vLLM refuses it; give --dtype bfloat16")
+    windows = len(_windows(config))
     found = {
         f"activation {act}": not gemma and act != "silu",
-        "windows in some of its blocks only": family.startswith("qwen") and len(_windows(config)) not in (0, len(config.layer_types)),
-        "float16, in which it is not stable; give --dtype bfloat16": gemma and loaded.dtype == torch.float16,
-    }  # fmt: skip
+        "windows in some of its blocks only": family.startswith("qwen") and 0 < windows < config.num_hidden_layers,
+    }
+    found |= {f"rope_type {kind}": kind not in _ROPE_TYPES for kind in rope_types(config)}
     for what, is_there in found.items():
         if is_there:
-            raise UserError(f"--for vllm: its class of {family} has no {what}, or {_OTHERWISE}")
+            raise UserError(f"--for vllm: its class of {family} has no {what}; export it --for transformers")
 
 
 def _windows(config: Any) -> list[int]:

@@ -11,7 +11,7 @@ from prunescope.models.anatomy import KINDS
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Needs", "dropped_here", "whole"]
+__all__ = ["Needs", "dropped_here", "rope_types", "whole"]
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,10 @@ def whole(loaded: LoadedModel) -> Iterator[Any]:
     finally:
         for spec in drops:
             loaded.drop(spec)
+
+
+def rope_types(config: Any) -> list[str]:
+    """How rotary positions are scaled: one kind, or one for each kind of layer."""
+    ropes = config.rope_parameters
+    nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    return [rope.get("rope_type", "default") for rope in nested or [ropes]]
