@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, space_tokenizer, tiny
+from tiny import YARN, byte_tokenizer, space_tokenizer, tiny
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import prunescope
 from families import tiny_folder, tiny_tokenizer
@@ -157,6 +158,7 @@ def test_plugin_registers_what_the_entry_point_and_the_folders_name(monkeypatch:
     registered = {}
     registry = SimpleNamespace(register_model=lambda name, place: registered.update({name: place}))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # what it adds is gone after the test
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
     (point,) = project["entry-points"]["vllm.general_plugins"].items()
     EntryPoint(*point, "vllm.general_plugins").load()()
@@ -187,6 +189,34 @@ def test_what_vllm_does_not_compute_is_refused(family: str, more: dict[str, Any]
     with pytest.raises(UserError, match=rf"--for vllm: .*{message}; export it --for transformers"):
         prunescope.export(dense, engine="vllm", drop="attn=2", out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "more", "message"),
+    [
+        ("llama.cpp", "mistral", {"sliding_window": 8}, "its architecture deci has no sliding window"),
+        ("llama.cpp", "llama", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "its architecture deci has no attention_factor of YaRN"),
+        ("llama.cpp", "llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "its architecture deci has no rope_type dynamic"),
+        ("sglang", "mistral", {"sliding_window": 8}, "its class of no-op layers has no sliding window"),
+        ("sglang", "llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "its class of no-op layers has no rope_type dynamic"),
+        ("sglang", "llama", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "its class of no-op layers has no attention_factor of YaRN"),
+    ],
+)  # fmt: skip
+def test_positions_and_windows_that_no_op_layers_do_not_have_are_refused(
+    engine: Any, family: str, more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Would catch a file that the engine loads, and runs with other positions or without the window."""
+    dense = tiny(family, tmp_path / "dense", **more)
+    with pytest.raises(UserError, match=rf"--for {engine}: {message}; .*--for transformers"):
+        prunescope.export(dense, engine=engine, drop="attn=2", out=str(tmp_path / "out"))
+
+
+def test_yarn_is_written_for_llama_cpp(tmp_path: Path) -> None:
+    """Would catch a context that is the stretched one, by which llama.cpp would stretch no more."""
+    folder = prunescope.export(tiny("yarn", tmp_path / "dense"), engine="llama.cpp", drop="attn=2", out=str(tmp_path / "out"))  # fmt: skip
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    found = [fields[f"deci.rope.scaling.{name}"].contents() for name in ("type", "factor", "original_context_length")]
+    assert found == ["yarn", 8.0, 32]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])

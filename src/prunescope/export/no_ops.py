@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prunescope.errors import UserError
-from prunescope.export.parts import Needs, dropped_here, rope_types, whole
+from prunescope.export.parts import Needs, dropped_here, rope_types, unusual_yarn, whole
 from prunescope.export.transformers import lacking, write_class, write_plain, write_pruned
 from prunescope.export.vllm_names import IN_PLUGIN
 from prunescope.models.dropping import DropSpec
@@ -136,6 +136,7 @@ def _lacks(config: Any, engine: str) -> str | None:
         "bias of MLPs": engine == "sglang" and getattr(config, "mlp_bias", False),
     }
     found |= {f"rope_type {kind}": kind not in _ROPE_TYPES for kind in rope_types(config)}
+    found |= dict.fromkeys(unusual_yarn(config) if engine == "sglang" else (), True)
     return next((f"its class of no-op layers has no {what}" for what, is_there in found.items() if is_there), None)
 
 

@@ -11,7 +11,7 @@ from prunescope.models.anatomy import KINDS
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Needs", "dropped_here", "rope_types", "whole"]
+__all__ = ["Needs", "dropped_here", "rope_types", "unusual_yarn", "whole"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,13 @@ def rope_types(config: Any) -> list[str]:
     ropes = config.rope_parameters
     nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
     return [rope.get("rope_type", "default") for rope in nested or [ropes]]
+
+
+def unusual_yarn(config: Any) -> list[str]:
+    """Settings of YaRN that are not the usual ones, in words; engines read some of them, and not the same."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    names = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "yarn":
+        return []
+    return [f"{name} of YaRN" for name in names if rope.get(name) not in (None, usual.get(name))]

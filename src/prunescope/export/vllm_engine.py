@@ -98,6 +98,11 @@ class Vllm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def runs(self) -> bool:
+        """Whether the process is there: it ends with the first thing that vLLM refuses."""
+        return self._process.poll() is None
+
     def load(self, folder: Path, *, dtype: str, context: int, top: int = 0, eager: bool = True) -> Loaded:
         """Load ``folder`` in the place of what was loaded before.
 
