@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import EntryPoint
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tiny import YARN, byte_tokenizer, space_tokenizer, tiny
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -258,14 +261,17 @@ def test_check_compares_with_prunescope(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_push_to_hub_uploads_the_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stub in the place of HfApi: would catch an upload of another folder, or before it is complete."""
+    """A stub in the place of HfApi: would catch an upload of another folder, or before it is complete, and an argument that HfApi does not have."""
     calls: list[tuple[str, Any]] = []
+    create, upload = (inspect.signature(method) for method in (HfApi.create_repo, HfApi.upload_folder))
 
     class Stub:
         def create_repo(self, repository: str, **how: Any) -> None:
+            create.bind(self, repository, **how)
             calls.append((repository, how))
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            upload.bind(self, repo_id=repo_id, folder_path=folder_path, commit_message=commit_message)
             calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
             return f"https://hub.test/{repo_id}"
 
@@ -277,13 +283,26 @@ def test_push_to_hub_uploads_the_finished_folder(tmp_path: Path, monkeypatch: py
     assert calls[0] == ("me/pruned", {"private": True, "exist_ok": True})
     assert {"README.md", "config.json", "model.safetensors", "modeling_pruned.py"} <= set(calls[1][1])
 
-    def refuse(self: Any, repository: str, **how: Any) -> None:
-        raise PermissionError("401 no token")
+    for method in ("create_repo", "upload_folder"):  # the client's messages have several lines
 
-    monkeypatch.setattr(Stub, "create_repo", refuse)
-    with pytest.raises(UserError, match=r"--push-to-hub me/pruned: 401 no token.*complete"):
-        prunescope.export(dense, engine="transformers", push_to_hub="me/pruned", out=str(tmp_path / "kept"))
-    assert (tmp_path / "kept" / "README.md").is_file()
+        def refuse(self: Any, *_: Any, **__: Any) -> None:
+            raise PermissionError("401 no token\n\nsee the documentation")
+
+        monkeypatch.setattr(Stub, method, refuse)
+        kept = tmp_path / method
+        with pytest.raises(UserError) as error:
+            prunescope.export(dense, engine="transformers", push_to_hub="me/pruned", out=str(kept))
+        assert str(error.value) == (
+            f"--push-to-hub me/pruned: 401 no token; the folder {kept} is complete: hf auth login, then hf upload me/pruned {kept}"
+        )
+        assert (kept / "README.md").is_file()
+        monkeypatch.setattr(Stub, "create_repo", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("name", ["pruned", "a/b/c", "me/pruned model", "me/-x"])
+def test_repository_that_the_hub_cannot_have_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--push-to-hub .*; write OWNER/NAME$"):
+        prunescope.export("no-model", engine="transformers", push_to_hub=name, out=str(tmp_path / "out"))
 
 
 def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
@@ -404,3 +423,11 @@ def test_packed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(LoadOptions, "load", packed)
     with pytest.raises(UserError, match=r"quantised already, which --for llama\.cpp cannot work on; give --dequantise"):
         prunescope.export(dense, engine="llama.cpp", out=str(tmp_path / "out"))
+
+
+def test_plugin_needs_none_of_our_packages() -> None:
+    """`pip install --no-deps prunescope` is what vLLM's environment gets. Would catch an import that is not there, which vLLM reports in its log alone."""
+    gone = ["accelerate", "datasets", "gguf", "jinja2", "jsonargparse", "matplotlib", "numba", "platformdirs", "pyarrow", "scipy"]  # fmt: skip
+    script = f"import sys; sys.modules |= dict.fromkeys({gone}); from prunescope.export.vllm_plugin import CONFIGS; print(len(CONFIGS))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == str(len(CONFIGS)), done.stderr

@@ -9,7 +9,7 @@ from typing import Literal
 from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import check, require
-from prunescope.export.hub import push
+from prunescope.export.hub import check_repository, push
 from prunescope.export.llama_cpp import write_gguf
 from prunescope.export.no_ops import write_no_ops
 from prunescope.export.parts import Needs
@@ -46,7 +46,9 @@ class ExportOptions(Options):
             require(self.engine, self.engine_python)
         elif self.engine_python is not None:
             raise UserError("--engine-python is for --check; give both or neither")
-        if self.private and self.push_to_hub is None:
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
+        elif self.private:
             raise UserError("--private says how --push-to-hub makes the repository; give both or neither")
 
 
