@@ -154,7 +154,8 @@ class Vllm:
             answer = ""
         if not answer:
             code = self._process.wait()
-            said = [line for line in self._log.read_text(errors="replace").splitlines() if "Error" in line]
+            lines = self._log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if ("Error" in line or "Value error," in line) and "WARNING" not in line]
             raise UserError(f"vllm ended with {code}: {(said or ['it does not say why'])[-1].strip()[-250:]}")
         return json.loads(answer)
 
