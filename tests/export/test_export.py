@@ -354,6 +354,11 @@ def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
     printed.write_text("")
     with pytest.raises(UserError, match=r"vllm ended with 0"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "silent"), **how)
+    with pytest.raises(
+        UserError,
+        match=rf"no prunescope, whose plugin runs PrunedQwen3ForCausalLM: {script} -m pip install --no-deps prunescope",
+    ):
+        prunescope.export(tiny("qwen3", tmp_path / "qwen3"), dtype="float32", out=str(tmp_path / "plugin"), **how)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +379,14 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch
         prunescope.export("no-model", engine="llama.cpp", run_check=True, out=out)
     with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
         prunescope.speed(["no-model"], engine="llama.cpp")
+    for how, message in (
+        ({"engine": "vllm", "engine_python": "/no/python"}, "--engine-python /no/python: No such file"),
+        ({"engine": "llama.cpp", "engine_python": "/no/python"}, "--engine-python is for vllm alone"),
+        ({"engine_python": "/no/python"}, "--engine-python is for --engine vllm"),
+        ({"engine": "vllm", "sparse_kernels": True}, "vllm has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prunescope.speed(["no-model"], **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces", "words"])
