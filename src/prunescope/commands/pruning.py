@@ -260,7 +260,7 @@ def heal(
         target: the pruned model, a folder of drop or sparsify, or sublayers of the teacher to drop, for example drop:attn=3,5
         teacher: the dense model
         out: checkpoint folder to write
-        traces: files of prompts that the teacher continues, with commas between them; left out, it writes the prompts too
+        traces: files of prompts that the teacher continues, with commas between them, and self for prompts that it writes too; left out, self
         samples: texts that the teacher writes
         new_tokens: at most so many tokens each
         temperature: at which it writes
