@@ -120,6 +120,37 @@ def test_positions_and_windows(engine: Vllm, family: str, more: dict[str, Any], 
     assert error < OFF, error
 
 
+@pytest.mark.parametrize("how", ["2:4", "healed", "healed 2:4"])
+def test_checkpoints_write_the_same_tokens(engine: Vllm, how: str, tmp_path: Path) -> None:
+    """Weights in a 2:4 pattern with an attention dropped, and a dropped model healed for a few steps. Would catch the weights of the dense model exported."""
+    dense = wide("qwen3", tmp_path / "dense")
+    made = {"device": "cpu", "dtype": "float32", "samples": 8, "overwrite": True}
+    model, drop = dense, "attn=2"
+    if "2:4" in how:
+        model = str(tmp_path / "sparse")
+        prunescope.sparsify(dense, method="magnitude", pattern="2:4", seq_len=32, out=model, **made)
+    if "healed" in how:
+        student = str(tmp_path / "student")
+        prunescope.drop(model, target="attn", n=1, seq_len=32, calibration="self", out=student, **made)
+        model, drop = str(tmp_path / "healed"), ""
+        prunescope.heal(
+            student,
+            teacher=dense,
+            new_tokens=24,
+            steps=4,
+            batch_size=2,
+            held_out=2,
+            learning_rate=1e-3,
+            out=model,
+            **made,
+        )
+    ours = prunescope.load(model, device="cpu", dtype="float32", drop=drop or None)
+    folder = prunescope.export(model, engine="vllm", drop=drop or None, device="cpu", dtype="float32", out=str(tmp_path / "out"))  # fmt: skip
+    error, told = compared(engine, ours, folder)
+    print(f"{how} {error:.1e} {told}")
+    assert error < OFF and told.attentions == 5
+
+
 @pytest.mark.parametrize("drop", ["", "attn=3,7,11,15,17,20,23,26", "attn=0,5;mlp=4"])
 def test_bundled_model_writes_the_same_tokens(engine: Vllm, drop: str, tmp_path: Path) -> None:
     """The cache's bytes are the engine's own: 22 of 30 attentions."""
