@@ -71,6 +71,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/chars --out {folder}/bytes --parts 2 --limit 2 --device cpu",
         ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
     ),
+    "stream_gpu.py": (
+        "--shape tiny --device cpu --dtype float32 --prompts 2 --length 6 --steps 2 --chunks 2 --context 16 --repeats 1 --check --folder {folder}/sides",
+        ("layerwise  ", "x the floor", "the same bits as in memory: True", "divergence, the same bits: True"),
+    ),
     "stream_memory.py": (
         "--shape tiny --blocks 2 --chunks 2 --context 16 --steps 2 --commands layerwise --check --folder {folder}/streamed",
         ("layerwise --stream: peak", "x the floor", "the same bits: True"),

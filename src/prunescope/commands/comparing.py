@@ -22,7 +22,7 @@ def layerwise(
     out: str | None = None,
     prompts: str | None = None,
     continuations: str | None = None,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     chat: bool = False,
     max_new_tokens: int = 64,
     lens: Literal["raw", "final-norm"] = "raw",
@@ -51,7 +51,7 @@ def layerwise(
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
         continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; left out, the dense model writes them
-        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without continuations the dense model is read once a token; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
@@ -93,6 +93,8 @@ def generate(
     *,
     out: str | None = None,
     prompts: str | None = None,
+    continuations: str | None = None,
+    stream: bool | Literal["auto"] = "auto",
     chat: bool = False,
     max_new_tokens: int = 64,
     regime: Literal["both", "free-running", "teacher-forced"] = "both",
@@ -122,6 +124,8 @@ def generate(
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
         prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; both models read these, teacher-forced only
+        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
         max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
         regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
@@ -151,7 +155,7 @@ def generate(
 
     return job.run(
         job.GenerateOptions(
-            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
+            dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
@@ -170,7 +174,7 @@ def mcq(
     shots: int = 0,
     subjects: str | None = None,
     limit: int | None = None,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     metric_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -197,7 +201,7 @@ def mcq(
         shots: solved examples before each question, from the folder's dev files
         subjects: of an MMLU folder, names with commas between them
         limit: take only the first so many questions
-        stream: leave both models on disk and read them a block at a time, with the same numbers
+        stream: leave both models on disk and read them a block at a time, with the same numbers; auto: if they do not fit into free memory
         metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
         seed: of the bootstrap
         batch_size: questions at a time
@@ -236,7 +240,7 @@ def divergence(
     context: int = 512,
     chunks: int | None = None,
     scale: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     ladder: str | None = None,
     metric_temperature: float = 1.0,
     seed: int = 0,
@@ -262,7 +266,7 @@ def divergence(
         context: tokens of a chunk; the second half of each is scored
         chunks: take only the first so many chunks of each file
         scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
-        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale; auto: if they do not fit into free memory
         ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         seed: of the bootstrap over chunks

@@ -85,7 +85,7 @@ def drop(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     cache: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -114,7 +114,7 @@ def drop(
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
-        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
+        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe; auto: if it does not fit into free memory
         overwrite: replace an existing checkpoint folder
 
     Raises:
@@ -134,7 +134,7 @@ def drop(
 def sparsify(
     model: Model,
     *,
-    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured", "experts"] = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
     out: str | None = None,
@@ -170,7 +170,7 @@ def sparsify(
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
-        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
+        method: magnitude, wanda, sparsegpt, structured (whole MLP neurons, physically removed), or experts (whole experts of MoE models, by REAP, physically removed)
         sparsity: share of the weights to remove, from 0 up to, not including, 1
         pattern: N:M, at most N weights are left of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
         out: checkpoint folder to write

@@ -20,9 +20,10 @@ from prunescope.runs.folder import Run, check_free, open_run, require_space, sta
 if TYPE_CHECKING:
     from prunescope.models.loaded import LoadedModel
 
-__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "listed"]
+__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "Stream", "listed"]
 
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Stream: TypeAlias = bool | Literal["auto"]  # whether models stay on disk; auto: where they do not fit into the memory
 Model: TypeAlias = "str | LoadedModel"  # a reference, see `load_model`, or a model that is loaded already
 _LEAST = {  # of whole numbers, in whatever command they are options
     **dict.fromkeys(("batch_size", "memory_mb", "limit", "workers", "samples", "max_length", "depth"), 1),

@@ -30,7 +30,7 @@ from prunescope.prune.checkpoint import reports
 from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
 from prunescope.prune.owl import owl_sparsities
-from prunescope.prune.plan import Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.plan import RESHAPING, Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
 from prunescope.prune.refine import Refine
 from prunescope.report.terminal.pruning import show_plan, show_sparsified
 from prunescope.results import SparsifyResult
@@ -39,6 +39,7 @@ from prunescope.runs.provenance import device_name, versions
 
 __all__ = ["SparsifyOptions", "run"]
 
+_WHOLE = {"structured": "neurons", "experts": "experts"}
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
 _NEWER = ("refine", "refine_steps")  # left out of the key where they are not given, so that older unfinished runs go on
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
@@ -208,12 +209,14 @@ def _check_together(options: SparsifyOptions, goal: Goal) -> None:
         raise UserError(f"--variant is one of wanda, not of {method}; leave it out")
     if options.variant and goal.of:
         raise UserError(f"--variant moves weights between rows; it does not go with --pattern {goal}")
-    if method == "structured" and (goal.of or options.sparsity_map or owl):
-        raise UserError(
-            "structured removes the same share of whole neurons in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
-        )
-    if options.refine and method == "structured":
-        raise UserError("--refine changes which weights are zero; structured removes whole neurons, so leave it out")
+    if method in RESHAPING:
+        whole = f"{method} removes whole {_WHOLE[method]}"
+        if goal.of or options.sparsity_map or owl:
+            raise UserError(
+                f"{whole}, the same share in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
+            )
+        if options.refine:
+            raise UserError(f"--refine changes which weights are zero; {whole}, so leave it out")
     if options.refine and options.calibration == "none":
         raise UserError("--refine lowers the error on a text; give one with --calibration")
     if owl and goal.of:
@@ -410,9 +413,9 @@ def _record(
 
 
 def _overall(plan: PruningPlan, rows: list[dict[str, Any]]) -> float:
-    """Share of zero weights in the pruned matrices; of neurons removed for `structured`."""
-    if plan.method == "structured":
-        return float(sum(row["removed"] for row in rows) / sum(row["neurons"] for row in rows))
+    """Share of zero weights in the pruned matrices, of neurons or experts that were removed."""
+    if plan.method in RESHAPING:
+        return float(sum(row["removed"] for row in rows) / sum(row[_WHOLE[plan.method]] for row in rows))
     return float(sum(row["zeros"] for row in rows) / sum(row["outputs"] * row["inputs"] for row in rows))
 
 

@@ -23,11 +23,12 @@ from prunescope.models.matrices import Matrix
 from prunescope.progress import Advance, console, progress
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 from prunescope.prune.checkpoint import finish, finished_blocks, report_of_block, reports, shard_of_block, write_block
+from prunescope.prune.experts import cut_experts_again, prune_experts
 from prunescope.prune.factor import NotPositiveDefiniteError
 from prunescope.prune.magnitude import magnitude
 from prunescope.prune.neurons import check_shapes, cut_again, prune_neurons
 from prunescope.prune.outcome import matrix_row
-from prunescope.prune.plan import PruningPlan, smaller_config
+from prunescope.prune.plan import RESHAPING, PruningPlan, smaller_config
 from prunescope.prune.refine import refine
 from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.sparsegpt_gpu import full_float32
@@ -75,7 +76,7 @@ def prune_model(
     blocks = len(streamed.blocks)
     shapes: dict[str, torch.Size] = {}
     pruned = Pruned()
-    if plan.method == "structured":
+    if plan.method in RESHAPING:
         pruned.config, shapes = smaller_config(streamed, plan)
     done = finished_blocks(folder, blocks)
     shares = limit // (1 + 2 * (perplexity is not None))
@@ -89,7 +90,7 @@ def prune_model(
         before, after = (text(perplexity, f"{name}.bin", perplexity_batch_size) for name in ("before", "after"))
     units = (2 * len(tokens) if tokens is not None else 0) + (2 * len(perplexity) if perplexity is not None else 0) or 1
     earlier: Mapping[str, Tensor] | None = None
-    if done and plan.method != "structured":
+    if done and plan.method not in RESHAPING:
         earlier = pruned_weights(streamed, [shard_of_block(folder, layer) for layer in range(done)], scratch)
     with progress(f"pruning ({plan.method})", blocks * units) as advance:
         for layer in range(blocks):
@@ -105,6 +106,8 @@ def prune_model(
                     found = json.loads(report_of_block(folder, layer).read_text("utf-8"))
                     if plan.method == "structured":
                         cut_again(streamed, plan, layer, found["kept"])
+                    elif plan.method == "experts":
+                        cut_experts_again(streamed, layer, found["kept"])
                     if calibration is not None:
                         advance(len(calibration.tokens))
                 else:
@@ -136,7 +139,9 @@ def prune_model(
 def prune_block(
     streamed: StreamedModel, plan: PruningPlan, layer: int, text: Text | None, advance: Advance
 ) -> dict[str, Any]:
-    """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
+    """Prune the live weights of a block; gives its report: ``rows``, and the neurons or experts ``kept`` where these are removed."""
+    if plan.method == "experts":
+        return prune_experts(streamed, plan, layer, text, advance)
     matrices = streamed.matrices(layer)
     chosen = [matrix for matrix in matrices if matrix.name in plan.goals]
     statistics: dict[str, InputStatistic] = {}

@@ -23,7 +23,7 @@ from prunescope.progress import progress
 from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow
 from prunescope.prune.masks import Goal
-from prunescope.prune.plan import Method, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.plan import RESHAPING, Method, has_fused_experts, make_plan, samples_at_a_time
 
 __all__ = ["DenseWeights", "check_prunable", "pruned_in_place"]
 
@@ -91,8 +91,8 @@ def pruned_in_place(
     Raises:
         UserError: a pattern that does not divide a width, an unsupported architecture, activations that overflow.
     """
-    if method == "structured":
-        raise UserError("structured pruning changes shapes and does not go in place; use sparsify")
+    if method in RESHAPING:
+        raise UserError(f"{method} pruning changes shapes and does not go in place; use sparsify")
     resident = Resident(loaded)
     plan = make_plan(resident, method, goal)
     fused = has_fused_experts(resident)
