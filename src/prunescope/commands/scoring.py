@@ -186,7 +186,8 @@ def speed(
     repeats: int = 5,
     sparse_kernels: bool = False,
     seed: int = 0,
-    engine: Literal["transformers", "llama.cpp"] = "transformers",
+    engine: Literal["transformers", "llama.cpp", "vllm"] = "transformers",
+    engine_python: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -206,7 +207,8 @@ def speed(
         repeats: how often each time is measured, after a warm-up; the median counts
         sparse_kernels: run 2:4 weights with PyTorch's semi-structured kernels (CUDA, bfloat16 or float16)
         seed: of the random prompts
-        engine: what runs them; llama.cpp writes one text at a time (no --batch-size), models exported and timed in turn
+        engine: what runs them; llama.cpp and vllm write one text at a time (no --batch-size), models exported and timed in turn
+        engine_python: Python of an environment that has vllm, for --engine vllm
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
@@ -223,7 +225,7 @@ def speed(
     return job.run(
         job.SpeedOptions(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
-            sparse_kernels=sparse_kernels, seed=seed, engine=engine,
+            sparse_kernels=sparse_kernels, seed=seed, engine=engine, engine_python=engine_python,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )
