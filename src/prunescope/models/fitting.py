@@ -20,7 +20,7 @@ from prunescope.models.shards import DTYPES, INDEX, read_header
 __all__ = ["free_bytes", "unstreamable", "weight_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
-_LEAST_BITS = 1  # a weight of a GGUF file, at the very least
+_LEAST_BITS = 1.5  # of a weight in a GGUF file, at the very least: IQ1_S has 1.56
 
 
 def weight_bytes(
@@ -73,7 +73,7 @@ def _gguf_bytes(path: Path, dtype: torch.dtype | str, enough: int) -> int:
 
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
     size = path.stat().st_size
-    if size * 8 // _LEAST_BITS * width <= enough:
+    if size * 8 / _LEAST_BITS * width <= enough:
         return size
     return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors) * width
 
