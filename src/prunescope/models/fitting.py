@@ -81,7 +81,6 @@ def _gguf_bytes(path: Path, dtype: torch.dtype | str, enough: int) -> int:
 def _hub_bytes(ref: str, revision: str | None, dtype: torch.dtype | str) -> int | None:
     """Of a Hugging Face id: from the local cache, else from the headers of its files on the hub."""
     from huggingface_hub import constants, get_safetensors_metadata, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     for name in (INDEX, "model.safetensors"):
         cached = try_to_load_from_cache(ref, name, revision=revision)
@@ -91,7 +90,7 @@ def _hub_bytes(ref: str, revision: str | None, dtype: torch.dtype | str) -> int 
         return None
     try:
         counts = get_safetensors_metadata(ref, revision=revision).parameter_count
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+    except Exception:  # of whatever HTTP client the hub's library uses; what is wrong is said where the model is loaded
         return None
     return sum(_width(kind, dtype) * count for kind, count in counts.items())
 
