@@ -13,7 +13,7 @@ from prunescope.models.anatomy import Block, Kind, Sublayer
 from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
 
-__all__ = ["Passage", "block_streams", "final_states", "starting_at", "substituting", "watching"]
+__all__ = ["Passage", "block_streams", "final_states", "headless", "starting_at", "substituting", "watching"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Passage:
 
 
 @contextmanager
-def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[None]:
+def watching(loaded: LoadedModel, see: Callable[[Passage], None], stream_only: bool = False) -> Iterator[None]:
     """Call ``see`` for every sublayer, in order, of every forward pass inside the block. Dropped sublayers pass the stream on unchanged.
 
-    In a parallel block the attention branch counts as added first.
+    In a parallel block the attention branch counts as added first. ``stream_only``: of a passage only ``before`` and ``after`` are
+    there, at a fraction of the hooks.
     """
     with hooks() as handles:
         for block in loaded.anatomy.blocks:
@@ -41,9 +42,13 @@ def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[No
             handles.append(block.module.register_forward_pre_hook(_keep_input(state, "before"), with_kwargs=True))
             for part in (block.attn, block.mlp):
                 first, last = part.modules[0], part.modules[-1]
-                handles.append(first.register_forward_pre_hook(_keep_input(state, f"{part.kind} in"), with_kwargs=True))
-                handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out"), with_kwargs=True))
-                for module in part.exits:
+                if not stream_only:
+                    keep_input = _keep_input(state, f"{part.kind} in")
+                    handles.append(first.register_forward_pre_hook(keep_input, with_kwargs=True))
+                    handles.append(
+                        last.register_forward_hook(_keep_output(state, f"{part.kind} out"), with_kwargs=True)
+                    )
+                for module in () if stream_only and part.kind == "mlp" else part.exits:
                     keep = _keep_output(state, f"{part.kind} adds", summed=part.summed)
                     handles.append(module.register_forward_hook(keep, with_kwargs=True))
             handles.append(block.module.register_forward_hook(_tell(state, block, see)))
@@ -76,7 +81,7 @@ def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         before, after = state["before"], first_output(output)
         added = {
-            part.kind: part.scale * state[f"{part.kind} adds"].view_as(before)
+            part.kind: _scaled(part.scale, state[f"{part.kind} adds"].view_as(before))
             for part in (block.attn, block.mlp)
             if f"{part.kind} adds" in state
         }
@@ -87,6 +92,27 @@ def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]
         state.clear()
 
     return hook
+
+
+def _scaled(scale: float, branch: Tensor) -> Tensor:
+    return branch if scale == 1 else scale * branch
+
+
+@contextmanager
+def headless(loaded: LoadedModel) -> Iterator[None]:
+    """Forward passes inside the block give zeros for logits: where only the stream is wanted, a head is read for nothing."""
+    head, own = loaded.anatomy.head, loaded.anatomy.head.__dict__.get("forward")
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], loaded.anatomy.vocab_size)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+        if own is not None:
+            head.forward = own
 
 
 @contextmanager
@@ -143,7 +169,9 @@ def substituting(
                 ) -> None:
                     found.append(_added(module, args, kwargs, output))
                     if module is part.exits[-1]:
-                        see(part.layer, part.kind, part.scale * sum_of([one.view_as(found[0]) for one in found]))
+                        see(
+                            part.layer, part.kind, _scaled(part.scale, sum_of([one.view_as(found[0]) for one in found]))
+                        )
                         found.clear()
 
                 for module in part.exits:

@@ -62,7 +62,10 @@ def estimate(
             operations += _refining(plan, outputs, inputs)
         if plan.gram:
             operations += sum(1.2 * tokens * n**2 + 2.0 / 3 * n**3 for _, _, n in widths)
-        grams = sum(4 * n * n for _, _, n in widths) + 8 * max((n * n for _, _, n in widths), default=0)
+        waiting = 2 * 8192 if streamed.device.type == "cuda" else 0  # rows that `InputStatistic` holds back
+        grams = sum(4 * n * n + n * min(waiting, 4 * n) for _, _, n in widths) + 8 * max(
+            (n * n for _, _, n in widths), default=0
+        )
         largest = max((m.weight.numel() for m in matrices), default=0)
         itemsize = streamed.model.dtype.itemsize
         activations = 8 * tokens_at_a_time * max((m.weight.shape[1] for m in matrices), default=0) * itemsize
