@@ -12,7 +12,7 @@ DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-stream test-quant test-engines test-vllm docs docs-look dist notebooks lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-workers test-stream test-quant test-engines test-vllm docs docs-look dist notebooks lint format docs-figures paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -29,6 +29,9 @@ test-families: $(DEV)
 
 test-kill: $(DEV)
 	$(BIN)/python -m pytest -m kill
+
+test-workers: $(DEV)
+	$(BIN)/python -m pytest -m workers
 
 test-stream: $(DEV)
 	$(BIN)/python -m pytest -m stream

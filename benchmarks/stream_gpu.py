@@ -1,6 +1,7 @@
 """Two models that together are larger than a GPU, compared by it from the machine's memory: seconds against the bytes and the operations.
 
     python benchmarks/stream_gpu.py --folder /dev/shm/models     # Qwen3-32B's shape with 58 blocks, bfloat16: twice 60 GB of memory, kept there
+    python benchmarks/stream_gpu.py --folder /dev/shm/models --blocks 24   # the same with twice 26 GB, where there is less memory
     python benchmarks/stream_gpu.py --shape small --check        # two models of 1.3 GB, also compared in GPU memory: the numbers must be the same
 
 The floor is the larger of two: the bytes of the weights that a phase needs over the rate of copies from pinned memory, and its operations over the
@@ -146,6 +147,7 @@ class Floors:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="30b")
+    parser.add_argument("--blocks", type=int, default=None, help="other than the shape's")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     for name, default in (
@@ -157,11 +159,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="also with both models in the GPU's memory")
     options = parser.parse_args()
     device, dtype = options.device, getattr(torch, options.dtype)
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.blocks} if options.blocks else {})
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as place:
-        folder = Path(place) / f"{options.shape}-{options.dtype}"
+        folder = Path(place) / f"{options.shape}-{shape['num_hidden_layers']}-{options.dtype}"
         if not (folder / "target" / INDEX).is_file():
             started = time.perf_counter()
-            make_models(folder, SHAPES[options.shape], dtype, device)
+            make_models(folder, shape, dtype, device)
             print(f"models made in {time.perf_counter() - started:.0f} s", flush=True)
         if device != "cpu":
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,20 @@ def test_sizes_from_headers(tmp_path: Path) -> None:
     small = fitting.weight_bytes("smollm2-135m", device="cpu", enough=2**40)
     assert small is not None and small < parameters * 4  # not looked into
     assert fitting.weight_bytes(str(tmp_path / "none"), device="cpu") is None
+
+
+def test_sizes_of_models_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the local cache, where it holds the weights, else from what the hub says of their files. Would catch bytes of the file for those in memory."""
+    folder = tiny_folder("llama", tmp_path / "model")
+    answers = {"some/model": str(folder / "model.safetensors")}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda ref, name, revision: answers.get(ref) if name == "model.safetensors" else None,
+    )
+    counts = SimpleNamespace(parameter_count={"BF16": 10, "F32": 3, "U8": 7})
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda ref, revision: counts)
+    assert fitting.weight_bytes("some/model", device="cpu") == taken(folder)
+    assert fitting.weight_bytes("other/model", device="cpu") == 4 * 13 + 7
 
 
 def test_free_memory_within_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,7 +373,7 @@ def test_two_workers_give_the_tables_of_one(chars: Path, undisturbed: results.Ru
     """On a local Ray cluster; catches a worker with another seed, other texts, another drop order, or points mixed up on their way."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: pip install prunescope[ray]")
-    done = run_apart(argv(chars, tmp_path / "out", "--workers", "2"))
+    done = run_apart(argv(chars, tmp_path / "out", "--workers", "2", "--ray-address", "local"))
     assert done.returncode == 0, done.stderr
     assert_same(prunescope.open(tmp_path / "out"), undisturbed)
 
@@ -535,14 +535,3 @@ def test_recipes_of_tables_show_the_papers_values_or_say_that_they_are_not_at_ha
     (tmp_path / "bad.yaml").write_text(json.dumps({"figure": "x", "title": "x", "model": "x", "steps": {}, "show": [], "paper": {"values": [{"value": 1}]}}))  # fmt: skip
     with pytest.raises(prunescope.UserError, match="needs model"):
         read_recipe(tmp_path / "bad.yaml")
-
-
-def test_workers_with_nothing_to_do_are_not_started() -> None:
-    """A sweep killed after its last point is resumed with nothing left. Would catch threads shared out among no workers."""
-    pytest.importorskip("ray")
-    from prunescope.sweep.workers import measure_on_workers
-
-    plan: Any = None
-    measure_on_workers(
-        [], {}, plan, workers=2, address=None, done=lambda point, found: pytest.fail("nothing was asked for")
-    )

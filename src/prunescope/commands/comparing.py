@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DivergenceResult, GenerateResult, LayerwiseResult, McqResult, RetrieveResult
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def layerwise(
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -63,8 +65,10 @@ def layerwise(
         seed: of the sampling and the bootstrap
         batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB
+        workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -81,7 +85,7 @@ def layerwise(
         job.LayerwiseOptions(
             dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -108,6 +112,8 @@ def generate(
     memory_mb: int = 512,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -139,8 +145,10 @@ def generate(
         memory_mb: memory that the metrics may use, in MB
         ladder: types of GGUF to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; left out, those measured before
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -158,7 +166,7 @@ def generate(
             dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -181,6 +189,8 @@ def mcq(
     memory_mb: int = 512,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -208,8 +218,10 @@ def mcq(
         memory_mb: memory that the metrics may use, in MB
         ladder: types of GGUF to place the KLs among, such as q8_0,q4_k,q2_k, measured once on the same questions; left out, those measured before
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the questions, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the questions instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -226,7 +238,7 @@ def mcq(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, stream=stream, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -246,6 +258,8 @@ def divergence(
     seed: int = 0,
     batch_size: int = 4,
     memory_mb: int = 512,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -272,8 +286,10 @@ def divergence(
         seed: of the bootstrap over chunks
         batch_size: chunks at a time
         memory_mb: memory that the metrics may use, in MB
+        workers: processes that share the chunks, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the chunks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -291,7 +307,7 @@ def divergence(
         job.DivergenceOptions(
             dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, stream=stream, ladder=ladder,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -313,6 +329,8 @@ def retrieve(
     recall_at: str = "10,100",
     seed: int = 0,
     batch_size: int = 16,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -340,8 +358,10 @@ def retrieve(
         recall_at: cut-offs of recall, with commas between them
         seed: of the bootstrap
         batch_size: texts at a time
+        workers: processes that share the passages, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the passages instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -358,7 +378,7 @@ def retrieve(
         job.RetrieveOptions(
             dense=dense, target=target, corpus=corpus, queries=queries, qrels=qrels, split=split, pooling=pooling,
             instruction=instruction, append_eos=append_eos, max_length=max_length, depth=depth, recall_at=recall_at, seed=seed,
-            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            batch_size=batch_size, spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

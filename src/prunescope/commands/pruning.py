@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DropResult, HealResult, SparsifyResult
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load(
     Args:
         model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         drop: sublayers to drop, for example attn=0,5;mlp=7
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
@@ -86,6 +86,8 @@ def drop(
     dequantise: bool = False,
     cache: bool = True,
     stream: bool | Literal["auto"] = "auto",
+    workers: int = 1,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -115,6 +117,8 @@ def drop(
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
         stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe; auto: if it does not fit into free memory
+        workers: processes that share the candidates of kl, search and task:NAME, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the candidates instead; auto finds one, local starts one here
         overwrite: replace an existing checkpoint folder
 
     Raises:
@@ -125,7 +129,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream, spread=SpreadOptions(workers, ray_address),
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
@@ -154,6 +158,7 @@ def sparsify(
     seed: int = 0,
     perplexity: str | None = None,
     perplexity_windows: int | None = None,
+    shares: int | None = None,
     memory_mb: int = 4096,
     dtype: DType = "auto",
     device: str = "auto",
@@ -190,6 +195,7 @@ def sparsify(
         seed: of the calibration's choice
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
         perplexity_windows: take only so many windows of it
+        shares: pieces of the calibration text whose sums are added pair by pair, by default one for each process of torchrun; the result depends on them, and not on the processes
         memory_mb: memory for hidden states, in MB; more are kept on disk
         dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda where there is one, else cpu
@@ -212,7 +218,7 @@ def sparsify(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
-            perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
+            perplexity_windows=perplexity_windows, shares=shares, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

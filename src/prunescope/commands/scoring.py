@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import AdviseResult, EvaluateResult, SpeedResult, SweepResult
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def evaluate(
     batch_size: int = 8,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -54,8 +56,10 @@ def evaluate(
         batch_size: items at a time
         ladder: types of GGUF, such as q8_0,q4_k,q2_k: also measure the KL of each model from the first, on what that one writes, and say which two of its own quantised types it lies between
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the tasks, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the tasks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
@@ -72,7 +76,7 @@ def evaluate(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
             allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -143,11 +147,11 @@ def sweep(
         samples: calibration samples, by default 128 from a text and 32 from the model
         seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
         batch_size: items at a time
-        workers: processes that share the points through Ray, each with a GPU where there are any
-        ray_address: of a running Ray cluster (auto finds one); left out, one is started here for more than one worker
+        workers: processes that share the points, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: of a running Ray cluster, whose workers share the points instead; auto finds one, local starts one here
         seed: of tasks, calibration and bootstrap
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -166,7 +170,7 @@ def sweep(
             model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, quant=quant, join=join,
             sparse_bytes=sparse_bytes, ladder=ladder, tasks=tasks, limit=limit, shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
-            seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
+            seq_len=seq_len, batch_size=batch_size, spread=SpreadOptions(workers, ray_address), seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -206,7 +210,7 @@ def speed(
         engine: what runs them; llama.cpp and vllm write one text at a time (no --batch-size), models exported and timed in turn
         engine_python: Python of an environment that has vllm, for --engine vllm
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda where there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model

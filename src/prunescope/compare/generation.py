@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from prunescope.models.generating import Sampling, choose, continue_texts, decod
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_passes", "generation_rows"]
 
@@ -278,6 +280,7 @@ def generation_rows(
     parts: Path | None = None,
     key: str = "",
     texts: Sequence[list[int]] | None = None,
+    workers: Workers | None = None,
 ) -> GenerationRows:
     """Compare two models at every step while they write, or on texts that are given.
 
@@ -293,6 +296,7 @@ def generation_rows(
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from (`generation_key`).
         texts: continuations that both models read instead of writing any; teacher-forced only.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared, or parts of another run.
         FloatingPointError: a NaN or infinite logit.
@@ -301,6 +305,28 @@ def generation_rows(
     check_memory(memory, dense, target)
     settings = _Settings(max_new_tokens, sampling, stop, regime, temperature, memory)
     begin(parts, key)
+    assert texts is None or regime == TEACHER
+    make = partial(_batches, prompts=prompts, texts=texts, settings=settings)
+    with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
+        tables = computed(
+            parts, len(prompts), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
+        )  # fmt: skip
+    notes = [notes_of(table) for table in tables]
+    ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return GenerationRows(
+        mark_under_floor(table, notes[0]["floor"]["floor"]),
+        [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],
+        None if regime == TEACHER else [Transcript(list(p), t) for p, t in zip(prompts, theirs, strict=True)],
+        notes[0]["floor"],
+        notes[0].get("decoding", {}),
+    )
+
+
+def _batches(
+    dense: LoadedModel, target: Changed, *, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None, settings: _Settings
+) -> Compute:  # fmt: skip
+    """Numbers of prompts -> their table, with the texts, and the noise floor of the first batch, in its notes."""
 
     def rows(numbers: Sequence[int]) -> pa.Table:
         given = None if texts is None else [list(texts[i]) for i in numbers]
@@ -313,19 +339,7 @@ def generation_rows(
             notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
         return with_notes(batch.table(), notes)
 
-    assert texts is None or regime == TEACHER
-    with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
-        tables = computed(parts, len(prompts), batch_size, rows, lambda numbers: advance(len(numbers)))
-    notes = [notes_of(table) for table in tables]
-    ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    return GenerationRows(
-        mark_under_floor(table, notes[0]["floor"]["floor"]),
-        [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],
-        None if regime == TEACHER else [Transcript(list(p), t) for p, t in zip(prompts, theirs, strict=True)],
-        notes[0]["floor"],
-        notes[0].get("decoding", {}),
-    )
+    return rows
 
 
 def generation_passes(

@@ -9,9 +9,9 @@ key and value projections.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,13 +44,16 @@ from prunescope.compare.streams import (
     slot_pairs,
     streams_of,
 )
+from prunescope.compare.writing import written_texts
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS
-from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import plain_copy
 from prunescope.models.residual import watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
     "DenseRows",
@@ -86,7 +89,7 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
-        copy.deepcopy(anatomy.final_norm).to(at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
+        plain_copy(anatomy.final_norm, dense.device, at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[arg-type]
     )
 
 
@@ -201,6 +204,7 @@ def layerwise_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     texts: list[list[int]] | None = None,
+    workers: Workers | None = None,
 ) -> LayerwiseRows:
     """Compare every sublayer at every step in the same context.
 
@@ -214,6 +218,7 @@ def layerwise_rows(
         memory: bytes for the metrics, see `compare`.
         parts: folder for finished batches; those that are there already, from the same settings, are not computed again.
         texts: continuations of the prompts, token ids; None where the dense model is to write them.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared.
         FloatingPointError: a NaN or infinite logit.
@@ -225,28 +230,34 @@ def layerwise_rows(
     key = layerwise_key(dense, target, prompts, texts, *settings)
     found = resume_state(parts, key) or texts
     if found is None:
-        with progress(
-            f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
-        ) as advance:
-            found = continue_texts(
-                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, stop=stop, advance=advance
-            )
+        found = written_texts(dense, prompts, max_new_tokens, sampling, stop, batch_size, workers)
     save_state(parts, key, found)
     sequences = [Transcript(list(p), t) for p, t in zip(prompts, found, strict=True)]
-
+    make = partial(
+        _batches, sequences=sequences, batch_size=batch_size, lens=lens, temperature=temperature, memory=memory
+    )
     steps = [len(s.continuation) for s in sequences]
-    forward = forward_stream(dense, target, batch_size * max(steps))
+    with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {sum(steps)} steps", sum(steps)) as advance:
+        tables = computed(
+            parts, len(sequences), batch_size, make(dense, target), lambda batch: advance(sum(steps[i] for i in batch)),
+            sharing(workers, make),
+        )  # fmt: skip
+    floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
+    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+
+
+def _batches(
+    dense: LoadedModel, target: TargetModel, *, sequences: Sequence[Transcript], batch_size: int, lens: Lens, temperature: float, memory: int
+) -> Compute:  # fmt: skip
+    """Numbers of texts -> their table."""
+    head = lens_head(dense, lens)
+    forward = forward_stream(dense, target, batch_size * max(len(s.continuation) for s in sequences))
 
     def begin(batch: Sequence[int]) -> Callable[[], pa.Table]:
         texts = [sequences[i] for i in batch]
         return begin_batch(dense, target, texts, head, temperature, memory, batch[0], forward)
 
-    batches = [range(i, min(i + batch_size, len(sequences))) for i in range(0, len(sequences), batch_size)]
-    rows = Ahead(begin, batches, forward is not None)
-    with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {sum(steps)} steps", sum(steps)) as advance:
-        tables = computed(parts, len(sequences), batch_size, rows, lambda batch: advance(sum(steps[i] for i in batch)))
-    floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
-    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+    return Ahead(begin, forward is not None)
 
 
 # --- noise floor -------------------------------------------------------------------------------------------------------

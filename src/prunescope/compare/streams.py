@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from prunescope.compare.context import TargetModel, Transcript, padded, step_ind
 from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import is_sharded
 from prunescope.models.residual import Passage, headless, substituting, watching
 from prunescope.models.variants import Variant
 
@@ -171,8 +171,9 @@ def slot_pairs(target: TargetModel, layers: int) -> Tensor:
 
 def forward_stream(dense: LoadedModel, target: TargetModel, steps: int) -> torch.cuda.Stream | None:
     """A stream for the forward passes of batches of ``steps`` steps, so that the host can launch one while the columns of the batch before are
-    computed; None on a CPU, where the memory is short of a second set of streams, and for a target that changes the dense model's weights."""
-    if dense.device.type != "cuda" or isinstance(target, Variant):
+    computed; None on a CPU and on several GPUs, where the memory is short of a second set of streams, and for a target that changes the dense
+    model's weights."""
+    if dense.device.type != "cuda" or isinstance(target, Variant) or is_sharded(dense.model):
         return None
     slots = (4 if isinstance(target, LoadedModel) else 2) * len(dense.anatomy) + 1
     needed = 4 * steps * slots * dense.anatomy.hidden_size * dense.dtype.itemsize
@@ -189,19 +190,20 @@ class Ahead:
 
     Args:
         begin: numbers of texts -> what waits for their table.
-        batches: in the order in which they will be asked for.
     """
 
-    def __init__(
-        self, begin: Callable[[Sequence[int]], Callable[[], Any]], batches: Sequence[Sequence[int]], ahead: bool
-    ) -> None:
-        self.begin = begin
-        self.following = {one[0]: other for one, other in pairwise(batches)} if ahead else {}
+    def __init__(self, begin: Callable[[Sequence[int]], Callable[[], Any]], ahead: bool) -> None:
+        self.begin, self.ahead = begin, ahead
+        self.following: Sequence[int] | None = None
         self.begun: dict[int, Callable[[], Any]] = {}
+
+    def expect(self, batch: Sequence[int]) -> None:
+        """Hear which batch is asked for after the next one."""
+        self.following = batch
 
     def __call__(self, batch: Sequence[int]) -> Any:
         wait = self.begun.pop(batch[0], None) or self.begin(batch)
-        following = self.following.get(batch[0])
-        if following is not None and following[0] not in self.begun:
+        following, self.following = self.following, None
+        if self.ahead and following is not None and following[0] not in self.begun:
             self.begun[following[0]] = self.begin(following)
         return wait()

@@ -11,7 +11,8 @@ from prunescope.compare.divergence import divergence_key, divergence_passes, div
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream, listed
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
+from prunescope.jobs.pair import load_pair
 from prunescope.jobs.streaming import Sides, place, sides
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
@@ -41,6 +42,7 @@ class DivergenceOptions(Options):
     memory_mb: int
     cache: bool
     stream: Stream
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -63,7 +65,10 @@ class DivergenceOptions(Options):
     @property
     def hindrance(self) -> str | None:
         """Why the models cannot stay on disk."""
-        return "the ladder quantises the dense model in memory; leave it out with --scale false" if self.scale else None
+        ladder = (
+            "the ladder quantises the dense model in memory; leave it out with --scale false" if self.scale else None
+        )
+        return self.spread.hindrance or ladder
 
 
 def run(options: DivergenceOptions) -> DivergenceResult:
@@ -99,9 +104,13 @@ def _measured(
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
     passes = divergence_passes(slices, options.batch_size)
     options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = divergence_rows(
-            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
+            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key,
+            workers=workers,
         )  # fmt: skip
         ladder = []
         if options.rungs:

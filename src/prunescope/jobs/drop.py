@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from torch import Tensor
 from prunescope.cache import cache_folder
 from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
+from prunescope.jobs.pair import load_dense
 from prunescope.jobs.streaming import Placement, place
 from prunescope.models.anatomy import KINDS
 from prunescope.models.blockwise import stream_model
@@ -52,6 +54,7 @@ class DropOptions(Options):
     seed: int
     cache: bool
     stream: Stream
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -78,10 +81,23 @@ def run(options: DropOptions) -> DropResult:
         return _drop(options, streamed.loaded, placement, select, task, passing)
 
 
+def _task_score(dense: LoadedModel, *, task: str, batch_size: int, seed: int) -> Callable[[DropSpec], float]:
+    """What the model scores on a quick task without the sublayers it is given."""
+
+    def score(spec: DropSpec) -> float:
+        with dense.dropping(spec):
+            found = evaluate_model(dense, [task], batch_size=batch_size, seed=seed, advance=lambda done: None)
+        return float(found.scores[task]["value"])
+
+    return score
+
+
 def _hindrance(options: DropOptions) -> str | None:
     """Why the model cannot stay on disk."""
     if not isinstance(options.model, str):
         return f"{options.model} is in memory; give its folder, or --stream false"
+    if options.spread.spread:
+        return options.spread.hindrance
     if options.select != "cosine" or options.compensate:
         return "the whole model runs for all but --select cosine without --compensate"
     if options.order == "consecutive":
@@ -145,6 +161,10 @@ def _select(options: DropOptions) -> tuple[Literal["cosine", "kl", "search", "ta
         raise UserError(
             f"--select {options.select}: give cosine, kl, search or task:NAME, for example task:arithmetic-gen"
         )
+    if kind == "cosine":
+        options.spread.refuse(
+            "--select cosine", "one process reads the text once; candidates are shared of kl, search and task:NAME"
+        )
     if kind != "cosine" and (options.order != "discrete" or options.iterative or options.score_on != "stream"):
         raise UserError(
             f"--select {kind} goes by what the model says; --order, --iterative and --score-on are those of cosine, leave them out"
@@ -168,12 +188,10 @@ def _choose(
             batch_size=batch_size, cache=cache, passing=passing,
         )  # fmt: skip
 
-    def score(spec: DropSpec) -> float:
-        with dense.dropping(spec):
-            found = evaluate_model(dense, [task], batch_size=batch_size, seed=options.seed, advance=lambda done: None)
-        return float(found.scores[task]["value"])
-
-    return choose_jointly(
-        dense, calibration, options.target, options.n, select, score=score if select == "task" else None, generations=options.generations,
-        seed=options.seed, batch_size=batch_size, cache=cache, what=f"{task} {options.seed}" if task else "",
-    )  # fmt: skip
+    scoring = partial(_task_score, task=task, batch_size=batch_size, seed=options.seed) if select == "task" else None
+    with options.spread.started(load_dense, [options.model], options.loading, dense) as workers:
+        return choose_jointly(
+            dense, calibration, options.target, options.n, select, score=None if scoring is None else scoring(dense),
+            generations=options.generations, seed=options.seed, batch_size=batch_size, cache=cache,
+            what=f"{task} {options.seed}" if task else "", workers=workers, scoring=scoring,
+        )  # fmt: skip

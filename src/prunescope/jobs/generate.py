@@ -25,8 +25,8 @@ from prunescope.data.continuations import Continued, encode_continued, read_cont
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.jobs.streaming import UNWRITTEN, Sides, place, sides
 from prunescope.models.generating import Sampling, end_tokens
 from prunescope.models.loaded import LoadedModel
@@ -61,6 +61,7 @@ class GenerateOptions(Options):
     memory_mb: int
     ladder: str | None
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -79,8 +80,8 @@ class GenerateOptions(Options):
     @property
     def hindrance(self) -> str | None:
         """Why the models cannot stay on disk."""
-        if self.continuations is None:
-            return UNWRITTEN
+        if self.spread.hindrance or self.continuations is None:
+            return self.spread.hindrance or UNWRITTEN
         return None if self.ladder is None else "the ladder quantises the dense model in memory; leave --ladder out"
 
     @property
@@ -125,11 +126,14 @@ def _compared(
         return GenerateResult.of_run(done), True
     passes = ([], []) if texts is None else generation_passes(encoded, texts, options.batch_size)
     options.output.require_space(2 * len(encoded) * steps * 2 * 60 * 8 + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = generation_rows(
             pair.dense, pair.pruned, encoded, max_new_tokens=steps, sampling=sampling, stop=stop, regime=regime,
             batch_size=options.batch_size, temperature=options.metric_temperature, memory=options.memory_mb * 2**20, parts=parts, key=key,
-            texts=texts,
+            texts=texts, workers=workers,
         )  # fmt: skip
         ours = [text.continuation for text in found.dense]
         theirs = None if found.target is None else [text.continuation for text in found.target]

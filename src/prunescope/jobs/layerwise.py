@@ -16,8 +16,8 @@ from prunescope.data.continuations import Continued, encode_continued, read_cont
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.jobs.streaming import Placement, StreamedPair, place, stream_folder, write_texts
 from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
@@ -49,6 +49,7 @@ class LayerwiseOptions(Options):
     seed: int
     batch_size: int
     memory_mb: int
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -56,6 +57,8 @@ class LayerwiseOptions(Options):
         super().check()
         if self.continuations is not None and self.prompts is not None:
             raise UserError("--continuations holds the prompts too; leave --prompts out")
+        if self.stream is True and self.spread.hindrance is not None:
+            raise UserError(f"--stream: {self.spread.hindrance}")
 
     def settings(self) -> tuple[Any, ...]:
         """What decides the rows beside models and texts."""
@@ -72,7 +75,9 @@ def run(options: LayerwiseOptions) -> LayerwiseResult:
     given = None if options.continuations is None else read_continuations(options.continuations)
     prompts = read_prompts(options.prompts) if given is None else [row.prompt for row in given]
     options.settings()[1].check()
-    placement = place(options.stream, options.dense, options.target, options.loading, options.memory_mb)
+    placement = place(
+        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.spread.hindrance
+    )
     if placement.streamed:
         result, complete = _streamed(options, given, prompts, placement, started)
     else:
@@ -96,11 +101,15 @@ def _loaded(
     if done := options.output.complete(layerwise_key(pair.dense, pair.target, encoded, texts, *settings)):
         return LayerwiseResult.of_run(done), True
     options.output.require_space(_table_bytes(options, len(encoded), len(pair.dense.anatomy)))
-    with options.output.staged() as staging, pair.blaming():
+    with (
+        options.output.staged() as staging,
+        pair.blaming(),
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = layerwise_rows(
             pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=settings[1], stop=not options.ignore_eos,
             batch_size=options.batch_size, lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
-            parts=staging, texts=texts,
+            parts=staging, texts=texts, workers=workers,
         )  # fmt: skip
         return _finished(options, pair, Placement(False), prompts, found, staging, started), False
 

@@ -18,8 +18,8 @@ from prunescope.compare.mcq import Asked, ask, mcq_passes, mcq_rows
 from prunescope.compare.summary import mcq_summary
 from prunescope.data.questions import Question, Template, read_questions
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, Stream, listed
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.jobs.streaming import Sides, place, sides
 from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
@@ -47,6 +47,7 @@ class McqOptions(Options):
     memory_mb: int
     ladder: str | None
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -63,7 +64,8 @@ class McqOptions(Options):
     @property
     def hindrance(self) -> str | None:
         """Why the models cannot stay on disk."""
-        return None if self.ladder is None else "the ladder quantises the dense model in memory; leave --ladder out"
+        ladder = None if self.ladder is None else "the ladder quantises the dense model in memory; leave --ladder out"
+        return self.spread.hindrance or ladder
 
 
 def run(options: McqOptions) -> McqResult:
@@ -103,10 +105,13 @@ def _asked(
         return McqResult.of_run(done), True
     passes = mcq_passes(asked, options.batch_size)
     options.output.require_space(len(asked) * 8000 + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = mcq_rows(
             pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
-            memory=options.memory_mb * 2**20, parts=parts, key=key,
+            memory=options.memory_mb * 2**20, parts=parts, key=key, workers=workers,
         )  # fmt: skip
         info = {
             **run_record("mcq", options.config(), pair.dense.device, pair.describe(), started),

@@ -13,6 +13,7 @@ import torch
 from prunescope.errors import UserError
 from prunescope.models.adapters import with_adapter
 from prunescope.models.loading import choose_device, choose_dtype
+from prunescope.models.placing import placement
 from prunescope.models.record import read_record
 from prunescope.models.references import BUNDLED, bundled_file, expand_user
 from prunescope.models.shards import DTYPES, INDEX, read_header
@@ -20,7 +21,7 @@ from prunescope.models.shards import DTYPES, INDEX, read_header
 __all__ = ["free_bytes", "unstreamable", "weight_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
-_LEAST_BITS = 1  # a weight of a GGUF file, at the very least
+_LEAST_BITS = 1.5  # of a weight in a GGUF file, at the very least: IQ1_S has 1.56
 
 
 def weight_bytes(
@@ -73,7 +74,7 @@ def _gguf_bytes(path: Path, dtype: torch.dtype | str, enough: int) -> int:
 
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
     size = path.stat().st_size
-    if size * 8 // _LEAST_BITS * width <= enough:
+    if size * 8 / _LEAST_BITS * width <= enough:
         return size
     return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors) * width
 
@@ -81,7 +82,6 @@ def _gguf_bytes(path: Path, dtype: torch.dtype | str, enough: int) -> int:
 def _hub_bytes(ref: str, revision: str | None, dtype: torch.dtype | str) -> int | None:
     """Of a Hugging Face id: from the local cache, else from the headers of its files on the hub."""
     from huggingface_hub import constants, get_safetensors_metadata, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     for name in (INDEX, "model.safetensors"):
         cached = try_to_load_from_cache(ref, name, revision=revision)
@@ -91,7 +91,7 @@ def _hub_bytes(ref: str, revision: str | None, dtype: torch.dtype | str) -> int 
         return None
     try:
         counts = get_safetensors_metadata(ref, revision=revision).parameter_count
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+    except Exception:  # of whatever HTTP client the hub's library uses; what is wrong is said where the model is loaded
         return None
     return sum(_width(kind, dtype) * count for kind, count in counts.items())
 
@@ -127,6 +127,8 @@ def free_bytes(device: str = "auto") -> int | None:
         chosen = choose_device(device)
     except UserError:
         return None
+    if device == "auto" and (placed := placement(device)):  # a model may lie on all of them
+        return int(sum(placed["max_memory"].values()))
     if chosen.type == "cuda":
         free: int = torch.cuda.mem_get_info(chosen)[0]
         return free + torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)

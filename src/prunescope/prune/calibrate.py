@@ -58,6 +58,13 @@ class InputStatistic:
         return self._gram
 
     @classmethod
+    def empty(cls, tokens: int, rows: torch.Size, device: torch.device, *, gram: bool) -> InputStatistic:
+        """To be filled with what another process has gathered of so many tokens, ``rows`` (k, n) of them kept."""
+        statistic = cls(rows[1], device, gram=gram)
+        statistic.tokens, statistic.rows, statistic._mirrored = tokens, torch.empty(rows, device=device), not gram
+        return statistic
+
+    @classmethod
     def uniform(cls, weight: Tensor, *, gram: bool) -> InputStatistic:
         """Stands in for the inputs of a matrix ``(out, in)`` that no token reached: every input alike."""
         statistic = cls(weight.shape[1], weight.device, gram=gram)
@@ -186,6 +193,7 @@ class Text:
         batch_size: samples that run at a time.
         used: ``(samples, length)`` bool, the places whose inputs `gather` adds up; None for all.
         limit: bytes of hidden states to hold in memory; more are kept in ``file``.
+        whole: samples of the text that this one is a part of.
     """
 
     def __init__(
@@ -196,7 +204,9 @@ class Text:
         limit: int,
         file: Path,
         used: Tensor | None = None,
+        whole: int | None = None,
     ) -> None:
+        self.whole = len(tokens) if whole is None else whole
         self.streamed = streamed
         self.tokens = tokens
         self.used = used
@@ -279,19 +289,34 @@ class Text:
         args, kwargs = swap_first_tensor(args, kwargs, self.hidden(*self.batches[0]))
         return first_output(self.streamed.loaded.anatomy.blocks[layer].module(*args, **kwargs)).clone()
 
-    @torch.no_grad()
     def perplexity(self, advance: Callable[[int], None]) -> float:
         """Perplexity of the tokens, once every block has run: exp of the mean of -log p of each token but a sample's first."""
+        losses = self.losses(advance)
+        return self.perplexity_of(
+            [value for window in losses for value in window], len(self.tokens) * (self.tokens.shape[1] - 1)
+        )
+
+    @staticmethod
+    def perplexity_of(losses: Sequence[float], count: int) -> float:
+        """Of ``count`` tokens, from the sums of -log p that `losses` gives."""
+        total = 0.0
+        for value in losses:
+            total += value
+        return math.exp(total / count) if total / count < 700 else math.inf
+
+    @torch.no_grad()
+    def losses(self, advance: Callable[[int], None]) -> list[list[float]]:
+        """Of every sample, sums of -log p over some tokens at a time, once every block has run."""
         anatomy = self.streamed.loaded.anatomy
-        total, count = 0.0, 0
+        found: list[list[float]] = []
         for i, ids in enumerate(self.tokens.to(self.streamed.device)):
             hidden = self.hidden(i, i + 1)[0, :-1]
+            found.append([])
             for rows, targets in zip(hidden.split(256), ids[1:].split(256), strict=True):
                 logits = anatomy.logits(rows[None])[0].float()
-                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double())
-                count += len(targets)
+                found[-1].append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()))
             advance(1)
-        return math.exp(total / count) if total / count < 700 else math.inf
+        return found
 
     def close(self) -> None:
         """Let go of memory and file."""
@@ -312,7 +337,7 @@ def gather(
     """
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
-    samples, length = text.tokens.shape
+    samples, length = text.whole, text.tokens.shape[1]
     picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
     running = samples_done = 0
     counted: Tensor | None = None  # of the running batch, which rows are added up

@@ -19,6 +19,7 @@ from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import refuse_packed
+from prunescope.models.placing import refuse_sharded
 from prunescope.progress import progress
 from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow
@@ -136,4 +137,10 @@ def _eager_experts(loaded: LoadedModel, fused: bool) -> Iterator[None]:
 def check_prunable(loaded: LoadedModel, method: Method, goal: Goal) -> None:
     """Raise UserError if `pruned_in_place` could not do it, before any work is done."""
     refuse_packed(loaded.ref, loaded.model, f"{method} pruning")
+    refuse_sharded(
+        loaded.ref,
+        loaded.model,
+        f"{method} pruning in memory",
+        "prune with sparsify, which reads a block at a time, or give a larger GPU",
+    )
     make_plan(Resident(loaded), method, goal)
