@@ -142,6 +142,7 @@ def mcq_run(
         "gold": pa.array(gold, pa.int32()), "choice_dense": pa.array(scores[0].argmax(1), pa.int32()), "choice_target": pa.array(scores[1].argmax(1), pa.int32()),
         "loglik_dense": scores[0].tolist(), "loglik_target": scores[1].tolist(), "margin_dense": margins[0], "margin_target": margins[1],
         **{f"option_confidence_{side}": rng.random(questions) for side in ("dense", "target")},
+        **{f"gold_rank_{side}": pa.array(rng.integers(0, 9, questions), pa.int32()) for side in ("dense", "target")},
     }  # fmt: skip
     parts = [
         pa.table(shared | {"space": [space] * questions} | _metrics(rng, questions)) for space in ("global", "options")

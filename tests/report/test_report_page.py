@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import random
 import shutil
@@ -138,6 +139,62 @@ def test_a_divergence_run_is_shown(page, folders):
             assert f"{top['text'].replace(' ', chr(0x2423))} {top['p']:.3f}" in cell
 
 
+def test_worst_tokens_first(page, folders):
+    """Every token of the teacher-forced rows against the files. Catches another order, another regime, a filter of the other model, a search
+    that leaves out what both find likely, a fork beside the first difference, tops of another token."""
+    p, run = page.page, prunescope.open(next(f for f in folders if f.name == "texts"))
+    samples = run.samples()
+    rows = run.table().filter(pc.field("regime") == "teacher-forced").sort_by([("kl_dense_target", "descending")])
+    rows = rows.to_pylist()
+    box = p.locator("#decoding [data-worst=generate]")
+    shown = lambda part="li .kl": box.locator(part).all_text_contents()  # noqa: E731
+    assert shown() == [f"{row['kl_dense_target']:.3f}" for row in rows]
+    marks = [samples[row["prompt"]]["dense_pieces"][row["step"]].replace(" ", "\u2423") for row in rows]
+    assert shown("li mark") == marks
+    box.locator("[data-list]").focus()
+    for _ in range(3):
+        p.keyboard.press("ArrowDown")
+    assert float(box.locator("[data-readout] b").get_attribute("data-v")) == rows[2]["kl_dense_target"]
+    found = [float(cell.get_attribute("data-v")) for cell in box.locator("[data-readout] td.n").all()]
+    assert found == pytest.approx(rows[2]["top_dense_p"] + rows[2]["top_target_p"], rel=1e-5)
+    chance = 1 - (1 - math.exp(-rows[2]["nll_target"])) ** 100
+    assert f"100 with {chance:.3f}" in box.locator("[data-readout]").text_content()
+    box.locator("[data-confidence]").select_option("0.5 0.9")
+    assert len(shown()) == sum(0.5 <= row["top_dense_p"][0] < 0.9 for row in rows) > 0
+    box.locator("[data-confidence]").select_option("")
+    box.locator("[data-only]").select_option("fork")
+    forks = [row for row in rows if run.info["first_difference"]["by_prompt"][row["prompt"]] == row["step"]]
+    assert shown() == [f"{row['kl_dense_target']:.3f}" for row in forks]
+    assert len(forks) == 2  # a text of the target ends a step before the dense one
+    box.locator("li").first.click()
+    box.locator("button >> text=Show in the two texts").click()
+    assert p.text_content("[data-readout=step]").startswith(f"Step {forks[0]['step']}:")
+    assert "fork" in p.locator("[data-tokens] li[aria-selected=true]").get_attribute("class")
+    box.locator("[data-only]").select_option("")
+    box.locator("[data-search]").fill("p2, STEP")
+    assert len(shown()) == sum(row["prompt"] == 2 for row in rows)
+    box.locator("[data-search]").fill("nothing of this")
+    assert shown() == [] and box.locator("[data-list]").is_hidden()
+    passages = p.locator("#decoding [data-passages='0'] .passage").all_text_contents()
+    means = {(r["prompt"], r["step"]): r["kl_dense_target"] for r in rows}
+    best = max(
+        sum(means[n, t] for t in range(6)) / 6 for n in range(3)
+    )  # the texts have six steps, fewer than a passage
+    assert passages[0].startswith(f"KL {best:.3f}") and len(passages) == 3
+
+
+def test_erased_or_demoted(page, folders):
+    """Catches the dense model's place, and a chance that is not of the right option."""
+    p, run = page.page, prunescope.open(next(f for f in folders if f.name == "options"))
+    rows = run.table().filter(pc.field("space") == "global").to_pylist()
+    flips = [row for row in rows if row["choice_dense"] != row["choice_target"]]
+    cells = p.locator("[data-flips] tbody tr").first.locator("th, td").all_text_contents()
+    chance = 1 - (1 - math.exp(flips[0]["loglik_target"][flips[0]["gold"]])) ** 100
+    assert cells[6:8] == [str(flips[0]["gold_rank_target"] + 1), f"{chance:.3f}"]
+    table = p.locator("#options [aria-label^='Erased or demoted'] tbody tr").all_text_contents()
+    assert len(table) == 3 and f"target{run.info['right_token']['target']['count']}" in table[1]
+
+
 def test_numbers_are_those_of_the_files(page, folders):
     """Read back from the page as a person would: the cell's read-out, the hovered step, tables, downloads."""
     layerwise, texts, options = (prunescope.open(folders[i]).table() for i in (0, 2, 4))
@@ -174,7 +231,7 @@ def test_numbers_are_those_of_the_files(page, folders):
         )
         assert float(row["mean"]) == pytest.approx(pc.mean(mine["tv"]).as_py(), rel=1e-14)
     p.select_option("#decoding [data-prompt]", "2")
-    p.hover("[data-tokens] li >> nth=3")
+    p.hover("#decoding [data-tokens] li >> nth=3")
     mine = texts.filter(
         (pc.field("prompt") == 2) & (pc.field("step") == 3) & (pc.field("regime") == "free-running")
     ).to_pylist()[0]
@@ -194,7 +251,9 @@ def test_numbers_are_those_of_the_files(page, folders):
     whole = options.filter(pc.field("space") == "global").to_pylist()
     flips = [row for row in whole if row["choice_dense"] != row["choice_target"]]
     found = [float(cell.get_attribute("data-v")) for cell in p.locator("[data-flips] td.n").all()]
-    assert found == [row[f"margin_{side}"] for row in flips for side in ("dense", "target")]
+    assert found[0::4] == [row["margin_dense"] for row in flips] and found[1::4] == [
+        row["margin_target"] for row in flips
+    ]
 
 
 def test_menus_sorting_hover_and_downloads(page):

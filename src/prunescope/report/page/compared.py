@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prunescope.report.page import payload
+from prunescope.report.page.passages import generation_passages, worst_of_generation
 from prunescope.report.page.verdict import judge, warnings_of
+from prunescope.report.terminal.recovery import recovery_rows
 from prunescope.runs import folder as results
 
 __all__ = [
@@ -118,6 +120,9 @@ def view_of(run: results.Run, name: str, runs: Sequence[results.Run], aliases: M
         "summary_by_regime": info.get("summary_by_regime"),
         "warnings": warnings_of(f"{run.command}, {name}", info, floor),
         "view": VIEWS[run.command](table, info, samples, share),
+        "worst": worst_of_generation(table, samples, share) if run.command == "generate" else [],
+        "passages": generation_passages(table, samples) if run.command == "generate" else [],
+        "recovery": recovery_rows(info),
         "config": info["config"],
         "versions": info["versions"],
         "device": info["device"],

@@ -39,6 +39,7 @@ from prunescope.report.page.scores import generation_section, scores_section
 from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.tables import TABLES, table_section
 from prunescope.report.page.verdict import Verdict
+from prunescope.report.terminal.recovery import HEADINGS, RULE
 from prunescope.runs import folder as results
 
 __all__ = ["Checkpoint", "expand", "open_folder", "write_report"]
@@ -138,7 +139,7 @@ SECTIONS = (
     Section("notes", "Notes", lambda page: True),
 )
 # In this order, one script; each file may use what stands before it.
-_SCRIPTS = ("core", "layers", "decoding", "options", "targets", "start")
+_SCRIPTS = ("core", "worst", "layers", "decoding", "options", "targets", "start")
 
 
 def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
@@ -147,7 +148,11 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     from markupsafe import Markup
 
     page = _content(opened)
-    data = {key: page[key] for key in ("runs", "checkpoints", "targets", "columns")}
+    data = {key: page[key] for key in ("checkpoints", "targets", "columns")}
+    data["runs"] = [
+        {k: v for k, v in run.items() if k != "passages"} for run in page["runs"]
+    ]  # the templates have these
+    data["read"] = [read["worst"] for read in page["divergences"]]
     # < never stands in the JSON, so no text in it can end the script element that holds it
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     scripts = {"plotly": _asset("vendor/plotly-cartesian.min.js"), "script": _script()}
@@ -198,6 +203,7 @@ def _content(opened: Sequence[results.Run | Checkpoint]) -> dict[str, Any]:
         "warnings": list(dict.fromkeys(w for view in views for w in view["warnings"]))
         + mixed([*of("sweep"), *compared]),
         "columns": columns(),
+        "recovery": {"headings": HEADINGS, "rule": RULE},
         "commands": {view["command"] for view in views},
     }
 

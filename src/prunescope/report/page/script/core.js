@@ -28,6 +28,36 @@ const label = (text, length = 14) => {
 const visible = (text) => (text === "" ? "(empty)" : String(text).replace(/\n/g, "\u21b5\n").replace(/\t/g, "\u21e5\t"));
 const digits = (value) => (value === null || value === undefined || Number.isNaN(value) ? "\u2013" : Number(value) === 0 ? "0" : Number(Number(value).toPrecision(6)).toString());
 
+// The chance of coming up at least once in n independent draws.
+const atLeastOnce = (p, n) => (p >= 1 ? 1 : -Math.expm1(n * Math.log1p(-p)));
+// Both models' most likely tokens, side by side; `right` is the token that follows.
+const mostLikely = (row, right) => {
+  const box = make("div", undefined, { class: "two" });
+  for (const side of ["dense", "target"]) {
+    const table = make("table");
+    table.append(make("caption", `${side}: most likely tokens`, { style: "text-align:left" }));
+    for (const [token, p] of row[side]) {
+      const line = make("tr", undefined, token === right ? { class: "right" } : {});
+      line.append(make("td", visible(token.replace(/ /g, "\u2423")), { class: "text" }), make("td", p.toPrecision(4), { class: "n", "data-v": p }));
+      table.append(line);
+    }
+    box.append(table);
+  }
+  return box;
+};
+// A listbox: pointing at an item, a click and the arrow keys choose it; `choose(number, scroll)` shows it.
+const walked = (list, current, choose) => {
+  const at = (event) => { const item = event.target.closest("li"); if (item) choose([...list.children].indexOf(item)); };
+  for (const name of ["mouseover", "click"]) list.addEventListener(name, at);
+  list.addEventListener("keydown", (event) => {
+    const last = list.children.length - 1, here = current();
+    const to = { ArrowRight: here + 1, ArrowDown: here + 1, ArrowLeft: here - 1, ArrowUp: here - 1, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    choose(Math.max(0, Math.min(last, to)), true);
+  });
+};
+
 // --- packed numbers -------------------------------------------------------------------------------------------------
 
 const unpacked = new WeakMap();

@@ -25,18 +25,7 @@ const decoding = () => {
     if (!row) return head.append("one of the texts has ended; there is nothing to compare.");
     head.append(make("span", "KL = "), make("b", digits(row.kl), { "data-v": row.kl }), make("span", ` nats, ${row.same ? "same" : "another"} most likely token`));
     if (!row.dense) return head.append("; this run was made before most likely tokens were kept");
-    const box = make("div", undefined, { class: "two" });
-    for (const side of ["dense", "target"]) {
-      const table = make("table");
-      table.append(make("caption", `${side}: most likely tokens`, { style: "text-align:left" }));
-      for (const [token, p] of row[side]) {
-        const line = make("tr");
-        line.append(make("td", visible(token.replace(/ /g, "\u2423")), { class: "text" }), make("td", p.toPrecision(4), { class: "n", "data-v": p }));
-        table.append(line);
-      }
-      box.append(table);
-    }
-    readout.append(box);
+    readout.append(mostLikely(row));
   };
   const write = () => {
     const one = text(), count = Math.max(one.dense.length, one.target ? one.target.length : 0);
@@ -51,6 +40,7 @@ const decoding = () => {
         item.append(make("span", piece === undefined ? "\u00a0" : visible(piece)));
       }
       if (parted) item.classList.add("parted");
+    if (t === one.first) { item.classList.add("fork"); item.title = "the texts part here"; }
       const alpha = !row ? 0 : pick.colour.value === "same" ? (row.same ? 0 : 0.4) : 0.5 * Math.sqrt(row.kl / strongest);
       item.style.background = `rgba(var(--mark), ${alpha.toFixed(3)})`;
       list.append(item);
@@ -64,15 +54,7 @@ const decoding = () => {
     const known = [["free", "free-running", "its own text"], ["forced", "teacher-forced", "the dense text"]].filter(([, name]) => name in view.regimes);
     fill(pick.regime, known.map(([value, , words]) => [value, words]), pick.regime.value);
   };
-  list.addEventListener("mouseover", (event) => { const item = event.target.closest("li"); if (item) choose($$("li", list).indexOf(item)); });
-  list.addEventListener("click", (event) => { const item = event.target.closest("li"); if (item) choose($$("li", list).indexOf(item)); });
-  list.addEventListener("keydown", (event) => {
-    const last = list.children.length - 1;
-    const to = { ArrowRight: chosen + 1, ArrowDown: chosen + 1, ArrowLeft: chosen - 1, ArrowUp: chosen - 1, Home: 0, End: last }[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    choose(Math.max(0, Math.min(last, to)), true);
-  });
+  walked(list, () => chosen, choose);
   more.addEventListener("click", () => { shown += PAGE; write(); });
   add("steps", async (figure, chart) => {
     const name = pick.metric.value, traces = [], all = [];
@@ -123,7 +105,23 @@ const decoding = () => {
   });
   options();
   write();
-  pick.run.addEventListener("change", () => { options(); shown = PAGE; write(); redraw("history"); });
+  const box = $("[data-worst]", part);
+  const first = box && worst(box, () => run().worst, (token) => {
+    pick.prompt.value = String(token.prompt);
+    pick.regime.value = "forced";
+    shown = Math.max(PAGE, token.step + 1);
+    write();
+    choose(token.step, true);
+    list.focus();
+  }, (token) => run().view.texts[token.prompt] !== undefined && token.step < run().view.texts[token.prompt].dense.length);
+  pick.run.addEventListener("change", () => {
+    options();
+    shown = PAGE;
+    write();
+    redraw("history");
+    if (first) first();
+    for (const one of $$("[data-passages]", part)) one.hidden = one.dataset.passages !== pick.run.value;
+  });
   for (const name of ["prompt", "colour", "regime"]) pick[name].addEventListener("change", () => { shown = PAGE; write(); });
   pick.metric.addEventListener("change", () => redraw("steps"));
 };

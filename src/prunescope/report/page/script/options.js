@@ -20,6 +20,8 @@ const choices = () => {
       row.append(make("th", q.id, { scope: "row", class: "text" }));
       for (const i of [q.choice_dense, q.choice_target, q.gold]) row.append(make("td", named(i), { class: "text" }));
       for (const v of [q.margin_dense, q.margin_target]) row.append(make("td", digits(v), { class: "n", "data-v": v }));
+      const known = q.q !== undefined, chance = known ? atLeastOnce(q.q, 100) : "";
+      row.append(make("td", known ? q.place.toLocaleString("en") : "\u2013", { class: "n", "data-v": known ? q.place : "" }), make("td", known ? chance.toFixed(3) : "\u2013", { class: "n", "data-v": chance }));
       const box = make("details");
       box.append(make("summary", "question"), make("div", q.text, { class: "text" }));
       const last = make("td", undefined, { "data-v": q.text });
