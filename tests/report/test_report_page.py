@@ -19,7 +19,7 @@ import pytest
 import prunescope
 from prunescope.report.page import html
 from prunescope.report.terminal.divergence import kl_lines
-from reports import HOSTILE, checkpoint, divergence_run, generate_run, layerwise_run, mcq_run
+from reports import HOSTILE, checkpoint, divergence_run, generate_run, layerwise_run, mcq_run, sweep_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make test installs it")
 
@@ -37,13 +37,13 @@ pytestmark = [
 class Watched:
     """A page with everything it said on the console and asked of the network."""
 
-    def __init__(self, page, path):
+    def __init__(self, page, path, address=""):
         self.page, self.troubles, self.requests = page, [], []
         page.on("console", lambda m: self.troubles.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         page.set_default_timeout(30_000)
-        page.goto(path.as_uri())
+        page.goto(path.as_uri() + address)
         page.wait_for_selector("html[data-ready]")
 
     def settled(self):
@@ -77,11 +77,13 @@ def folders(tmp_path_factory):
         layerwise_run(root / "turn"),
         layerwise_run(root / "normed", lens="final-norm", seed=1),
         generate_run(root / "texts"),
-        generate_run(root / "thinner", target="thinner", seed=2),
+        generate_run(root / "texts-thinner", target="thinner", seed=2),
         mcq_run(root / "options"),
         divergence_run(root / "read"),
         checkpoint(root / "dropped"),
         checkpoint(root / "sparse", "sparsify"),
+        checkpoint(root / "thinner", "heal"),
+        sweep_run(root / "swept"),
     ]
 
 
@@ -105,7 +107,7 @@ def test_every_view_is_drawn(page):
     drawn = page.page.evaluate(
         """[...document.querySelectorAll('figure')].filter(f => f.querySelector('svg.main-svg') && f.querySelector('[data-caption]').textContent).map(f => f.dataset.chart)"""
     )
-    assert set(drawn) == CHARTS and len(drawn) == len(CHARTS) + 1  # two checkpoints
+    assert set(drawn) == CHARTS and len(drawn) == len(CHARTS) + 2  # three checkpoints
     assert page.page.locator(".card").count() == 6
     assert page.page.locator("[data-flips] tbody tr").count() > 0
 
@@ -181,6 +183,58 @@ def test_worst_tokens_first(page, folders):
         sum(means[n, t] for t in range(6)) / 6 for n in range(3)
     )  # the texts have six steps, fewer than a passage
     assert passages[0].startswith(f"KL {best:.3f}") and len(passages) == 3
+
+
+def test_slider_of_a_sweep(page):
+    """Catches a point of another series, one use's share for the other's, and a slider that the keyboard cannot move."""
+    p = page.page
+    p.select_option("#sweeps [data-series]", "1")
+    p.focus("#sweeps [data-point]")
+    p.keyboard.press("ArrowRight")
+    p.keyboard.press("ArrowRight")
+    assert p.get_attribute("#sweeps [data-point]", "aria-valuetext").startswith("mlp-003: 3.0 % of the weights removed")
+    kept = [float(one.get_attribute("data-kept")) for one in p.locator("#sweeps [data-kept]").all()]
+    assert kept == pytest.approx(
+        [0.7, 1 - 0.1 / 0.75]
+    )  # 1.5 of ten options wrong rounds down to one item, of the 0.75 above chance
+    assert p.locator("#sweeps tr.own th").all_text_contents() == ["mlp-003"]
+
+
+def test_dense_pruned_and_healed_in_one_row(page, folders):
+    """Catches pruned and healed the wrong way round, and a dense model that is not at its own place."""
+    p = page.page
+    rows = [row.locator("th, td").all_text_contents() for row in p.locator("#healing tbody tr").all()]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["KL on the held-out text, nats a token"] == ["0", "0.9", "0.3"]
+    means = [
+        prunescope.open(next(f for f in folders if f.name == name)).info["summary_by_regime"]["teacher-forced"]["h"]["h_cos"]["mean"]
+        for name in ("texts", "texts-thinner")
+    ]  # fmt: skip
+    assert found["h_cos, teacher-forced"] == ["1", *(f"{mean:.4g}" for mean in means)]
+
+
+def test_address_holds_the_view(browser, page, page_file):
+    """What is chosen stands in the address, and the address chooses it again. Catches a run by its number, and menus set before those they
+    depend on."""
+    p = page.page
+    p.select_option("#decoding [data-run]", "1")
+    p.select_option("#decoding [data-prompt]", "2")
+    p.select_option("#decoding [data-only]", "fork")
+    address = p.evaluate("location.hash")
+    assert address == "#view=decoding&target=thinner&prompt=2&only=fork"
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        again = Watched(context.new_page(), page_file, address)
+        chosen = [
+            again.page.evaluate(f"document.querySelector('#decoding [data-{n}]').value")
+            for n in ("run", "prompt", "only")
+        ]
+        assert chosen == ["1", "2", "fork"]
+        assert abs(again.page.evaluate("document.querySelector('#decoding').getBoundingClientRect().top")) < 120
+        again.page.evaluate("location.hash = '#view=sweeps&series=1&point=1'")
+        again.page.wait_for_function("document.querySelector('#sweeps [data-point]').value === '1'")
+        assert again.page.text_content("#sweeps [data-at]").startswith("mlp-001")
+        again.page.evaluate("location.hash = '#view=nothing&target=<b>'")
+        again.quiet()
 
 
 def test_erased_or_demoted(page, folders):

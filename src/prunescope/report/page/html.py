@@ -35,6 +35,7 @@ from prunescope.report.page.compared import (
     view_of,
 )
 from prunescope.report.page.divergence import divergence_section
+from prunescope.report.page.healing import healings
 from prunescope.report.page.scores import generation_section, scores_section
 from prunescope.report.page.sweep import sweep_section
 from prunescope.report.page.tables import TABLES, table_section
@@ -135,11 +136,12 @@ SECTIONS = (
     Section("divergence", "Divergence", _has("divergences")),
     Section("scores", "Scores", _has("scores")),
     Section("sweeps", "Sweeps", _has("sweeps")),
+    Section("healing", "Healing", _has("healings")),
     Section("checkpoints", "Checkpoints", _has("checkpoints")),
     Section("notes", "Notes", lambda page: True),
 )
 # In this order, one script; each file may use what stands before it.
-_SCRIPTS = ("core", "worst", "layers", "decoding", "options", "targets", "start")
+_SCRIPTS = ("core", "worst", "layers", "decoding", "options", "targets", "sweeps", "links", "start")
 
 
 def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
@@ -152,6 +154,7 @@ def render(opened: Sequence[results.Run | Checkpoint]) -> bytes:
     data["runs"] = [
         {k: v for k, v in run.items() if k != "passages"} for run in page["runs"]
     ]  # the templates have these
+    data["sweeps"] = [{"series": sweep["series"]} for sweep in page["sweeps"]]
     data["read"] = [read["worst"] for read in page["divergences"]]
     # < never stands in the JSON, so no text in it can end the script element that holds it
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -183,7 +186,7 @@ def _content(opened: Sequence[results.Run | Checkpoint]) -> dict[str, Any]:
     aliases = aliases_of(runs, checkpoints)
     names = names_of(runs, aliases)
     views = [_guarded(run.folder, view_of, run, name, runs, aliases) for run, name in zip(runs, names, strict=True)]
-    sweeps = [_guarded(run.folder, sweep_section, run) for run in of("sweep")]
+    sweeps = [_guarded(run.folder, sweep_section, run, of("retrieve")) for run in of("sweep")]
     scores = [_guarded(run.folder, scores_section, run) for run in of("evaluate")]
     scores += [_guarded(run.folder, table_section, run) for run in of(*TABLES)]
     if len(runs) > 1 and (steps := _guarded(runs[0].folder, generation_section, runs, names)) is not None:
@@ -203,6 +206,7 @@ def _content(opened: Sequence[results.Run | Checkpoint]) -> dict[str, Any]:
         "warnings": list(dict.fromkeys(w for view in views for w in view["warnings"]))
         + mixed([*of("sweep"), *compared]),
         "columns": columns(),
+        "healings": healings(checkpoints, targets, of("evaluate")),
         "recovery": {"headings": HEADINGS, "rule": RULE},
         "commands": {view["command"] for view in views},
     }

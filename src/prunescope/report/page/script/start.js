@@ -19,6 +19,6 @@ window.addEventListener("beforeprint", () => forAll((chart) => ({ autosize: fals
 window.addEventListener("afterprint", () => forAll((chart) => ({ width: null, autosize: true, "font.color": css("--ink"), ...axes(chart, css("--grid"), css("--line")) })));
 // Parts of the page are built one after the other, so that it answers in between.
 (async () => {
-  for (const build of [layers, decoding, choices, targets, passages, checkpoints]) { build(); await tick(); }
+  for (const build of [layers, decoding, choices, targets, passages, sweeps, checkpoints, links]) { build(); await tick(); }
   work();
 })();
