@@ -230,25 +230,33 @@ def advise(
     model: str,
     *,
     sweep: str | None = None,
+    speed: str | None = None,
     use: str = "writing",
-    budget: Literal["bytes", "score"] = "bytes",
+    budget: Literal["bytes", "speed", "score"] = "bytes",
     loss: float = 0.05,
+    limit: int = 50,
     seed: int = 0,
+    dtype: DType = "auto",
+    device: str = "auto",
     out: str | None = None,
     overwrite: bool = False,
 ) -> AdviseResult:
     """Say from sweeps how much may go before a use breaks, which kind of pruning or rounding, and the command that makes it.
 
     A point is safe where even the low end of its 95 % interval over items loses no more than --loss of what the dense model scores above
-    chance. No model is loaded.
+    chance. With sweeps given no model is loaded; without one, a small sweep is run first, beside --out, and its cost is printed before.
 
     Args:
         model: the model of the sweeps, as they name it; or the folder of one sweep
-        sweep: folders of sweep runs of that model, several with commas between them
+        sweep: folders of sweep runs of that model, several with commas between them; left out, one is run
+        speed: folders of speed runs of that model and its points, for --budget speed; left out, the points are timed
         use: writing, choice, chat, code, maths, retrieval, or the name of a task in the sweeps
-        budget: bytes takes the point of the fewest bytes that is safe, score the safe point that keeps most
+        budget: bytes takes the safe point of the fewest bytes, speed the safe point that writes fastest, score the one that keeps most
         loss: share of what is above chance that may be lost
+        limit: items of each task in a sweep that is run now
         seed: of the draws for intervals
+        dtype: of what is measured now; auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: of what is measured now; auto is cuda where there is one, else cpu
         out: run folder to write
         overwrite: replace an existing run folder
 
@@ -259,7 +267,8 @@ def advise(
 
     return job.run(
         job.AdviseOptions(
-            model=model, sweep=sweep, use=use, budget=budget, loss=loss, seed=seed, output=OutputOptions(out, overwrite),
+            model=model, sweep=sweep, speed=speed, use=use, budget=budget, loss=loss, limit=limit, seed=seed,
+            loading=LoadOptions(dtype, device, None, False), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 
