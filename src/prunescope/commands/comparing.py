@@ -59,7 +59,7 @@ def layerwise(
         temperature: sampling temperature of the dense text; 0 is greedy
         top_k: sample from the k most likely tokens only; 0 is off
         top_p: sample from the most likely tokens of this total probability only
-        ignore_eos: write on behind an end-of-text token, as the paper's code does
+        ignore_eos: keep writing after an end-of-text token, as the paper's code does
         seed: of the sampling and the bootstrap
         batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB
@@ -129,7 +129,7 @@ def generate(
         temperature: sampling temperature; 0 is greedy
         top_k: sample from the k most likely tokens only; 0 is off
         top_p: sample from the most likely tokens of this total probability only
-        ignore_eos: write on behind an end-of-text token, as the paper's code does
+        ignore_eos: keep writing after an end-of-text token, as the paper's code does
         seed: of the sampling, the same draws for both models, and of the bootstrap
         batch_size: prompts at a time
         memory_mb: memory that the metrics may use, in MB

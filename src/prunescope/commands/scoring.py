@@ -198,7 +198,7 @@ def speed(
         out: run folder to write
         batch_size: texts at a time, several with commas between them
         length: tokens of a prompt
-        max_new_tokens: tokens written behind it
+        max_new_tokens: tokens written after it
         repeats: how often each time is measured, after a warm-up; the median counts
         sparse_kernels: run 2:4 weights with PyTorch's semi-structured kernels (CUDA, bfloat16 or float16)
         seed: of the random prompts

@@ -59,7 +59,7 @@ def measure_sweep(
     points = read_points(_TARGETS, n, None, None, None, _FORMATS, None)
     names = expand_tasks(tasks.split(","))
     seconds = _seconds(loaded, names, limit, seed) * len(points)
-    kept = f"; it is kept in {output.out} and goes on from there if interrupted" if output.out else "; --out keeps it"
+    kept = f"; it is kept in {output.out} and continues from there if interrupted" if output.out else "; --out keeps it"
     console.print(
         f"no sweep given, so one is run first: {len(points)} points ({_TARGETS} n = {n}; {_FORMATS}), {len(names)} task{'s' if len(names) > 1 else ''} of {limit} items, "
         f"about {_duration(seconds)} on this machine{kept}",

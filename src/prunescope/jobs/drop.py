@@ -88,7 +88,7 @@ def _check_streamed(options: DropOptions) -> None:
         )
     if is_sampled(options.calibration):
         raise UserError(
-            f"--stream: --calibration {options.calibration} is written by the model, read anew for every token; give a text or a data set"
+            f"--stream: --calibration {options.calibration} is written by the model, read again for every token; give a text or a data set"
         )
 
 

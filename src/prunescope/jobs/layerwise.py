@@ -59,7 +59,7 @@ class LayerwiseOptions(Options):
             raise UserError("--continuations holds the prompts too; leave --prompts out")
         if self.stream and self.continuations is None:
             raise UserError(
-                "--stream: a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
+                "--stream: a model on disk would be read again for every token that it writes; give its texts with --continuations FILE"
             )
 
     def settings(self) -> tuple[Any, ...]:

@@ -87,7 +87,7 @@ class SweepOptions(Options):
         if self.spread:
             require_ray()
         if self.output.out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted sweep; say where with --out")
+            raise UserError("--resume continues an interrupted sweep; say where with --out")
 
     @property
     def spread(self) -> bool:
