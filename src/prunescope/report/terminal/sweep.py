@@ -61,9 +61,7 @@ def show_sweep(
     console.print(shown)
     left_out = list(dict.fromkeys(row["task"] for row in rows if not row["informative"]))
     if left_out:
-        console.print(
-            Text(f"at floor in the dense model, alone or as a pair, so left out here: {', '.join(left_out)}")
-        )
+        console.print(Text(f"at floor in the dense model, alone or as a pair, so left out here: {', '.join(left_out)}"))
     for point, words in like.items():
         console.print(Text(f"KL of {point}, {kls[point]:.3g}: {words}"))
     for name, points in summary.get("front", {}).items():
