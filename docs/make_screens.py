@@ -24,18 +24,19 @@ COMMANDS = {
     "drop": "drop smollm2-135m --target attn --n 8 --out smollm2-drop",
     "sparsify": "sparsify smollm2-135m --method wanda --sparsity 0.5 --samples 8 --seq-len 128 --out smollm2-50",
     "export": 'export smollm2-135m --for transformers --drop "attn=3,7" --out smollm2-export',
-    "layerwise": "layerwise smollm2-135m ./smollm2-drop --max-new-tokens 8 --out runs/layers",
-    "generate": "generate smollm2-135m ./smollm2-drop --chat --max-new-tokens 16 --out runs/text",
-    "mcq": "mcq smollm2-135m ./smollm2-drop --limit 24 --out runs/options",
-    "divergence": "divergence smollm2-135m ./smollm2-drop --text README.md --chunks 3 --out runs/kl",
-    "retrieve": "retrieve smollm2-135m ./smollm2-drop --out runs/search",
-    "evaluate": "evaluate smollm2-135m ./smollm2-drop --tasks arithmetic-gen,arithmetic-mc --limit 20 --out runs/tasks",
-    "sweep": "sweep smollm2-135m --target attn --n 4,8 --quant int8 --tasks arithmetic-gen,arithmetic-mc --limit 20 --out runs/sweep",
-    "advise": "advise smollm2-135m --sweep runs/sweep --use choice --loss 0.1 --out runs/advice",
-    "speed": "speed smollm2-135m ./smollm2-drop --batch-size 1 --out runs/speed",
-    "heal": "heal ./smollm2-drop --teacher smollm2-135m --steps 8 --samples 16 --out smollm2-healed",
+    "generate": "generate smollm2-135m ./smollm2-drop --prompts prompts.txt --chat --max-new-tokens 12 --out runs/text",
+    "mcq": "mcq smollm2-135m ./smollm2-drop --limit 12 --out runs/options",
+    "layerwise": "layerwise smollm2-135m ./smollm2-drop --prompts prompts.txt --max-new-tokens 4 --out runs/layers",
+    "divergence": "divergence smollm2-135m ./smollm2-drop --text README.md --context 256 --chunks 2 --out runs/kl",
+    "evaluate": "evaluate smollm2-135m ./smollm2-drop --tasks arithmetic-gen,arithmetic-mc --limit 10 --out runs/tasks",
+    "sweep": "sweep smollm2-135m --target attn --n 8 --quant int8 --prompts prompts.txt --tasks arithmetic-gen,arithmetic-mc --limit 10 --out runs/sweep",
+    "advise": "advise smollm2-135m --sweep runs/sweep --use maths --loss 0.1 --out runs/advice",
+    "heal": "heal ./smollm2-drop --teacher smollm2-135m --steps 4 --samples 12 --new-tokens 48 --held-out 4 --out smollm2-healed",
     "report": "report runs/text runs/options runs/kl runs/tasks ./smollm2-drop ./smollm2-healed --out report.html",
+    "speed": "speed smollm2-135m ./smollm2-drop --batch-size 1 --length 32 --max-new-tokens 8 --repeats 3 --out runs/speed",
+    "retrieve": "retrieve smollm2-135m ./smollm2-drop --out runs/search",
 }
+PROMPTS = ["Why is the sky blue?", "Name three uses of copper.", "What is 17 + 25?", "Write a line about the sea."]
 INK = TerminalTheme(
     (255, 255, 255), (22, 24, 29),
     [(22, 24, 29), (168, 38, 26), (20, 104, 63), (138, 83, 0), (11, 92, 173), (120, 60, 140), (0, 110, 120), (90, 95, 105)],
@@ -49,6 +50,7 @@ def main(names: list[str]) -> int:
     folder = Path(os.environ.get("SCREENS") or tempfile.mkdtemp(prefix="prunescope-screens-"))
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text((HERE.parent / "README.md").read_text("utf-8"), "utf-8")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
     for name, line in COMMANDS.items():
         if names and name not in names:
             continue

@@ -16,6 +16,7 @@ from prunescope.runs.folder import Run
 __all__ = ["sweep_section"]
 
 _RETRIEVED = "#009E73"
+_WORDS = {"generative": "writing", "choice": "choosing"}
 
 
 def sweep_section(run: Run, searched: Sequence[Run] = ()) -> dict[str, Any]:
@@ -78,9 +79,9 @@ def _point(row: Mapping[str, Any], rows: Rows, kinds: Sequence[str], found: Mapp
     uses = []
     for kind in kinds:
         if (mean := mean_over_tasks(of_kind(rows, kind, False), "kept")) is not None:
-            uses.append({"name": KINDS[kind][1], "colour": KINDS[kind][0], **_kept(*mean)})
+            uses.append({"name": _WORDS[kind], "colour": KINDS[kind][0], **_kept(*mean)})
     if (kept := found.get(row["point"])) is not None:
-        uses.append({"name": "retrieved", "colour": _RETRIEVED, **_kept(*kept)})
+        uses.append({"name": "retrieving", "colour": _RETRIEVED, **_kept(*kept)})
     return {
         "point": row["point"],
         "words": f"{100 * row['weights_removed']:.1f} % of the weights removed{size}",

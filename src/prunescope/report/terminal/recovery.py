@@ -12,9 +12,9 @@ from rich.text import Text
 
 __all__ = ["HEADINGS", "RULE", "recovery_rows", "show_recovery"]
 
-HEADINGS = ("", "n", "first", "demoted", "erased", "place", "1 draw", "10", "100 draws")
+HEADINGS = ("", "n", "first", "demoted", "erased", "rank", "1 draw", "10", "100 draws")
 RULE = (
-    "place: median, 1 is the most likely token; demoted: 100 draws bring the token back more often than not; erased: they do not. Chance of at least one in n draws: "
+    "rank: median, 1 is the most likely token; demoted: 100 draws contain the token more often than not; erased: they do not. Chance of at least one in n draws: "
     "1 - (1 - p)^n, computed from p, nothing was sampled"
 )
 

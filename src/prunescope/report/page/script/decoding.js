@@ -15,7 +15,7 @@ const decoding = () => {
     if (items[chosen]) items[chosen].setAttribute("aria-selected", "false");
     chosen = step;
     readout.replaceChildren();
-    if (!items[step]) return readout.append("Point at a step, or walk with the arrow keys, to see the most likely tokens of both models.");
+    if (!items[step]) return readout.append("Point at a step, or use the arrow keys, to see the most likely tokens of both models.");
     items[step].setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", items[step].id);
     if (scroll) items[step].scrollIntoView({ block: "nearest" });

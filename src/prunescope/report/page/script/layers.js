@@ -68,9 +68,9 @@ const layers = () => {
       [cell.kind.value, cell.layer.value, cell.step.value] = [point.curveNumber, point.y, point.x];
       read();
     });
-    const kept = view.stride > 1 && !grid.tokens ? `; every ${view.stride}. step is kept` : "";
+    const kept = view.stride > 1 && !grid.tokens ? `; one step in ${view.stride} is kept` : "";
     const some = view.prompts.length < view.prompt_count ? `; ${view.prompts.length} of ${view.prompt_count} prompts are kept one by one` : "";
-    say(figure, `${name} by layer and decoding step, ${grid.tokens ? `prompt ${view.prompts[pick.prompt.value].id}` : `mean over ${view.prompt_count} prompts`}; lens ${run().lens}, T = ${run().temperature}${kept}${some}. ${log ? "The lowest 1 % of the cells share the darkest colour. " : ""}Blank: not there${log ? ", or exactly zero" : ""}.`);
+    say(figure, `${name} by layer and decoding step, ${grid.tokens ? `prompt ${view.prompts[pick.prompt.value].id}` : `mean over ${view.prompt_count} prompts`}; lens ${run().lens}, T = ${run().temperature}${kept}${some}. ${log ? "The lowest 1 % of the cells share the darkest colour. " : ""}Blank: missing${log ? ", or exactly zero" : ""}.`);
     chart.rows = [["sublayer", "layer", "step", name], ...grid.values.map((v, i) => [KINDS[Math.floor(i / steps / view.layers)], Math.floor(i / steps) % view.layers, grid.steps[i % steps], v])];
     read();
   });

@@ -57,7 +57,7 @@ const choices = () => {
     });
     traces.push({ x: [-reach, reach], y: [-reach, reach], mode: "lines", line: { dash: "dot", width: 1, color: look().soft }, hoverinfo: "skip", showlegend: false });
     await plot(figure, traces, { xaxis: { title: "margin, dense (nats)", range: [-reach, reach] }, yaxis: { title: "margin, target (nats)", range: [-reach, reach] } }, 420);
-    say(figure, `Margin of the right option over the best other one, before and after${run().view.stride > 1 ? `; every ${run().view.stride}. question is drawn` : ""}.`);
+    say(figure, `Margin of the right option over the best other one, before and after${run().view.stride > 1 ? `; one question in ${run().view.stride} is drawn` : ""}.`);
   });
   add("spaces", async (figure, chart) => {
     const name = pick.metric.value, traces = [];

@@ -11,14 +11,14 @@ const worst = (box, tokens, show, has = () => false) => {
     if (items[chosen]) items[chosen].setAttribute("aria-selected", "false");
     chosen = number;
     readout.replaceChildren();
-    if (!items[number]) return readout.append("Point at a token, or walk with the arrow keys, to see the most likely tokens of both models.");
+    if (!items[number]) return readout.append("Point at a token, or use the arrow keys, to see the most likely tokens of both models.");
     items[number].setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", items[number].id);
     if (scroll) items[number].scrollIntoView({ block: "nearest" });
     const token = found[number], head = make("div");
     head.append(make("code", visible(token.text.replace(/ /g, "\u2423")), { class: "text" }), make("span", ` (${token.where}): KL = `), make("b", digits(token.kl), { "data-v": token.kl }),
       make("span", ` nats, \u0394p ${(100 * token.dp).toFixed(1)} %, ${token.same ? "same" : "another"} most likely token${token.fork ? "; the texts part here" : ""}.`));
-    if (token.q !== undefined) head.append(make("span", ` The target puts it ${token.place === null ? "below the five that are kept" : `in place ${token.place.toLocaleString("en")}`}, p = ${token.q.toPrecision(3)}: 10 draws bring it back with ${atLeastOnce(token.q, 10).toFixed(3)}, 100 with ${atLeastOnce(token.q, 100).toFixed(3)}.`));
+    if (token.q !== undefined) head.append(make("span", ` Rank ${token.place === null ? "unknown, below the five that are kept," : token.place.toLocaleString("en")} in the target, p = ${token.q.toPrecision(3)}: 10 draws contain it with probability ${atLeastOnce(token.q, 10).toFixed(3)}, 100 with ${atLeastOnce(token.q, 100).toFixed(3)}.`));
     readout.append(head, mostLikely(token, token.text));
     if (has(token)) {
       const button = make("button", "Show in the two texts", { type: "button" });
@@ -44,7 +44,7 @@ const worst = (box, tokens, show, has = () => false) => {
     }));
     list.hidden = !found.length;
     more.hidden = found.length <= shown;
-    $("[data-count]", box).textContent = `${found.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} tokens. KL, the token after what stands before it, its place, p of the dense model's most likely token.`;
+    $("[data-count]", box).textContent = `${found.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} tokens. Each row: KL, the token after the text before it, prompt and step, and p of the dense model's most likely token.`;
     choose(-1);
   };
   const options = () => {
