@@ -1,4 +1,4 @@
-"""What every command prints, as pictures: `make docs-screens`. Runs each command on the bundled model at a small size and writes
+"""What commands print, as pictures: `make docs-screens`. Runs each of them on the bundled model at a small size and writes
 docs/screens/NAME.svg, the terminal at 80 columns."""
 
 from __future__ import annotations
@@ -23,16 +23,12 @@ WIDTH, LINES = 80, 44  # columns, and lines of a picture; the middle of what is 
 COMMANDS = {
     "drop": "drop smollm2-135m --target attn --n 8 --out smollm2-drop",
     "sparsify": "sparsify smollm2-135m --method wanda --sparsity 0.5 --samples 8 --seq-len 128 --out smollm2-50",
-    "export": 'export smollm2-135m --for transformers --drop "attn=3,7" --out smollm2-export',
+    "export": 'export smollm2-135m --for transformers --drop "attn=3,7" --check --out smollm2-export',
     "generate": "generate smollm2-135m ./smollm2-drop --prompts prompts.txt --chat --max-new-tokens 12 --out runs/text",
-    "mcq": "mcq smollm2-135m ./smollm2-drop --limit 12 --out runs/options",
-    "layerwise": "layerwise smollm2-135m ./smollm2-drop --prompts prompts.txt --max-new-tokens 4 --out runs/layers",
     "divergence": "divergence smollm2-135m ./smollm2-drop --text README.md --context 256 --chunks 2 --out runs/kl",
     "evaluate": "evaluate smollm2-135m ./smollm2-drop --tasks arithmetic-gen,arithmetic-mc --limit 10 --out runs/tasks",
     "sweep": "sweep smollm2-135m --target attn --n 8 --quant int8 --prompts prompts.txt --tasks arithmetic-gen,arithmetic-mc --limit 10 --out runs/sweep",
     "advise": "advise smollm2-135m --sweep runs/sweep --use maths --loss 0.1 --out runs/advice",
-    "heal": "heal ./smollm2-drop --teacher smollm2-135m --steps 4 --samples 12 --new-tokens 48 --held-out 4 --out smollm2-healed",
-    "report": "report runs/text runs/options runs/kl runs/tasks ./smollm2-drop ./smollm2-healed --out report.html",
     "speed": "speed smollm2-135m ./smollm2-drop --batch-size 1 --length 32 --max-new-tokens 8 --repeats 3 --out runs/speed",
     "retrieve": "retrieve smollm2-135m ./smollm2-drop --out runs/search",
 }
@@ -51,9 +47,8 @@ def main(names: list[str]) -> int:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text((HERE.parent / "README.md").read_text("utf-8"), "utf-8")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
-    for name, line in COMMANDS.items():
-        if names and name not in names:
-            continue
+    for name in names or COMMANDS:
+        line = COMMANDS[name]
         environment = os.environ | {"COLUMNS": str(WIDTH), "FORCE_COLOR": "1"}
         done = subprocess.run(
             [program, *shlex.split(line), "--overwrite"], cwd=folder, env=environment, capture_output=True, text=True

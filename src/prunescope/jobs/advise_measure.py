@@ -112,9 +112,11 @@ def measure_speed(
         f"no speed run given, so {len(names) + 1} models are timed first: a prompt of 128 tokens and 32 new ones, {_REPEATS} times each",
         markup=False,
     )
-    return speed_job.run(
+    found = speed_job.run(
         speed_job.SpeedOptions(
             models=[model, *dict.fromkeys(names)], batch_size="1", length=128, max_new_tokens=32, repeats=_REPEATS, sparse_kernels=False,
             seed=0, engine="transformers", loading=loading, output=output,
         )
-    ).table().to_pylist()  # fmt: skip
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = found.table().to_pylist()
+    return rows

@@ -43,11 +43,13 @@ def show_recovery(info: Mapping[str, Any], console: Console) -> None:
     mcq = info["command"] == "mcq"
     what = "the right option's token" if mcq else "the dense model's token where the texts part"
     temperature = 1.0 if mcq else info["config"]["metric_temperature"]
-    title = f"{what}, in the whole vocabulary at T = {temperature:g}"
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(title), title_justify="left", show_edge=False)
+    console.print()
+    console.print(Text(f"{what}, in the whole vocabulary at T = {temperature:g}", style="bold"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(Text(RULE, style="dim"))
+    console.print()
