@@ -260,7 +260,7 @@ def heal(
         target: the pruned model, a folder of drop or sparsify, or sublayers of the teacher to drop, for example drop:attn=3,5
         teacher: the dense model
         out: checkpoint folder to write
-        traces: files of prompts for the teacher to continue, comma-separated; without them, it writes the prompts too
+        traces: files of prompts for the teacher to continue, comma-separated, and self for prompts that it writes too; default: self
         samples: texts that the teacher writes
         new_tokens: most tokens of each
         temperature: sampling temperature of the teacher

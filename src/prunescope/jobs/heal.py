@@ -25,6 +25,7 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 from prunescope.models.record import RECORD
@@ -163,7 +164,7 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
-        temperature=options.temperature, seed=options.seed, batch_size=32, cache=cache_folder() if options.cache else None,
+        temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
     texts, held_out = _apart(traces, options)
     plan = options.plan(student)
