@@ -44,7 +44,7 @@ const worst = (box, tokens, show, has = () => false) => {
     }));
     list.hidden = !found.length;
     more.hidden = found.length <= shown;
-    $("[data-count]", box).textContent = `${found.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} tokens. Each row: KL, the token after the text before it, prompt and step, and p of the dense model's most likely token.`;
+    $("[data-count]", box).textContent = `${found.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} tokens. Each row: KL, the token after the text before it, where it is, and p of the dense model's most likely token.`;
     choose(-1);
   };
   const options = () => {
