@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "prunescope"
-LONG = {"compare/kernels/numba_sums.py", "compare/kernels/triton_sums.py"}
+LONG = {"compare/kernels/numba_sums.py"}
 
 
 def sources() -> dict[str, str]:

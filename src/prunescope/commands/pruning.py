@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DropResult, HealResult, SparsifyResult
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load(
     Args:
         model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda if there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         drop: sublayers to drop, for example attn=0,5;mlp=7
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
@@ -85,7 +85,9 @@ def drop(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     cache: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
+    workers: int = 1,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -114,7 +116,9 @@ def drop(
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
-        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
+        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe; auto: if it does not fit into free memory
+        workers: processes that share the candidates of kl, search and task:NAME, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the candidates instead; auto finds one, local starts one here
         overwrite: replace an existing checkpoint folder
 
     Raises:
@@ -125,7 +129,7 @@ def drop(
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream, spread=SpreadOptions(workers, ray_address),
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
@@ -134,7 +138,7 @@ def drop(
 def sparsify(
     model: Model,
     *,
-    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured", "experts"] = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
     out: str | None = None,
@@ -154,6 +158,7 @@ def sparsify(
     seed: int = 0,
     perplexity: str | None = None,
     perplexity_windows: int | None = None,
+    shares: int | None = None,
     memory_mb: int = 4096,
     dtype: DType = "auto",
     device: str = "auto",
@@ -170,7 +175,7 @@ def sparsify(
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
-        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
+        method: magnitude, wanda, sparsegpt, structured (whole MLP neurons, physically removed), or experts (whole experts of MoE models, by REAP, physically removed)
         sparsity: share of the weights to remove, at least 0 and below 1
         pattern: N:M keeps at most N weights of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
         out: checkpoint folder to write
@@ -190,6 +195,7 @@ def sparsify(
         seed: seed of the choice of calibration samples
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
         perplexity_windows: use only the first N windows of it
+        shares: pieces of the calibration text whose sums are added pair by pair; default: one per process of torchrun; the result depends on them, not on the processes
         memory_mb: memory for hidden states, in MB; more are kept on disk
         dtype: dtype of the computation, at least as precise as the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda if there is one, else cpu
@@ -212,7 +218,7 @@ def sparsify(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
-            perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
+            perplexity_windows=perplexity_windows, shares=shares, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

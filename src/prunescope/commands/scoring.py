@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import AdviseResult, EvaluateResult, SpeedResult, SweepResult
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def evaluate(
     batch_size: int = 8,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -54,8 +56,10 @@ def evaluate(
         batch_size: items per batch
         ladder: GGUF types such as q8_0,q4_k,q2_k: also measure each model's KL from the first, on what the first writes, and say which two of its quantised types it lies between
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the tasks, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the tasks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda if there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with a model
@@ -72,7 +76,7 @@ def evaluate(
         job.EvaluateOptions(
             models=models, tasks=tasks, limit=limit, shots=shots, max_new_tokens=max_new_tokens, data=data,
             allow_code_execution=allow_code_execution, seed=seed, batch_size=batch_size, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -143,11 +147,11 @@ def sweep(
         samples: calibration samples; default: 128 from a text, 32 from the model
         seq_len: tokens per sample; default: 2048 from a text, 256 from the model, never past its context
         batch_size: items per batch
-        workers: processes that share the points through Ray, each with a GPU where there are any
-        ray_address: address of a running Ray cluster (auto finds one); without it, more than one worker starts one here
+        workers: processes that share the points, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the points instead; auto finds one, local starts one here
         seed: seed of tasks, calibration and bootstrap
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda if there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -166,7 +170,7 @@ def sweep(
             model=model, target=target, n=n, method=method, sparsity=sparsity, pattern=pattern, quant=quant, join=join,
             sparse_bytes=sparse_bytes, ladder=ladder, tasks=tasks, limit=limit, shots=shots, data=data, allow_code_execution=allow_code_execution, prompts=prompts, chat=chat,
             max_new_tokens=max_new_tokens, metric_temperature=metric_temperature, calibration=calibration, samples=samples,
-            seq_len=seq_len, batch_size=batch_size, workers=workers, ray_address=ray_address, seed=seed, cache=cache,
+            seq_len=seq_len, batch_size=batch_size, spread=SpreadOptions(workers, ray_address), seed=seed, cache=cache,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -182,7 +186,8 @@ def speed(
     repeats: int = 5,
     sparse_kernels: bool = False,
     seed: int = 0,
-    engine: Literal["transformers", "llama.cpp"] = "transformers",
+    engine: Literal["transformers", "llama.cpp", "vllm"] = "transformers",
+    engine_python: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -202,9 +207,10 @@ def speed(
         repeats: measurements of each time after a warm-up; the median counts
         sparse_kernels: run 2:4 weights with PyTorch's semi-structured kernels (CUDA, bfloat16 or float16)
         seed: seed of the random prompts
-        engine: what runs the models; llama.cpp writes one text at a time (no --batch-size), models are exported and timed in turn
+        engine: what runs the models; llama.cpp and vllm write one text at a time (no --batch-size), models are exported and timed in turn
+        engine_python: Python of an environment with vllm, for --engine vllm
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda if there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the first model)
         adapter: LoRA adapter to merge into the first model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -219,7 +225,7 @@ def speed(
     return job.run(
         job.SpeedOptions(
             models=models, batch_size=batch_size, length=length, max_new_tokens=max_new_tokens, repeats=repeats,
-            sparse_kernels=sparse_kernels, seed=seed, engine=engine,
+            sparse_kernels=sparse_kernels, seed=seed, engine=engine, engine_python=engine_python,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite),
         )

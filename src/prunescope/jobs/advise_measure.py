@@ -10,7 +10,7 @@ from typing import Any
 from prunescope.errors import UserError
 from prunescope.jobs import speed as speed_job
 from prunescope.jobs import sweep as sweep_job
-from prunescope.jobs.options import LoadOptions, OutputOptions
+from prunescope.jobs.options import LoadOptions, OutputOptions, SpreadOptions
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console
 from prunescope.results import SweepResult
@@ -69,8 +69,8 @@ def measure_sweep(
         sweep_job.SweepOptions(
             model=loaded, target=_TARGETS, n=n, method=None, sparsity=None, pattern=None, quant=_FORMATS, join=None, sparse_bytes=False,
             ladder=None, tasks=tasks, limit=limit, shots=None, data=None, allow_code_execution=False, prompts=None, chat=False,
-            max_new_tokens=16, metric_temperature=1.0, calibration="self", samples=None, seq_len=None, batch_size=_BATCH, workers=1,
-            ray_address=None, seed=seed, cache=True, loading=loading, output=output,
+            max_new_tokens=16, metric_temperature=1.0, calibration="self", samples=None, seq_len=None, batch_size=_BATCH,
+            seed=seed, cache=True, spread=SpreadOptions(1, None), loading=loading, output=output,
         )
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def measure_speed(
     found = speed_job.run(
         speed_job.SpeedOptions(
             models=[model, *dict.fromkeys(names)], batch_size="1", length=128, max_new_tokens=32, repeats=_REPEATS, sparse_kernels=False,
-            seed=0, engine="transformers", loading=loading, output=output,
+            seed=0, engine="transformers", engine_python=None, loading=loading, output=output,
         )
     )  # fmt: skip
     rows: list[dict[str, Any]] = found.table().to_pylist()

@@ -28,6 +28,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.models.placing import refuse_sharded
 from prunescope.models.record import RECORD
 from prunescope.models.saving import checkpoint_bytes, save_changed
 from prunescope.models.variants import read_variant
@@ -211,6 +212,7 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         source = options.teacher.ref if isinstance(options.teacher, LoadedModel) else options.teacher
         student = load_model(source, dtype=dtype, drop=spec, **of_teacher, **common)
         student.ref = str(options.target)
+    refuse_sharded(student.ref, student.model, "training", "heal on a GPU that holds the model, or on the CPU")
     if isinstance(options.teacher, LoadedModel):
         return student, options.teacher
     half = student.device.type == "cuda" and loading.dtype == "auto"

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prunescope.errors import UserError, first_line
 from prunescope.models.decoding import decode, foreign_cache
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import is_sharded
 from prunescope.models.residual import final_states
 
 __all__ = [
@@ -210,6 +211,8 @@ def static_problem(loaded: LoadedModel) -> str | None:
     """
     if loaded.device.type != "cuda":
         return f"a fixed cache pays on a CUDA device only, this is {loaded.device.type}"
+    if is_sharded(loaded.model):
+        return "its weights lie on several GPUs"
     key = str(loaded.dropped)
     if key not in loaded.decoding:
         loaded.decoding[key] = try_static(loaded)
