@@ -12,7 +12,7 @@ DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-workers test-stream test-quant test-engines test-vllm docs docs-look dist notebooks lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-workers test-stream test-quant test-engines test-vllm docs docs-look dist notebooks lint format docs-figures docs-screens paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -74,6 +74,9 @@ paper: $(RUN)
 docs-figures: demo $(DEV)
 	$(BIN)/python docs/make_figures.py $(DEMO)
 	$(BIN)/python docs/make_hero.py $(DEMO)
+
+docs-screens: $(RUN)
+	$(BIN)/python docs/make_screens.py
 
 $(RUN): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -535,3 +535,20 @@ def test_recipes_of_tables_show_the_papers_values_or_say_that_they_are_not_at_ha
     (tmp_path / "bad.yaml").write_text(json.dumps({"figure": "x", "title": "x", "model": "x", "steps": {}, "show": [], "paper": {"values": [{"value": 1}]}}))  # fmt: skip
     with pytest.raises(prunescope.UserError, match="needs model"):
         read_recipe(tmp_path / "bad.yaml")
+
+
+def test_advise_without_a_sweep_runs_one(
+    chars: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost stands before the first point; the sweep is kept beside --out, and is not run again. The tiny model knows nothing, so that advise
+    then refuses, as it must."""
+    for name, value in {"_TARGETS": "attn", "_FORMATS": "int8"}.items():
+        monkeypatch.setattr(f"prunescope.jobs.advise_measure.{name}", value)
+    argv = ["advise", str(chars), "--use", "arithmetic-mc", "--limit", "3", "--out", str(tmp_path / "advice")]
+    for first in (True, False):
+        assert main(argv) == 2
+        err = " ".join(capfd.readouterr().err.split())
+        assert "the dense model itself is at chance" in err and not (tmp_path / "advice").exists()
+        cost = err.index("no sweep given, so one is run first: 3 points (attn n = 0,1; int8), 1 task of 3 items")
+        assert ("dense (1 of 3)" in err) == first and (not first or cost < err.index("dense (1 of 3)"))
+    assert prunescope.open(tmp_path / "advice-sweep").info["complete"]

@@ -292,7 +292,7 @@ def generation_rows(
         sampling: how both choose their tokens; step t of prompt i uses the same uniform number in both.
         regime: free-running, teacher-forced or both.
         batch_size: prompts at a time, left-padded while they are written.
-        temperature: metric temperature T, apart from the sampling temperature.
+        temperature: metric temperature T, independent of the sampling temperature.
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from (`generation_key`).
         texts: continuations that both models read instead of writing any; teacher-forced only.

@@ -68,7 +68,7 @@ class Asked:
 def ask(
     model: LoadedModel, questions: Sequence[Question], template: Template, shots: dict[str, list[Question]]
 ) -> list[Asked]:
-    """Prompts and option tokens. Option tokens are what the tokenizer makes of prompt + option behind those of the prompt.
+    """Prompts and option tokens. Option tokens are what the tokenizer makes of prompt + option after those of the prompt.
 
     Raises:
         UserError: no chat template, a prompt past the model's context, options that are the same tokens, a tokenizer that gives tokens

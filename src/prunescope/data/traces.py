@@ -98,7 +98,7 @@ def write_traces(
     Args:
         files: see `read_prompts`; or ``self``.
         samples, new_tokens: so many texts, of at most so many new tokens each.
-        cache: folder in which texts are kept, batch by batch, so that an interrupted call goes on; None keeps none.
+        cache: folder in which texts are kept, batch by batch, so that an interrupted call continues; None keeps none.
     Raises:
         UserError: a file that cannot be read, a prompt too long for the model, or a model with no start token.
     """

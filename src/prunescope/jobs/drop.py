@@ -105,7 +105,7 @@ def _hindrance(options: DropOptions) -> str | None:
     if options.output.out is not None and options.format != "recipe":
         return f"--format {options.format} writes weights; use --format recipe"
     if is_sampled(options.calibration):
-        return f"--calibration {options.calibration} is written by the model, read anew for every token; give a text or a data set"
+        return f"--calibration {options.calibration} is written by the model, read again for every token; give a text or a data set"
     return None
 
 

@@ -135,7 +135,7 @@ def run(options: EvaluateOptions) -> EvaluateResult:
                     said = notes_of(parts[at])
                     if said["model"] != _identity(loaded):
                         raise UserError(
-                            f"{options.output.out}: {label} is not the model it was when this run was begun; start anew with --overwrite"
+                            f"{options.output.out}: {label} is not the model it was when this run was begun; start over with --overwrite"
                         )
                     scores.setdefault(label, {}).update(said["scores"])
                     column = pa.array([label] * len(parts[at]), pa.string())

@@ -117,7 +117,7 @@ class HealOptions(Options):
         if out is not None and Path(out).expanduser().absolute() == Path(str(self.target)).expanduser().absolute():
             raise UserError(f"--out {out} is the target itself; choose another folder")
         if out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted run; say where with --out")
+            raise UserError("--resume continues an interrupted run; say where with --out")
         read_variant(self.target)
 
     def plan(self, student: LoadedModel) -> HealPlan:

@@ -235,5 +235,5 @@ class Options(Group):
 
 
 def listed(text: str) -> list[str]:
-    """The names in an option that takes several with commas between them."""
+    """The names in a comma-separated option."""
     return [name.strip() for name in text.split(",")]

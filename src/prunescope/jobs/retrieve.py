@@ -101,7 +101,7 @@ def _cutoffs(text: str, depth: int) -> tuple[int, ...]:
     try:
         found = tuple(sorted({int(part) for part in str(text).split(",")}))
     except ValueError as error:
-        raise UserError(f"--recall-at {text}: write whole numbers with commas between them, as 10,100") from error
+        raise UserError(f"--recall-at {text}: write comma-separated whole numbers, such as 10,100") from error
     if found[0] < 1 or found[-1] > depth:
         raise UserError(f"--recall-at {text}: cut-offs go from 1 to --depth, {depth}")
     return found

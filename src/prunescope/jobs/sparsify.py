@@ -98,7 +98,7 @@ class SparsifyOptions(Options):
         if out is not None and Path(out).expanduser().absolute() == Path(str(self.model)).expanduser().absolute():
             raise UserError(f"--out {out} is the model itself; choose another folder")
         if out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted run; say where with --out")
+            raise UserError("--resume continues an interrupted run; say where with --out")
         super().check()
 
     @property
@@ -363,7 +363,7 @@ def _allocation(
         kept = json.loads(path.read_text("utf-8"))
         if kept["key"] != key:
             raise UserError(
-                f"{staging} was begun with another model, text or options; go on with those, or start anew with --overwrite"
+                f"{staging} was begun with another model, text or options; continue with those, or start over with --overwrite"
             )
         found: list[float] | None = kept["by_layer"]
         return found

@@ -29,7 +29,7 @@ from prunescope.runs.parts import begin
 __all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder", "write_texts"]
 
 CPU = torch.device("cpu")
-UNWRITTEN = "both models would be read anew for every token that they write; give texts with --continuations FILE"
+UNWRITTEN = "both models would be read again for every token that they write; give texts with --continuations FILE"
 _ROOM = 16  # of the weights' bytes one in so many is kept for hidden states
 
 

@@ -86,7 +86,7 @@ class SweepOptions(Options):
         check_rungs(self.ladder)
         expand_tasks(listed(self.tasks))
         if self.output.out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted sweep; say where with --out")
+            raise UserError("--resume continues an interrupted sweep; say where with --out")
 
     @property
     def cache_folder(self) -> Path | None:

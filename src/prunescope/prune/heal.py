@@ -374,7 +374,7 @@ def _resume(trained: Trainable, optimiser: torch.optim.Optimizer, folder: Path |
     tensors, notes = _read(folder / _STATE)
     if notes.get("key") != key:
         raise UserError(
-            f"{folder} was begun with other models, texts or options; go on with those, or start anew with --overwrite"
+            f"{folder} was begun with other models, texts or options; continue with those, or start over with --overwrite"
         )
     _put(trained, {name: tensors[f"weight {name}"] for name in trained.parameters})
     for name, parameter in trained.parameters.items():

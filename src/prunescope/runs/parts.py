@@ -105,7 +105,7 @@ def resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
         return None
     if state["key"] != key:
         raise UserError(
-            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts anew"
+            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts over"
         )
     return texts
 
