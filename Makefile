@@ -7,11 +7,12 @@ DEV := $(VENV)/.installed-dev
 QUANT := $(VENV)/quant
 QUANT_TESTS := tests/models/test_quantised.py tests/models/test_packed.py tests/models/test_packed_commands.py
 ENGINES := $(VENV)/.installed-engines
+VLLM := $(VENV)/vllm
 DOCS := $(VENV)/.installed-docs
 DEMO ?= prunescope-demo
 PAPER ?= paper-figures
 
-.PHONY: demo test test-gpu test-families test-kill test-stream test-quant test-engines docs docs-look dist notebooks lint format docs-figures paper clean
+.PHONY: demo test test-gpu test-families test-kill test-workers test-stream test-quant test-engines test-vllm docs docs-look dist notebooks lint format docs-figures docs-screens paper clean
 
 demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
@@ -29,6 +30,9 @@ test-families: $(DEV)
 test-kill: $(DEV)
 	$(BIN)/python -m pytest -m kill
 
+test-workers: $(DEV)
+	$(BIN)/python -m pytest -m workers
+
 test-stream: $(DEV)
 	$(BIN)/python -m pytest -m stream
 
@@ -37,6 +41,9 @@ test-quant: $(QUANT)/.installed
 
 test-engines: $(ENGINES)
 	$(BIN)/python -m pytest tests/export
+
+test-vllm: $(VLLM)/.installed
+	PRUNESCOPE_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest tests/export/test_vllm.py
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -68,6 +75,9 @@ docs-figures: demo $(DEV)
 	$(BIN)/python docs/make_figures.py $(DEMO)
 	$(BIN)/python docs/make_hero.py $(DEMO)
 
+docs-screens: $(RUN)
+	$(BIN)/python docs/make_screens.py
+
 $(RUN): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -96,6 +106,14 @@ $(DOCS): $(DEV) requirements-docs.txt
 
 $(ENGINES): $(DEV) requirements-engines.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
+	touch $@
+
+# vLLM pins an older transformers. What it brings for pictures and sound is of another build than its torch, and keeps it from being imported.
+$(VLLM)/.installed: $(DEV) requirements-vllm.txt pyproject.toml
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 clean:

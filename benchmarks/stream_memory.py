@@ -135,7 +135,7 @@ def main() -> None:
                 flush=True,
             )
             if options.check:
-                peak, seconds = timed([*argv, str(folder / f"{name}-held")])
+                peak, seconds = timed([*argv, str(folder / f"{name}-held"), "--stream", "false"])
                 equal = same(folder / name, folder / f"{name}-held")
                 print(f"{name} in memory: peak {peak / 1e9:.2f} GB, {seconds}; the same bits: {equal}", flush=True)
                 shutil.rmtree(folder / f"{name}-held")

@@ -13,6 +13,7 @@ SHOTS = {  # file -> (selector of the part, width, colour scheme)
     "report-verdict": ("#verdict", 1180, "light"),
     "report-layers": ("#layers", 1180, "light"),
     "report-decoding": ("#decoding", 1180, "light"),
+    "report-worst": ("[data-worst=generate]", 1180, "light"),
     "report-options": ("#options", 1180, "light"),
     "report-targets": ("#targets", 1180, "light"),
     "report-dark": ("[data-chart=heat]", 1180, "dark"),
@@ -38,6 +39,9 @@ def main(demo: str) -> None:
             open_page(page, Path(demo) / "report.html")
             if selector == "#decoding":
                 page.hover("[data-tokens] li >> nth=1")
+            if selector == "[data-worst=generate]":
+                page.select_option("[data-worst=generate] [data-only]", "fork")
+                page.hover("[data-worst=generate] li >> nth=2")
             part = page.locator(selector)
             part.scroll_into_view_if_needed()
             page.evaluate("document.querySelector('nav').style.position = 'static'")

@@ -34,7 +34,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that take longest come first, so that no worker is left with one of them at the end."""
     for item in items:
-        for long in ("families", "kill", "quant", "stream"):
+        for long in ("families", "kill", "quant", "stream", "workers"):
             if item.get_closest_marker(long) and long not in config.getoption("markexpr", ""):
                 item.add_marker(pytest.mark.skip(reason=f"long; make test-{long}"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -110,7 +110,7 @@ def tiny_folder(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def characters_folder(folder: Path) -> Path:
+def characters_folder(folder: Path, seed: int = 0) -> Path:
     """A tiny random Llama that reads single characters, so that it can be asked the built-in tasks."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -118,7 +118,7 @@ def characters_folder(folder: Path) -> Path:
     inner = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(signs), hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,

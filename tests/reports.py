@@ -13,6 +13,7 @@ from prunescope.compare.divergence_summary import divergence_summary, worst_pass
 from prunescope.compare.metrics import COLUMNS
 from prunescope.compare.summary import generation_summary, layerwise_summary, mcq_summary
 from prunescope.runs import folder as results
+from prunescope.sweep.tables import Measured, assemble
 
 VERSIONS = {"python": "3", "prunescope": "0", "torch": "0", "transformers": "0", "pyarrow": "0"}
 HOSTILE = [
@@ -142,6 +143,7 @@ def mcq_run(
         "gold": pa.array(gold, pa.int32()), "choice_dense": pa.array(scores[0].argmax(1), pa.int32()), "choice_target": pa.array(scores[1].argmax(1), pa.int32()),
         "loglik_dense": scores[0].tolist(), "loglik_target": scores[1].tolist(), "margin_dense": margins[0], "margin_target": margins[1],
         **{f"option_confidence_{side}": rng.random(questions) for side in ("dense", "target")},
+        **{f"gold_rank_{side}": pa.array(rng.integers(0, 9, questions), pa.int32()) for side in ("dense", "target")},
     }  # fmt: skip
     parts = [
         pa.table(shared | {"space": [space] * questions} | _metrics(rng, questions)) for space in ("global", "options")
@@ -200,6 +202,39 @@ def divergence_run(
     return _write(folder, info, table, samples)
 
 
+def sweep_run(folder: Path) -> Path:
+    """The dense model, and two attention and two MLP points of ten items a task; writing loses a tenth a sublayer, choosing half of that."""
+    measured = []
+    for series, n in (("dense", 0), ("attn", 2), ("attn", 4), ("mlp", 1), ("mlp", 3)):
+        rows, scores = [], {}
+        for task, kind, chance, right in (("a-gen", "generative", 0.0, 10 - n), ("a-mc", "choice", 0.25, 10 - n / 2)):
+            values = [float(i < right) for i in range(10)]
+            rows += [{"task": task, "item": i, "key": str(i), "score": v, "prediction": "", "gold": ""} for i, v in enumerate(values)]  # fmt: skip
+            mean = float(np.mean(values))
+            scores[task] = {"kind": kind, "metric": "acc", "value": mean, "stderr": 0.1, "ci95": [mean - 0.2, mean + 0.2], "n": 10, "chance": chance, "at_floor": None}  # fmt: skip
+        name = "dense" if series == "dense" else f"{series}-{n:03d}"
+        dropped = f"{series}={','.join(map(str, range(n)))}" if n else ""
+        stats = {"p": {"kl_dense_target": {"mean": 0.1 * n, "median": 0.1 * n, "ci95": [0.0, 1.0]}}}
+        measured.append(
+            Measured(
+                {
+                    "point": name, "series": series, "n": n, "method": None, "sparsity": None, "pattern": None, "quant": None,
+                    "change": "dense" if series == "dense" else "drop", "dropped": dropped, "weights_removed": n / 100, "bytes": 1000 - 10 * n,
+                    "scores": scores, "metrics": stats, "seconds": 1.0,
+                },
+                pa.Table.from_pylist(rows),
+            )
+        )  # fmt: skip
+    found = assemble(measured)
+    info = _info("sweep", None, 0, {"model": "tiny"})
+    info |= {"complete": True, "points_done": ["dense"], "points_asked": ["dense"], "summary": found.summary}
+    folder.mkdir(parents=True)
+    results.write_run(folder, info, found.named())
+    (folder / "figures").mkdir()
+    (folder / "figures" / "drawn.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>")
+    return folder
+
+
 def checkpoint(folder: Path, command: str = "drop") -> Path:
     record: dict[str, Any] = {
         "schema_version": 1,
@@ -215,6 +250,11 @@ def checkpoint(folder: Path, command: str = "drop") -> Path:
             "scores": scores,
             "parameters": {"dense": 1000, "dropped": 900},
         }
+    elif command == "heal":
+        record |= {
+            "config": {"target": "./thin", "teacher": "tiny"}, "steps": 4, "tokens": 4000, "kl": {"before": 0.9, "written": 0.3},
+            "checks": [{"tokens": 1000 * i, "loss": 1.0 / i, "held_out_kl": 0.9 / i} for i in range(1, 5)],
+        }  # fmt: skip
     else:
         modules = [
             {

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import prunescope
+from prunescope.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -53,6 +54,17 @@ def test_the_site_shows_every_page() -> None:
 
     listed = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
     assert sorted(listed) == sorted(page.name for page in DOCS)
+
+
+def test_every_command_has_a_picture() -> None:
+    """Would catch a command whose section shows nothing of it, and a picture that would fetch a font."""
+    parts = re.split(r"^## ", (ROOT / "docs" / "commands.md").read_text("utf-8"), flags=re.MULTILINE)
+    sections = {part.split("\n", 1)[0]: part for part in parts[1:]}
+    for name in COMMANDS:
+        assert re.search(r"^!\[[^\]]+\]\(\S+\)$", sections[name], flags=re.MULTILINE), name
+    for picture in (ROOT / "docs" / "screens").glob("*.svg"):
+        assert "font-face" not in picture.read_text("utf-8")
+        assert f"prunescope&#160;{picture.stem}" in picture.read_text("utf-8"), picture.name
 
 
 def commands_of(page: Path) -> list[str]:

@@ -66,6 +66,8 @@ def _option(word: str, left: deque[str], parameters: Mapping[str, inspect.Parame
     name = name.replace("-", "_")
     if equals:
         return name, value
-    if name in parameters and parameters[name].annotation == "bool":
-        return name, left.popleft() if left and left[0].lower() in ("true", "false") else "true"
+    kind = str(parameters[name].annotation) if name in parameters else ""
+    if kind.startswith("bool"):
+        words = ("true", "false", "auto") if "auto" in kind else ("true", "false")
+        return name, left.popleft() if left and left[0].lower() in words else "true"
     return name, left.popleft() if left and (name in parameters or name == "config") else None

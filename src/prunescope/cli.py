@@ -36,7 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
+    """Run the command line. Exit codes: 0 done, 2 invalid input (one line), 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     function = COMMANDS.get(words[0]) if words else None
     if words[:1] == ["export"]:  # `for` cannot be the name of a parameter, and `check` is a method of all options

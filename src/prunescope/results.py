@@ -243,7 +243,7 @@ class DropResult(Result):
 
 @dataclass
 class SparsifyResult(Result):
-    """What `sparsify` did: a row per matrix (for `structured`, per MLP) with the sparsity asked and reached, relative error, dead inputs
+    """What `sparsify` did: a row per matrix (for `structured`, per MLP, for `experts`, per block) with the sparsity asked and reached, relative error, dead inputs
     and damping. ``info`` is the record of the checkpoint.
 
     ``summary`` has the method, the sparsity over all pruned matrices, and perplexity before and after where it was measured.

@@ -21,6 +21,7 @@ __all__ = [
     "pareto_front",
     "spearman",
     "wilson",
+    "worst_windows",
 ]
 
 RESAMPLES = 2000
@@ -138,4 +139,28 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not found or points[i][1] > points[found[-1]][1]:
             found.append(i)
+    return found
+
+
+def worst_windows(values: ArrayLike, groups: ArrayLike, length: int, count: int) -> list[int]:
+    """Where the windows of ``length`` neighbours with the largest means begin, none overlapping another, the worst first.
+
+    Args:
+        values: ``(rows,)``.
+        groups: ``(rows,)``, equal neighbours belong together; no window reaches into another group.
+        count: windows at most.
+    """
+    value, group = np.asarray(values, float), np.asarray(groups)
+    if len(value) < length:
+        return []
+    sums = np.convolve(value, np.ones(length), "valid")
+    within = group[: len(sums)] == group[length - 1 :]
+    found: list[int] = []
+    taken = np.zeros(len(value), bool)
+    for start in map(int, np.argsort(-sums, kind="stable")):
+        if len(found) == count:
+            break
+        if within[start] and not taken[start : start + length].any():
+            taken[start : start + length] = True
+            found.append(start)
     return found

@@ -48,6 +48,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",
         ("two runs equal to the bit: True", "drop of every sublayer", "against a target model"),
     ),
+    "parallel_gpu.py": (  # sweep and sparsegpt: make test-workers
+        "--shape tiny --device cpu --parts layerwise,generate,sharded --prompts 4 --steps 3 --batch 1",
+        ("layerwise: ", "ratio", "the same bits: True", "sharded: left out"),
+    ),
     "report_large.py": ("{folder}/run --gb 0.0002", ("s of a core, peak", "MB")),
     "report_page.py": ("{folder}/page.html --runs 1", ("first contentful paint", "all charts drawn: True")),
     "sparsify_cpu.py": ("--shapes tiny --repeats 1 --samples 2 --length 64", ("times as fast", "objective at 2:4")),
@@ -71,6 +75,10 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sweep_bytes.py": (
         "--model {folder}/chars --out {folder}/bytes --parts 2 --limit 2 --device cpu",
         ("mlp-002: nDCG@10", "retrieved", "written:", "dense  "),
+    ),
+    "stream_gpu.py": (
+        "--shape tiny --device cpu --dtype float32 --prompts 2 --length 6 --steps 2 --chunks 2 --context 16 --repeats 1 --check --folder {folder}/sides",
+        ("layerwise  ", "x the floor", "the same bits as in memory: True", "divergence, the same bits: True"),
     ),
     "stream_memory.py": (
         "--shape tiny --blocks 2 --chunks 2 --context 16 --steps 2 --commands drop --check --folder {folder}/streamed",

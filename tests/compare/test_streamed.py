@@ -107,6 +107,13 @@ def test_dtypes_and_lenses(dtype: str, lens: str, tmp_path: Path) -> None:
     assert_same(*both_ways(dense, target, tmp_path, dtype=dtype, lens=lens))
 
 
+def test_hidden_states_that_move_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Would catch passes that are cut at the wrong places."""
+    monkeypatch.setattr("prunescope.models.streaming._at_once", lambda carried: True)
+    dense, target = (tiny_folder("mixtral", tmp_path / str(seed), seed) for seed in (0, 1))
+    assert_same(*both_ways(dense, target, tmp_path))
+
+
 @pytest.mark.stream
 def test_the_bundled_model(tmp_path: Path) -> None:
     """A real model, from a GGUF file."""
@@ -158,7 +165,7 @@ def test_blocks_that_pass_on_more_than_the_stream(tmp_path: Path, monkeypatch: p
     streamed = stream_model(str(tiny_folder("llama", tmp_path / "model")), tmp_path / "s", device="cpu")
     sequences = [Transcript(prompt, text) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
     left[0] = torch.tensor(3.0)
-    with pytest.raises(UserError, match=r"block 0 .* pass on more than the stream; leave --stream out"):
+    with pytest.raises(UserError, match=r"block 0 .* pass on more than the stream; give --stream false"):
         streamed_layerwise_rows(streamed, None, sequences, "key", tmp_path)
 
 
@@ -222,6 +229,32 @@ def test_mcq(place: Path) -> None:
     assert_same_run(prunescope.mcq(*pair, **options), prunescope.mcq(*pair, stream=True, **options))
 
 
+@pytest.mark.parametrize("target", ["drop:attn=1;mlp=3", "llama1"])
+def test_generate(target: str, place: Path, tmp_path: Path) -> None:
+    """Both models read given texts. Would catch a text read in another batch, and, by the run in which the dense model wrote these texts itself,
+    a step that is shifted."""
+    target = target if target.startswith("drop:") else str(place / target)
+    dense, given = str(place / "llama0"), tmp_path / "given.jsonl"
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw20 w21\nw9 w8 w7 w4\n", "utf-8")
+    options: dict[str, Any] = {"max_new_tokens": 5, "batch_size": 2, "device": "cpu", "ignore_eos": True}
+    wrote = prunescope.generate(
+        dense, target, prompts=str(tmp_path / "prompts.txt"), regime="teacher-forced", **options
+    )
+    rows = [{"prompt": row["text"], "continuation": row["dense_tokens"]} for row in wrote.samples()]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    held = prunescope.generate(dense, target, continuations=str(given), stream=False, **options)
+    streamed = prunescope.generate(
+        dense, target, continuations=str(given), stream=True, out=str(tmp_path / "run"), **options
+    )
+    assert_same_run(held, streamed)
+    assert held.info["regimes"] == ["teacher-forced"] and held.info["decoding"] == {"dense": "given"}
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(("part-", "scratch"))]
+    for name in ("kl_dense_target", "h_cos_dev", "nll_target", "target_token"):
+        ours, theirs = (torch.tensor(run.table()[name].to_pylist()) for run in (held, wrote))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert max(held.table()["kl_dense_target"].to_pylist()) > 1e-6
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -261,6 +294,21 @@ def test_continuations_of_the_dense_model_give_what_it_writes(place: Path, tmp_p
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     given = prunescope.layerwise(dense, continuations=str(tmp_path / "given.jsonl"), **options)
     assert same(wrote.table(), given.table())
+
+
+def test_a_model_on_disk_writes_what_it_writes_in_memory(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All prompts in one batch. Would catch a cache that is lost between two tokens, and a block that runs with another one's weights."""
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw20 w21\nw9 w8 w7 w4\n", "utf-8")
+    options: dict[str, Any] = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 5, "device": "cpu"}
+    for more in ({}, {"temperature": 1.0, "seed": 3}):
+        pair = (str(place / "llama0"), str(place / "llama1"))
+        held = prunescope.layerwise(*pair, stream=False, **options, **more)
+        assert "from disk" not in capfd.readouterr().err
+        streamed = prunescope.layerwise(*pair, stream=True, **options, **more)
+        assert "writes 3 continuations from disk, token by token: up to 5 times 0.0 GB" in capfd.readouterr().err
+        assert_same_run(held, streamed)
 
 
 KILLED = """
@@ -308,13 +356,15 @@ def test_killed_within_a_block_and_resumed_it_gives_the_same_bytes(place: Path, 
 DENSE = ("{place}/llama0", "--stream", "true", "--device", "cpu")
 GIVEN = ("--continuations", "{place}/continuations.jsonl")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "no texts": (("layerwise", *DENSE), "give its texts with --continuations FILE"),
     "prompts twice": (("layerwise", *DENSE, *GIVEN, "--prompts", "{place}/text.txt"), "leave --prompts out"),
     "quantised in memory": (("layerwise", DENSE[0], "quant:int8", *DENSE[1:], *GIVEN), "give a checkpoint that holds them as floats"),
     "recipe": (("layerwise", DENSE[0], "{place}/recipe", *DENSE[1:], *GIVEN), "--format zeroed or compact"),
     "packed": (("layerwise", DENSE[0], "{place}/packed", *DENSE[1:], *GIVEN), "give --dequantise"),
     "ladder": (("divergence", DENSE[0], "drop:attn=1", *DENSE[1:], "--text", "{place}/text.txt"), "--scale false"),
     "ladder of mcq": (("mcq", DENSE[0], "drop:attn=1", *DENSE[1:], "--ladder", "q8_0"), "leave --ladder out"),
+    "free-running": (("generate", DENSE[0], "drop:attn=1", *GIVEN, "--regime", "free-running"), "leave --regime or --continuations out"),
+    "no texts of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:]), "give texts with --continuations FILE"),
+    "ladder of generate": (("generate", DENSE[0], "drop:attn=1", *DENSE[1:], *GIVEN, "--ladder", "q8_0"), "leave --ladder out"),
     "search": (("drop", *DENSE, "--select", "kl", "--n", "1"), "--select cosine"),
     "run of blocks": (("drop", *DENSE, "--target", "block", "--order", "consecutive", "--n", "1"), "--order discrete"),
     "weights": (("drop", *DENSE, "--n", "1", "--format", "compact", "--calibration", "{place}/text.txt"), "--format recipe"),

@@ -39,7 +39,10 @@ def by_kernels(z: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, Tens
 
 
 def check(z: Tensor, y: Tensor, temperature: float = 1.0) -> None:
-    found = by_kernels(z, y, temperature)
+    assert_bounds(by_kernels(z, y, temperature), z, y, temperature)
+
+
+def assert_bounds(found: dict[str, Tensor], z: Tensor, y: Tensor, temperature: float) -> None:
     exact = compare_logits(z.double(), y.double(), temperature, torch.arange(len(z), device=z.device))
     for column in (*Z_COLUMNS, *P_COLUMNS):
         relative, absolute = ERROR_BOUND[column]
@@ -66,6 +69,30 @@ def test_extreme_pairs(case: str) -> None:
     else:
         y = -0.001 * z + 0.0001 * y
     check(z, y)
+
+
+@pytest.mark.parametrize("wish", [0.0, 1.0])
+def test_the_coarse_kernel_is_believed_only_where_it_keeps_the_digits(wish: float) -> None:
+    """The pilots are overruled: every pair is first tried by the coarse kernel, then none. A pair that differs by 1e-4, one that is one-hot at another
+    token, a common shift of 1000, and a change along z must keep every bound either way. Would catch a sum of the coarse kernel that is settled
+    although its digits have cancelled, a constant whose rounding is not given back, and a pair that neither kernel sweeps."""
+    noise = torch.randn(4, 2600, dtype=torch.float64, generator=generator(91))
+    z = torch.randn(4, 2600, dtype=torch.float64, generator=generator(92)) * 3
+    y = z + torch.tensor([1e-4, 0.5, 1.0, 0.01], dtype=torch.float64)[:, None] * noise
+    z[1, 7], y[1, 9] = 24.0, 24.0
+    z[2] += 1000
+    y[2] += 1003
+    y[3] += 0.3 * z[3]
+    both = torch.cat([z, y]).float().to(DEVICE)
+    number = torch.arange(4, device=DEVICE)
+    pairs = torch.stack([number, number + 4], 1)
+    sums, top = fused_triton.row_sums(both, 1.0)
+    known = fused_triton.prepare(both, pairs, sums, top, 1.0, number, None)
+    assert known.coarse is not None
+    known.coarse[:, 0] = wish
+    swept = fused_triton.sweep(both, pairs, known, 1.0)
+    gathered = fused.Gathered(known.rows, pairs, known.guess, swept, known.top_z, known.next_z)
+    assert_bounds(fused.finish(gathered, 2600, 1.0, Change), both[:4], both[4:], 1.0)
 
 
 def test_entropy_of_a_nearly_one_hot_row_keeps_its_digits() -> None:

@@ -49,6 +49,22 @@ def test_without_files_the_model_writes_the_prompts_too(model: LoadedModel, monk
     assert all(text.startswith("[user]") and text.endswith("|[assistant]") for text in said) and len(set(said)) == 3
 
 
+def test_self_among_files_is_a_source_like_them(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of prompts that the model writes, and text that no chat template surrounds: that a source is left out or put at another's place."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    rows = [{"prompt": "def f(", "chat": False}, {"prompt": "say"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    file = str(tmp_path / "a.jsonl")
+    found = write_traces(model, ["self", file], samples=5, new_tokens=4)
+    assert [row.source for row in found.rows] == ["self", file, "self", file, "self"]
+    said = texts(model, found)
+    assert sorted(said[1::2], key=len) == ["def f(", "[user]say|[assistant]"]
+    alone = write_traces(model, [], samples=3, new_tokens=4)
+    assert said[::2] == texts(model, alone) and all(text.startswith("[user]") for text in said[::2])
+
+
 def test_what_counts(model: LoadedModel) -> None:
     found = write_traces(model, [], samples=5, new_tokens=6)
     batches = list(found.batches(2))
@@ -81,6 +97,9 @@ def test_texts_are_kept_batch_by_batch(model: LoadedModel, tmp_path: Path, monke
 
 
 def test_bad_input_is_one_line(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "a", "chat": "no"}) + "\n", "utf-8")
+    with pytest.raises(UserError, match="'chat' is 'no'; write true, or false"):
+        write_traces(model, [str(tmp_path / "chat.jsonl")], samples=1, new_tokens=1)
     (tmp_path / "empty.txt").write_text("", "utf-8")
     for files, more, said in (
         (["nowhere.txt"], {}, "nowhere.txt"),

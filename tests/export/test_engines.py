@@ -32,6 +32,7 @@ DROPS = [
 TINY = {
     "llama": ["", "attn=1,4", "mlp=0,3", "block=2", "attn=0;mlp=5;block=2"],
     "llama3": ["", "attn=2;mlp=3"],  # rotary frequencies scaled one by one, tied head
+    "yarn": ["", "attn=2;mlp=3"],
     "qwen2": ["", "attn=1,4", "mlp=0,3", "block=2", "attn=0;mlp=5;block=2"],
     "mistral": ["", "attn=1,4", "mlp=0,3", "block=2"],
     "qwen3": ["", "block=2", "block=0,5"],

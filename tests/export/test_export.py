@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import inspect
 import json
+import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,20 +19,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, space_tokenizer, tiny
+from tiny import YARN, byte_tokenizer, space_tokenizer, tiny
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import prunescope
 from families import tiny_folder, tiny_tokenizer
 from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import TEXTS
-from prunescope.export.transformers import write_folder
+from prunescope.export.parts import Needs
+from prunescope.export.transformers import FAMILIES, write_folder
+from prunescope.export.vllm_names import IN_PLUGIN
+from prunescope.export.vllm_plugin import CONFIGS
 from prunescope.jobs.options import LoadOptions
 from prunescope.runs.folder import Run
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("drop", ["attn=0,2;mlp=1,5", "attn=3,4;mlp=3"])
 def test_plain_transformers_writes_the_same_tokens(family: str, drop: str, tmp_path: Path) -> None:
     """Would catch a wrong sublayer left out, and a cache whose count of tokens is lost with the attention of block 0."""
@@ -121,12 +133,93 @@ def test_no_op_folder_is_what_the_engines_read(engine: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
 def test_half_a_block_is_refused_where_the_engine_has_no_class(engine: str, family: str, tmp_path: Path) -> None:
     dense = tiny(family, tmp_path / "dense")
     with pytest.raises(UserError, match=r"whole blocks"):
         prunescope.export(dense, engine=engine, drop="attn=2", out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
+def test_vllm_gets_the_class_of_the_plugin_where_its_own_has_no_no_ops(family: str, tmp_path: Path) -> None:
+    """Would catch a name that the plugin does not register, and a folder that vLLM would take for the dense model."""
+    folder = prunescope.export(tiny(family, tmp_path / "dense"), engine="vllm", drop="attn=0,2;mlp=1", out=str(tmp_path / "out"))  # fmt: skip
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (architecture,) = config["architectures"]
+    kind = next(kind for kind in CONFIGS.values() if kind.model_type == config["model_type"])
+    assert isinstance(kind(**config), type(prunescope.load(str(tmp_path / "dense")).model.config))
+    assert IN_PLUGIN[config["model_type"].removeprefix("prunescope_")] == architecture
+    assert (config["no_attention"], config["no_mlp"]) == ([0, 2], [1])
+    weights = load_file(folder / "model.safetensors")
+    assert not [name for name in weights if ".0.self_attn." in name or ".0.input_" in name or ".1.mlp." in name]
+    assert "pip install --no-deps prunescope" in (folder / "README.md").read_text("utf-8")
+
+
+def test_plugin_registers_what_the_entry_point_and_the_folders_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes are read, not imported: vLLM is not here. Would catch a class that is registered and is not there, and a family without a config."""
+    registered = {}
+    registry = SimpleNamespace(register_model=lambda name, place: registered.update({name: place}))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # what it adds is gone after the test
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    (point,) = project["entry-points"]["vllm.general_plugins"].items()
+    EntryPoint(*point, "vllm.general_plugins").load()()
+    assert set(registered) == set(IN_PLUGIN.values()) and CONFIGS.keys() == IN_PLUGIN.keys() == FAMILIES.keys()
+    models = importlib.util.find_spec("prunescope.export.vllm_models")
+    assert models is not None and models.origin is not None
+    written = {
+        node.name for node in ast.parse(Path(models.origin).read_text("utf-8")).body if isinstance(node, ast.ClassDef)
+    }
+    for name, place in registered.items():
+        module, there = place.split(":")
+        assert module == models.name and there == name and name in written
+    for kind in CONFIGS.values():
+        assert type(transformers.AutoConfig.for_model(kind.model_type)) is kind
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "windows in some of its blocks only"),
+        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+    ],
+)  # fmt: skip
+def test_what_vllm_does_not_compute_is_refused(family: str, more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Would catch a folder that vLLM refuses with a long trace, or runs with other positions."""
+    dense = tiny(family, tmp_path / "dense", **more)
+    with pytest.raises(UserError, match=rf"--for vllm: .*{message}; export it --for transformers"):
+        prunescope.export(dense, engine="vllm", drop="attn=2", out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "more", "message"),
+    [
+        ("llama.cpp", "mistral", {"sliding_window": 8}, "its architecture deci has no sliding window"),
+        ("llama.cpp", "llama", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "its architecture deci has no attention_factor of YaRN"),
+        ("llama.cpp", "llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "its architecture deci has no rope_type dynamic"),
+        ("sglang", "mistral", {"sliding_window": 8}, "its class of no-op layers has no sliding window"),
+        ("sglang", "llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "its class of no-op layers has no rope_type dynamic"),
+        ("sglang", "llama", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "its class of no-op layers has no attention_factor of YaRN"),
+    ],
+)  # fmt: skip
+def test_positions_and_windows_that_no_op_layers_do_not_have_are_refused(
+    engine: Any, family: str, more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Would catch a file that the engine loads, and runs with other positions or without the window."""
+    dense = tiny(family, tmp_path / "dense", **more)
+    with pytest.raises(UserError, match=rf"--for {engine}: {message}; .*--for transformers"):
+        prunescope.export(dense, engine=engine, drop="attn=2", out=str(tmp_path / "out"))
+
+
+def test_yarn_is_written_for_llama_cpp(tmp_path: Path) -> None:
+    """Would catch a context that is the stretched one, by which llama.cpp would stretch no more."""
+    folder = prunescope.export(tiny("yarn", tmp_path / "dense"), engine="llama.cpp", drop="attn=2", out=str(tmp_path / "out"))  # fmt: skip
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    found = [fields[f"deci.rope.scaling.{name}"].contents() for name in ("type", "factor", "original_context_length")]
+    assert found == ["yarn", 8.0, 32]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -168,14 +261,17 @@ def test_check_compares_with_prunescope(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_push_to_hub_uploads_the_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stub in the place of HfApi: would catch an upload of another folder, or before it is complete."""
+    """A stub in the place of HfApi: would catch an upload of another folder, or before it is complete, and an argument that HfApi does not have."""
     calls: list[tuple[str, Any]] = []
+    create, upload = (inspect.signature(method) for method in (HfApi.create_repo, HfApi.upload_folder))
 
     class Stub:
         def create_repo(self, repository: str, **how: Any) -> None:
+            create.bind(self, repository, **how)
             calls.append((repository, how))
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            upload.bind(self, repo_id=repo_id, folder_path=folder_path, commit_message=commit_message)
             calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
             return f"https://hub.test/{repo_id}"
 
@@ -187,13 +283,26 @@ def test_push_to_hub_uploads_the_finished_folder(tmp_path: Path, monkeypatch: py
     assert calls[0] == ("me/pruned", {"private": True, "exist_ok": True})
     assert {"README.md", "config.json", "model.safetensors", "modeling_pruned.py"} <= set(calls[1][1])
 
-    def refuse(self: Any, repository: str, **how: Any) -> None:
-        raise PermissionError("401 no token")
+    for method in ("create_repo", "upload_folder"):  # the client's messages have several lines
 
-    monkeypatch.setattr(Stub, "create_repo", refuse)
-    with pytest.raises(UserError, match=r"--push-to-hub me/pruned: 401 no token.*complete"):
-        prunescope.export(dense, engine="transformers", push_to_hub="me/pruned", out=str(tmp_path / "kept"))
-    assert (tmp_path / "kept" / "README.md").is_file()
+        def refuse(self: Any, *_: Any, **__: Any) -> None:
+            raise PermissionError("401 no token\n\nsee the documentation")
+
+        monkeypatch.setattr(Stub, method, refuse)
+        kept = tmp_path / method
+        with pytest.raises(UserError) as error:
+            prunescope.export(dense, engine="transformers", push_to_hub="me/pruned", out=str(kept))
+        assert str(error.value) == (
+            f"--push-to-hub me/pruned: 401 no token; the folder {kept} is complete: hf auth login, then hf upload me/pruned {kept}"
+        )
+        assert (kept / "README.md").is_file()
+        monkeypatch.setattr(Stub, "create_repo", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("name", ["pruned", "a/b/c", "me/pruned model", "me/-x"])
+def test_repository_that_the_hub_cannot_have_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--push-to-hub .*; write OWNER/NAME$"):
+        prunescope.export("no-model", engine="transformers", push_to_hub=name, out=str(tmp_path / "out"))
 
 
 def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
@@ -204,7 +313,7 @@ def test_card_has_recipe_and_measured_damage(tmp_path: Path) -> None:
     )
     tasks = {str(tmp_path / "pruned"): {"arc": {"value": 0.75, "n": 40}}}
     runs = [kl, Run(tmp_path, {"command": "evaluate", "summary": tasks})]
-    text = card(loaded, "vllm", trust=True, without_tokenizer=None, checked=None, runs=runs)
+    text = card(loaded, "vllm", Needs(code=True), checked=None, runs=runs)
     assert "| attention sublayers dropped | [2] of 6 |" in text and "vllm serve . --trust-remote-code" in text
     assert "By `prunescope divergence`:\n\n| | |\n|---|---|\n| p kl_dense_target | 0.0625 |\n" in text
     assert "| pruned arc | 0.75 |" in text
@@ -222,25 +331,34 @@ def test_check_in_vllm_reads_what_its_python_prints(tmp_path: Path) -> None:
         with torch.no_grad():
             first = model.model(ids).logits[0, -1].log_softmax(-1)
         new = model.model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}})
-    script, printed = tmp_path / "python", tmp_path / "answers"
-    script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else cat > /dev/null; cat {printed}; fi\n')
+        times = {"prefill_s": 1.0, "decode_s": 1.0}
+        answers.append({"tokens": new[0, ids.shape[1] :].tolist(), "first": {"7": first[7].item()}, **times})
+    script, loaded, printed = tmp_path / "python", tmp_path / "loaded", tmp_path / "answers"
+    loaded.write_text('{"cache_bytes": 1, "cache_dtype": "float32", "attentions": 5, "architecture": "one"}\n')
+    script.write_text(
+        f'#!/bin/sh\nif [ "$2" = -c ]; then echo vllm 0; else read -r _; cat {loaded}; read -r _; cat {printed}; fi\n'
+    )
     script.chmod(0o755)
     how: dict[str, Any] = {"engine": "vllm", "drop": "attn=2", "run_check": True, "engine_python": str(script)}
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     folder = prunescope.export(dense, dtype="float32", out=str(tmp_path / "out"), **how)
     assert "checked in vllm 0: 3 prompts x 64 greedy tokens equal" in (folder / "README.md").read_text("utf-8")
     answers[1]["first"]["7"] += 0.5
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     with pytest.raises(UserError, match=r"off by 0\.5"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "off"), **how)
     answers[2]["tokens"][63] += 1
-    printed.write_text(json.dumps(answers))
+    printed.write_text(json.dumps(answers) + "\n")
     with pytest.raises(UserError, match=r"token 64 of 64"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "wrong"), **how)
     printed.write_text("")
     with pytest.raises(UserError, match=r"vllm ended with 0"):
         prunescope.export(dense, dtype="float32", out=str(tmp_path / "silent"), **how)
+    with pytest.raises(
+        UserError,
+        match=rf"no prunescope, whose plugin runs PrunedQwen3ForCausalLM: {script} -m pip install --no-deps prunescope",
+    ):
+        prunescope.export(tiny("qwen3", tmp_path / "qwen3"), dtype="float32", out=str(tmp_path / "plugin"), **how)
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +379,14 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch
         prunescope.export("no-model", engine="llama.cpp", run_check=True, out=out)
     with pytest.raises(UserError, match=r"llama.cpp is not installed here: pip install"):
         prunescope.speed(["no-model"], engine="llama.cpp")
+    for how, message in (
+        ({"engine": "vllm", "engine_python": "/no/python"}, "--engine-python /no/python: No such file"),
+        ({"engine": "llama.cpp", "engine_python": "/no/python"}, "--engine-python is for vllm alone"),
+        ({"engine_python": "/no/python"}, "--engine-python is for --engine vllm"),
+        ({"engine": "vllm", "sparse_kernels": True}, "vllm has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prunescope.speed(["no-model"], **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces", "words"])
@@ -310,3 +436,11 @@ def test_packed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(LoadOptions, "load", packed)
     with pytest.raises(UserError, match=r"quantised already, which --for llama\.cpp cannot work on; give --dequantise"):
         prunescope.export(dense, engine="llama.cpp", out=str(tmp_path / "out"))
+
+
+def test_plugin_needs_none_of_our_packages() -> None:
+    """`pip install --no-deps prunescope` is what vLLM's environment gets. Would catch an import that is not there, which vLLM reports in its log alone."""
+    gone = ["accelerate", "datasets", "gguf", "jinja2", "jsonargparse", "matplotlib", "numba", "platformdirs", "pyarrow", "scipy"]  # fmt: skip
+    script = f"import sys; sys.modules |= dict.fromkeys({gone}); from prunescope.export.vllm_plugin import CONFIGS; print(len(CONFIGS))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == str(len(CONFIGS)), done.stderr

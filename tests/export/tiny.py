@@ -31,13 +31,18 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": lambda **more: transformers.LlamaConfig(**_COMMON | more),
-    "llama3": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_LLAMA3, tie_word_embeddings=True),
-    "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | more, use_sliding_window=False),
+    "llama3": lambda **more: transformers.LlamaConfig(
+        **_COMMON | more, rope_parameters=_LLAMA3, tie_word_embeddings=True
+    ),
+    "yarn": lambda **more: transformers.LlamaConfig(**_COMMON | more, rope_parameters=YARN),
+    "qwen2": lambda **more: transformers.Qwen2Config(**_COMMON | {"use_sliding_window": False} | more),
     "qwen3": lambda **more: transformers.Qwen3Config(**_COMMON | {"head_dim": 16} | more),
-    "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16} | more, sliding_window=None),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, **_GEMMA, query_pre_attn_scalar=25),
+    "mistral": lambda **more: transformers.MistralConfig(**_COMMON | {"head_dim": 16, "sliding_window": None} | more),
+    "gemma2": lambda **more: transformers.Gemma2Config(**_COMMON | _GEMMA | more, query_pre_attn_scalar=25),
+    "gemma3": lambda **more: transformers.Gemma3TextConfig(**_COMMON | _GEMMA | more, query_pre_attn_scalar=25),
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 import prunescope
 from families import characters_folder
 from prunescope.cli import COMMANDS, main
-from prunescope.jobs.options import LoadOptions, OutputOptions
+from prunescope.jobs.options import LoadOptions, OutputOptions, SpreadOptions
 from prunescope.runs.result import Result
 
 JOBS = [name for name in COMMANDS if name != "demo"]
@@ -84,7 +84,7 @@ def test_options_are_the_parameters_of_the_public_function(command: str) -> None
     """A parameter that does not reach the job, or that `config.yaml` would not hold, has no field and fails here."""
     job = importlib.import_module(f"prunescope.jobs.{command}")
     options = getattr(job, f"{command.capitalize()}Options")
-    groups = {"loading": LoadOptions, "output": OutputOptions}
+    groups = {"loading": LoadOptions, "output": OutputOptions, "spread": SpreadOptions}
     names = [
         name
         for field in fields(options)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prunescope.errors import UserError
-from prunescope.prune.factor import NotPositiveDefiniteError, inverse_factor
+from prunescope.prune import calibrate, factor
+from prunescope.prune.calibrate import InputStatistic
+from prunescope.prune.factor import NotPositiveDefiniteError, inverse_factor, split_product
 from prunescope.prune.magnitude import magnitude
 from prunescope.prune.masks import Goal, lowest, lowest_along_first, lowest_per_group, lowest_per_row
 from prunescope.prune.owl import stretch
@@ -267,3 +269,54 @@ def test_owl_stretches_ratios_and_keeps_the_mean() -> None:
     assert stretch([0.1, 0.1], 0.5, 0.08) == [0.5, 0.5]
     with pytest.raises(UserError, match="owl-spread"):
         stretch([0.0, 1.0], 0.02, 0.08)
+
+
+# --- what a GPU does in another order ------------------------------------------------------------------------------------
+
+
+def test_rows_that_wait_are_in_every_sum_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU some rows wait for others before they are multiplied. Pieces that fill the room exactly, that do not fit any more, that are larger than it,
+    and sums read in between, against the whole product. Would catch rows that are added twice or never."""
+    monkeypatch.setattr(calibrate, "_on_tensor_cores", lambda x: True)
+    monkeypatch.setattr(calibrate, "_TOGETHER", 20)
+    x = random(100, 12, seed=4)
+    statistic, other = (InputStatistic(12, torch.device("cpu"), gram=True) for _ in range(2))
+    for k, part in enumerate(x[:90].split([7, 13, 9, 9, 30, 3, 19])):
+        statistic.add(part)
+        if k == 2:
+            expected = x[:29].double().square().mean(0).sqrt()
+            torch.testing.assert_close(statistic.norm().double(), expected, rtol=1e-5, atol=0)
+    other.add(x[90:])
+    statistic.merge(other)
+    torch.testing.assert_close(statistic.hessian(), x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_split_matrices_have_the_digits_they_promise() -> None:
+    """Two parts of 8 bits each leave 16, three leave 24. Would catch a product of parts that is left out, or taken twice."""
+    x, y = random(40, 300, seed=5), random(30, 300, seed=6)
+    exact = x.double() @ y.double().T
+    for parts, least, most in ((2, 1e-7, 1e-5), (3, 0.0, 2e-8)):
+        a, b = split_product(x, y, parts)
+        assert a.dtype == torch.bfloat16
+        error = float((a.double() @ b.double().T - exact).norm() / exact.norm())
+        assert least < error < most
+
+
+def test_factor_by_blocks_against_cholesky(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of a GPU's factor, with a CPU's products: blocks and updates that do not divide the size. Would catch a block that is updated twice or not
+    at all, an upper triangle that is left over, and a matrix that is not positive definite and is taken for one."""
+
+    def addmm(part: Tensor, a: Tensor, b: Tensor, *, alpha: float, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        return out.copy_(part + alpha * (a.double() @ b.double()).to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(factor, "_BLOCK", 64)
+    monkeypatch.setattr(factor, "_UPDATED", 96)
+    x = random(900, 300, seed=7)
+    hessian = x.T.matmul(x)
+    lower = hessian.clone()
+    assert factor._factorise_by_blocks(lower)
+    torch.testing.assert_close(lower.double(), torch.linalg.cholesky(hessian.double()), rtol=0, atol=2e-3)
+    hessian[200, 200] = -1
+    assert not factor._factorise_by_blocks(hessian)

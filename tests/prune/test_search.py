@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,35 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         with pytest.raises(UserError, match=said):
             prunescope.drop(model, select=select, **(how | more))
+
+
+@pytest.mark.parametrize("select", ["search", "task"])
+def test_shared_candidates_give_the_choice_of_one_process(select: Any, dense: LoadedModel, tmp_path: Path) -> None:
+    """Groups are computed last first, by judges of their own. Would catch values that come back to other candidates, and a group that is
+    measured from the streams of another."""
+    calibration = Calibration(TOKENS, "x", 0)
+    seen: list[int] = []
+
+    class Shared:
+        count = 2
+
+        def sharing(self, make: Any) -> Any:
+            def share(items: Any, here: Any, done: Any) -> None:
+                seen.append(len(items))
+                for place in reversed(range(len(items))):
+                    done(place, make(dense)(items[place]))
+
+            return share
+
+    scoring = partial(_scored_by, first=1.0)
+    score = scoring(dense) if select == "task" else None
+    alone, together = (
+        choose_jointly(dense, calibration, "all", 3, select, score=score, generations=2, workers=workers, scoring=scoring if score else None)
+        for workers in (None, Shared())
+    )  # fmt: skip
+    assert max(seen) > 1
+    assert together.spec == alone.spec and together.rows == alone.rows
+
+
+def _scored_by(dense: LoadedModel, *, first: float) -> Any:
+    return lambda spec: sum(first / (layer + 1) for layer in (*spec.attn, *spec.mlp))

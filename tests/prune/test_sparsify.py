@@ -507,7 +507,7 @@ sys.exit(main(sys.argv[3:]))
             4,
             ["--method", "sparsegpt", "--sparsity", "0.5", "--allocation", "owl"],
         ),
-        ("mixtral", "prunescope.prune.blocks:gather", 3, ["--method", "wanda", "--pattern", "2:4"]),
+        ("mixtral", "prunescope.prune.team:gather", 3, ["--method", "wanda", "--pattern", "2:4"]),
         (
             "llama",
             "prunescope.prune.blocks:refine",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import prunescope
 from prunescope.report.page import html
 from prunescope.report.terminal.divergence import kl_lines
-from reports import HOSTILE, checkpoint, divergence_run, generate_run, layerwise_run, mcq_run
+from reports import HOSTILE, checkpoint, divergence_run, generate_run, layerwise_run, mcq_run, sweep_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make test installs it")
 
@@ -36,13 +37,13 @@ pytestmark = [
 class Watched:
     """A page with everything it said on the console and asked of the network."""
 
-    def __init__(self, page, path):
+    def __init__(self, page, path, address=""):
         self.page, self.troubles, self.requests = page, [], []
         page.on("console", lambda m: self.troubles.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         page.set_default_timeout(30_000)
-        page.goto(path.as_uri())
+        page.goto(path.as_uri() + address)
         page.wait_for_selector("html[data-ready]")
 
     def settled(self):
@@ -76,11 +77,13 @@ def folders(tmp_path_factory):
         layerwise_run(root / "turn"),
         layerwise_run(root / "normed", lens="final-norm", seed=1),
         generate_run(root / "texts"),
-        generate_run(root / "thinner", target="thinner", seed=2),
+        generate_run(root / "texts-thinner", target="thinner", seed=2),
         mcq_run(root / "options"),
         divergence_run(root / "read"),
         checkpoint(root / "dropped"),
         checkpoint(root / "sparse", "sparsify"),
+        checkpoint(root / "thinner", "heal"),
+        sweep_run(root / "swept"),
     ]
 
 
@@ -104,7 +107,7 @@ def test_every_view_is_drawn(page):
     drawn = page.page.evaluate(
         """[...document.querySelectorAll('figure')].filter(f => f.querySelector('svg.main-svg') && f.querySelector('[data-caption]').textContent).map(f => f.dataset.chart)"""
     )
-    assert set(drawn) == CHARTS and len(drawn) == len(CHARTS) + 1  # two checkpoints
+    assert set(drawn) == CHARTS and len(drawn) == len(CHARTS) + 2  # three checkpoints
     assert page.page.locator(".card").count() == 6
     assert page.page.locator("[data-flips] tbody tr").count() > 0
 
@@ -136,6 +139,114 @@ def test_a_divergence_run_is_shown(page, folders):
     for cell, side in zip(cells[3:], ("dense", "target"), strict=True):
         for top in token[f"top_{side}"]:
             assert f"{top['text'].replace(' ', chr(0x2423))} {top['p']:.3f}" in cell
+
+
+def test_worst_tokens_first(page, folders):
+    """Every token of the teacher-forced rows against the files. Catches another order, another regime, a filter of the other model, a search
+    that leaves out what both find likely, a fork beside the first difference, tops of another token."""
+    p, run = page.page, prunescope.open(next(f for f in folders if f.name == "texts"))
+    samples = run.samples()
+    rows = run.table().filter(pc.field("regime") == "teacher-forced").sort_by([("kl_dense_target", "descending")])
+    rows = rows.to_pylist()
+    box = p.locator("#decoding [data-worst=generate]")
+    shown = lambda part="li .kl": box.locator(part).all_text_contents()  # noqa: E731
+    assert shown() == [f"{row['kl_dense_target']:.3f}" for row in rows]
+    marks = [samples[row["prompt"]]["dense_pieces"][row["step"]].replace(" ", "\u2423") for row in rows]
+    assert shown("li mark") == marks
+    box.locator("[data-list]").focus()
+    for _ in range(3):
+        p.keyboard.press("ArrowDown")
+    assert float(box.locator("[data-readout] b").get_attribute("data-v")) == rows[2]["kl_dense_target"]
+    found = [float(cell.get_attribute("data-v")) for cell in box.locator("[data-readout] td.n").all()]
+    assert found == pytest.approx(rows[2]["top_dense_p"] + rows[2]["top_target_p"], rel=1e-5)
+    chance = 1 - (1 - math.exp(-rows[2]["nll_target"])) ** 100
+    assert f"100 with {chance:.3f}" in box.locator("[data-readout]").text_content()
+    box.locator("[data-confidence]").select_option("0.5 0.9")
+    assert len(shown()) == sum(0.5 <= row["top_dense_p"][0] < 0.9 for row in rows) > 0
+    box.locator("[data-confidence]").select_option("")
+    box.locator("[data-only]").select_option("fork")
+    forks = [row for row in rows if run.info["first_difference"]["by_prompt"][row["prompt"]] == row["step"]]
+    assert shown() == [f"{row['kl_dense_target']:.3f}" for row in forks]
+    assert len(forks) == 2  # a text of the target ends a step before the dense one
+    box.locator("li").first.click()
+    box.locator("button >> text=Show in the two texts").click()
+    assert p.text_content("[data-readout=step]").startswith(f"Step {forks[0]['step']}:")
+    assert "fork" in p.locator("[data-tokens] li[aria-selected=true]").get_attribute("class")
+    box.locator("[data-only]").select_option("")
+    box.locator("[data-search]").fill("p2, STEP")
+    assert len(shown()) == sum(row["prompt"] == 2 for row in rows)
+    box.locator("[data-search]").fill("nothing of this")
+    assert shown() == [] and box.locator("[data-list]").is_hidden()
+    passages = p.locator("#decoding [data-passages='0'] .passage").all_text_contents()
+    means = {(r["prompt"], r["step"]): r["kl_dense_target"] for r in rows}
+    best = max(
+        sum(means[n, t] for t in range(6)) / 6 for n in range(3)
+    )  # the texts have six steps, fewer than a passage
+    assert passages[0].startswith(f"KL {best:.3f}") and len(passages) == 3
+
+
+def test_slider_of_a_sweep(page):
+    """Catches a point of another series, one use's share for the other's, and a slider that the keyboard cannot move."""
+    p = page.page
+    p.select_option("#sweeps [data-series]", "1")
+    p.focus("#sweeps [data-point]")
+    p.keyboard.press("ArrowRight")
+    p.keyboard.press("ArrowRight")
+    assert p.get_attribute("#sweeps [data-point]", "aria-valuetext").startswith("mlp-003: 3.0 % of the weights removed")
+    kept = [float(one.get_attribute("data-kept")) for one in p.locator("#sweeps [data-kept]").all()]
+    assert kept == pytest.approx(
+        [0.7, 1 - 0.1 / 0.75]
+    )  # 1.5 of ten options wrong rounds down to one item, of the 0.75 above chance
+    assert p.locator("#sweeps tr.own th").all_text_contents() == ["mlp-003"]
+
+
+def test_dense_pruned_and_healed_in_one_row(page, folders):
+    """Catches pruned and healed the wrong way round, and a dense model that is not at its own place."""
+    p = page.page
+    rows = [row.locator("th, td").all_text_contents() for row in p.locator("#healing tbody tr").all()]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["KL on the held-out text, nats a token"] == ["0", "0.9", "0.3"]
+    means = [
+        prunescope.open(next(f for f in folders if f.name == name)).info["summary_by_regime"]["teacher-forced"]["h"]["h_cos"]["mean"]
+        for name in ("texts", "texts-thinner")
+    ]  # fmt: skip
+    assert found["h_cos, teacher-forced"] == ["1", *(f"{mean:.4g}" for mean in means)]
+
+
+def test_address_holds_the_view(browser, page, page_file):
+    """What is chosen stands in the address, and the address chooses it again. Catches a run by its number, and menus set before those they
+    depend on."""
+    p = page.page
+    p.select_option("#decoding [data-run]", "1")
+    p.select_option("#decoding [data-prompt]", "2")
+    p.select_option("#decoding [data-only]", "fork")
+    address = p.evaluate("location.hash")
+    assert address == "#view=decoding&target=thinner&prompt=2&only=fork"
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        again = Watched(context.new_page(), page_file, address)
+        chosen = [
+            again.page.evaluate(f"document.querySelector('#decoding [data-{n}]').value")
+            for n in ("run", "prompt", "only")
+        ]
+        assert chosen == ["1", "2", "fork"]
+        assert abs(again.page.evaluate("document.querySelector('#decoding').getBoundingClientRect().top")) < 120
+        again.page.evaluate("location.hash = '#view=sweeps&series=1&point=1'")
+        again.page.wait_for_function("document.querySelector('#sweeps [data-point]').value === '1'")
+        assert again.page.text_content("#sweeps [data-at]").startswith("mlp-001")
+        again.page.evaluate("location.hash = '#view=nothing&target=<b>'")
+        again.quiet()
+
+
+def test_erased_or_demoted(page, folders):
+    """Catches the dense model's place, and a chance that is not of the right option."""
+    p, run = page.page, prunescope.open(next(f for f in folders if f.name == "options"))
+    rows = run.table().filter(pc.field("space") == "global").to_pylist()
+    flips = [row for row in rows if row["choice_dense"] != row["choice_target"]]
+    cells = p.locator("[data-flips] tbody tr").first.locator("th, td").all_text_contents()
+    chance = 1 - (1 - math.exp(flips[0]["loglik_target"][flips[0]["gold"]])) ** 100
+    assert cells[6:8] == [str(flips[0]["gold_rank_target"] + 1), f"{chance:.3f}"]
+    table = p.locator("#options [aria-label^='Erased or demoted'] tbody tr").all_text_contents()
+    assert len(table) == 3 and f"target{run.info['right_token']['target']['count']}" in table[1]
 
 
 def test_numbers_are_those_of_the_files(page, folders):
@@ -174,7 +285,7 @@ def test_numbers_are_those_of_the_files(page, folders):
         )
         assert float(row["mean"]) == pytest.approx(pc.mean(mine["tv"]).as_py(), rel=1e-14)
     p.select_option("#decoding [data-prompt]", "2")
-    p.hover("[data-tokens] li >> nth=3")
+    p.hover("#decoding [data-tokens] li >> nth=3")
     mine = texts.filter(
         (pc.field("prompt") == 2) & (pc.field("step") == 3) & (pc.field("regime") == "free-running")
     ).to_pylist()[0]
@@ -194,7 +305,9 @@ def test_numbers_are_those_of_the_files(page, folders):
     whole = options.filter(pc.field("space") == "global").to_pylist()
     flips = [row for row in whole if row["choice_dense"] != row["choice_target"]]
     found = [float(cell.get_attribute("data-v")) for cell in p.locator("[data-flips] td.n").all()]
-    assert found == [row[f"margin_{side}"] for row in flips for side in ("dense", "target")]
+    assert found[0::4] == [row["margin_dense"] for row in flips] and found[1::4] == [
+        row["margin_target"] for row in flips
+    ]
 
 
 def test_menus_sorting_hover_and_downloads(page):

@@ -146,7 +146,7 @@ def test_finished_parts_outlive_a_failure_and_must_be_asked_for(tmp_path: Path) 
         (folder / "part-00000.parquet").write_text("x")
         raise KeyboardInterrupt
     assert (tmp_path / "run.partial" / "part-00000.parquet").exists() and not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="--resume or start anew"):
+    with pytest.raises(UserError, match="--resume or start over"):
         check_free(tmp_path / "run")
     with staged(tmp_path / "run", resume=True) as folder:
         assert (folder / "part-00000.parquet").exists()

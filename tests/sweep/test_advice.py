@@ -112,6 +112,48 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert found.summary["best"]["verdict"] in ("safe", "likely")
 
 
+def speed_of(folder: Path, times: dict[str, tuple[float, bool]], first: str = "m") -> Path:
+    """A run of speed: model -> times the dense model's tokens a second, and whether that is within the spread."""
+    folder.mkdir()
+    rows = [
+        {"model": name, "batch_size": size, "decode_tokens_per_s": 100.0 * speedup * size, "decode_speedup": speedup, "decode_within_spread": within}
+        for name, (speedup, within) in {first: (1.0, True), **times}.items()
+        for size in (1, 8)
+    ]  # fmt: skip
+    info = {"schema_version": 1, "command": "speed", "config": {}, "seed": 0, "versions": {}, "device": "cpu"}
+    write_run(folder, info, {"": pa.Table.from_pylist(rows)})
+    return folder
+
+
+def test_budget_speed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The fastest of the safe points. Catches one that breaks the use, one whose gain is noise, the smallest in place of the fastest, the
+    rate of a larger batch, and a gain of another model."""
+    sweep = folder_of(made_up(), tmp_path / "sweep")
+    times = {
+        "drop:attn=1": (1.2, False),
+        "drop:attn=2": (1.1, False),
+        "drop:attn=3": (1.4, True),
+        "drop:mlp=5": (2.0, False),
+    }
+    speed = speed_of(tmp_path / "speed", times)
+    argv = ["advise", "m", "--sweep", str(sweep), "--budget", "speed", "--loss", "0.1", "--speed"]
+    assert main([*argv, str(speed), "--out", str(tmp_path / "out")]) == 0
+    printed = " ".join(capfd.readouterr().out.split())
+    assert "attn-001 writes 120 tokens a second, 1.20 times as many as the dense model" in printed
+    run = prunescope.open(tmp_path / "out")
+    rows = {row["point"]: row for row in run.table().to_pylist()}
+    assert run.summary["best"]["point"] == "attn-001" and rows["attn-001"]["verdict"] == "safe"
+    assert rows["mlp-005"]["speedup"] == 2.0 and rows["mlp-005"]["verdict"] == "breaks"
+    assert rows["attn-004"]["tokens_per_s"] is None and rows["quant-int8"]["tokens_per_s"] is None
+    none = speed_of(tmp_path / "noise", {"drop:attn=1": (1.2, True)})
+    found = prunescope.advise("m", sweep=str(sweep), budget="speed", speed=str(none))
+    assert found.summary["best"] is None and found.summary["says"][0].startswith(
+        "No point that keeps the use is faster"
+    )
+    assert main([*argv, str(speed_of(tmp_path / "other", times, "other"))]) == 2
+    assert "times other first, not m" in capfd.readouterr().err
+
+
 def test_too_few_items_cannot_tell(tmp_path: Path) -> None:
     tables = made_up(12)
     rows = [row for row in tables.sweep.to_pylist() if row["series"] in ("dense", "mlp") and (row["n"] or 0) < 2]
@@ -126,7 +168,10 @@ def test_too_few_items_cannot_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nothing"], "advise reads sweeps"),
+        (["no-folder/of-a-model/here"], "no-folder"),
+        (["m", "--use", "code"], "no built-in task measures it"),
+        (["m", "--sweep", "SWEEP", "--speed", "x"], "--budget bytes"),
+        (["m", "--sweep", "SWEEP", "--budget", "speed", "--speed", "SWEEP"], "takes runs of speed"),
         (["other", "--sweep", "SWEEP"], "not of other"),
         (["m", "--sweep", "SWEEP", "--use", "code"], "no such task"),
         (["m", "--sweep", "SWEEP", "--loss", "5"], "--loss 5"),
@@ -136,7 +181,9 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.Ca
     sweep = folder_of(made_up(8), tmp_path / "sweep")
     argv = ["advise", *(str(sweep) if word == "SWEEP" else word for word in words), "--out", str(tmp_path / "out")]
     assert main(argv) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    lines = [
+        line for line in capfd.readouterr().err.splitlines() if line and "huggingface.co cannot be reached" not in line
+    ]
     assert len(lines) == 1 and said in lines[0] and not (tmp_path / "out").exists()
 
 

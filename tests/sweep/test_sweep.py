@@ -373,7 +373,7 @@ def test_two_workers_give_the_tables_of_one(chars: Path, undisturbed: results.Ru
     """On a local Ray cluster; catches a worker with another seed, other texts, another drop order, or points mixed up on their way."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: pip install prunescope[ray]")
-    done = run_apart(argv(chars, tmp_path / "out", "--workers", "2"))
+    done = run_apart(argv(chars, tmp_path / "out", "--workers", "2", "--ray-address", "local"))
     assert done.returncode == 0, done.stderr
     assert_same(prunescope.open(tmp_path / "out"), undisturbed)
 
@@ -537,12 +537,18 @@ def test_recipes_of_tables_show_the_papers_values_or_say_that_they_are_not_at_ha
         read_recipe(tmp_path / "bad.yaml")
 
 
-def test_workers_with_nothing_to_do_are_not_started() -> None:
-    """A sweep killed after its last point is resumed with nothing left. Would catch threads shared out among no workers."""
-    pytest.importorskip("ray")
-    from prunescope.sweep.workers import measure_on_workers
-
-    plan: Any = None
-    measure_on_workers(
-        [], {}, plan, workers=2, address=None, done=lambda point, found: pytest.fail("nothing was asked for")
-    )
+def test_advise_without_a_sweep_runs_one(
+    chars: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost stands before the first point; the sweep is kept beside --out, and is not run again. The tiny model knows nothing, so that advise
+    then refuses, as it must."""
+    for name, value in {"_TARGETS": "attn", "_FORMATS": "int8"}.items():
+        monkeypatch.setattr(f"prunescope.jobs.advise_measure.{name}", value)
+    argv = ["advise", str(chars), "--use", "arithmetic-mc", "--limit", "3", "--out", str(tmp_path / "advice")]
+    for first in (True, False):
+        assert main(argv) == 2
+        err = " ".join(capfd.readouterr().err.split())
+        assert "the dense model itself is at chance" in err and not (tmp_path / "advice").exists()
+        cost = err.index("no sweep given, so one is run first: 3 points (attn n = 0,1; int8), 1 task of 3 items")
+        assert ("dense (1 of 3)" in err) == first and (not first or cost < err.index("dense (1 of 3)"))
+    assert prunescope.open(tmp_path / "advice-sweep").info["complete"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DivergenceResult, GenerateResult, LayerwiseResult, McqResult, RetrieveResult
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def layerwise(
     out: str | None = None,
     prompts: str | None = None,
     continuations: str | None = None,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     chat: bool = False,
     max_new_tokens: int = 64,
     lens: Literal["raw", "final-norm"] = "raw",
@@ -34,6 +34,8 @@ def layerwise(
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -47,24 +49,26 @@ def layerwise(
 
     Args:
         dense: the base model
-        target: a model, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +; left out, every sublayer is dropped in turn
+        target: a model, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +; without it, every sublayer is dropped in turn
         out: run folder to write
-        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
-        continuations: JSONL with prompt and continuation, a text or token ids, made by any engine; left out, the dense model writes them
-        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations
+        prompts: JSONL with a field prompt, or one prompt per line; default: the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, written by any engine; without it, the dense model writes them
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without continuations the dense model is read once a token; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
-        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        max_new_tokens: most decoding steps; a text ends earlier at an end-of-text token
         lens: how logits come from an inner stream; raw is W h (the paper), final-norm is W norm(h)
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature of the dense text; 0 is greedy
         top_k: sample from the k most likely tokens only; 0 is off
         top_p: sample from the most likely tokens of this total probability only
-        ignore_eos: write on behind an end-of-text token, as the paper's code does
-        seed: of the sampling and the bootstrap
-        batch_size: prompts at a time; texts may be written for more at once on a CPU
+        ignore_eos: keep writing after an end-of-text token, as the paper's code does
+        seed: seed of the sampling and the bootstrap
+        batch_size: prompts per batch; texts may be written for more at once on a CPU
         memory_mb: memory that the metrics may use, in MB
+        workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -73,7 +77,7 @@ def layerwise(
         overwrite: replace an existing run folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import layerwise as job
 
@@ -81,7 +85,7 @@ def layerwise(
         job.LayerwiseOptions(
             dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, lens=lens,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
-            seed=seed, batch_size=batch_size, memory_mb=memory_mb, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            seed=seed, batch_size=batch_size, memory_mb=memory_mb, spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -93,6 +97,8 @@ def generate(
     *,
     out: str | None = None,
     prompts: str | None = None,
+    continuations: str | None = None,
+    stream: bool | Literal["auto"] = "auto",
     chat: bool = False,
     max_new_tokens: int = 64,
     regime: Literal["both", "free-running", "teacher-forced"] = "both",
@@ -106,6 +112,8 @@ def generate(
     memory_mb: int = 512,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -121,22 +129,26 @@ def generate(
         dense: the base model
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
-        prompts: JSONL with a field prompt, or one prompt a line; left out, the 15 shipped ones
+        prompts: JSONL with a field prompt, or one prompt per line; default: the 15 shipped ones
+        continuations: JSONL with prompt and continuation, a text or token ids, written by any engine; both models read these, teacher-forced only
+        stream: leave both models on disk and read them a block at a time, with the same numbers; needs continuations; auto: if they do not fit into free memory
         chat: put each prompt into the model's chat template
-        max_new_tokens: decoding steps at most; a text ends earlier at an end-of-text token
+        max_new_tokens: most decoding steps; a text ends earlier at an end-of-text token
         regime: free-running (each model reads its own text), teacher-forced (the target reads the dense one's), or both
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
         temperature: sampling temperature; 0 is greedy
         top_k: sample from the k most likely tokens only; 0 is off
         top_p: sample from the most likely tokens of this total probability only
-        ignore_eos: write on behind an end-of-text token, as the paper's code does
-        seed: of the sampling, the same draws for both models, and of the bootstrap
-        batch_size: prompts at a time
+        ignore_eos: keep writing after an end-of-text token, as the paper's code does
+        seed: seed of the sampling, the same draws for both models, and of the bootstrap
+        batch_size: prompts per batch
         memory_mb: memory that the metrics may use, in MB
-        ladder: types of GGUF to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; left out, those measured before
+        ladder: GGUF types to place the KL among, such as q8_0,q4_k,q2_k, measured once on the dense model's texts; default: those measured before
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the prompts, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the prompts instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -145,16 +157,16 @@ def generate(
         overwrite: replace an existing run folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import generate as job
 
     return job.run(
         job.GenerateOptions(
-            dense=dense, target=target, prompts=prompts, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
+            dense=dense, target=target, prompts=prompts, continuations=continuations, stream=stream, chat=chat, max_new_tokens=max_new_tokens, regime=regime,
             metric_temperature=metric_temperature, temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=ignore_eos,
             seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -170,13 +182,15 @@ def mcq(
     shots: int = 0,
     subjects: str | None = None,
     limit: int | None = None,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     metric_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
     memory_mb: int = 512,
     ladder: str | None = None,
     cache: bool = True,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -192,20 +206,22 @@ def mcq(
         dense: the base model
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
-        questions: JSONL with question, choices and answer, an MMLU CSV file, or a folder of them; left out, the 72 shipped ones
+        questions: JSONL with question, choices and answer, an MMLU CSV file, or a folder of them; default: the 72 shipped ones
         template: cue ends in "Answer:", paper is question and options only, chat is the model's chat template
         shots: solved examples before each question, from the folder's dev files
-        subjects: of an MMLU folder, names with commas between them
-        limit: take only the first so many questions
-        stream: leave both models on disk and read them a block at a time, with the same numbers
+        subjects: subjects of an MMLU folder, comma-separated
+        limit: use only the first N questions
+        stream: leave both models on disk and read them a block at a time, with the same numbers; auto: if they do not fit into free memory
         metric_temperature: temperature T of p = softmax(z / T) in the metrics; accuracy does not depend on it
-        seed: of the bootstrap
-        batch_size: questions at a time
+        seed: seed of the bootstrap
+        batch_size: questions per batch
         memory_mb: memory that the metrics may use, in MB
-        ladder: types of GGUF to place the KLs among, such as q8_0,q4_k,q2_k, measured once on the same questions; left out, those measured before
+        ladder: GGUF types to place the KL among, such as q8_0,q4_k,q2_k, measured once on the same questions; default: those measured before
         cache: keep the rungs of the ladder for the next call
+        workers: processes that share the questions, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the questions instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -214,7 +230,7 @@ def mcq(
         overwrite: replace an existing run folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import mcq as job
 
@@ -222,7 +238,7 @@ def mcq(
         job.McqOptions(
             dense=dense, target=target, questions=questions, template=template, shots=shots, subjects=subjects, stream=stream, limit=limit,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, ladder=ladder, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -236,12 +252,14 @@ def divergence(
     context: int = 512,
     chunks: int | None = None,
     scale: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
     ladder: str | None = None,
     metric_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 4,
     memory_mb: int = 512,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -252,24 +270,26 @@ def divergence(
     resume: bool = False,
     overwrite: bool = False,
 ) -> DivergenceResult:
-    """Measure both models over a text, token by token: the table of llama.cpp's --kl-divergence, with no file of logits.
+    """Compare both models over a text, token by token: llama.cpp's --kl-divergence table, without a file of logits.
 
     Args:
         dense: the base model
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
-        text: text files in UTF-8, with commas between them; each is a slice of its own
+        text: UTF-8 text files, comma-separated; each is a separate slice
         out: run folder to write
         context: tokens of a chunk; the second half of each is scored
-        chunks: take only the first so many chunks of each file
-        scale: also measure the dense model at a ladder of quantisation types, and say which two the target lies between
-        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale
-        ladder: types of the ladder, with commas between them; left out, q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
+        chunks: use only the first N chunks of each file
+        scale: also measure the dense model quantised to a ladder of types, and say which two the target lies between
+        stream: leave both models on disk and read them a block at a time, with the same numbers; without the scale; auto: if they do not fit into free memory
+        ladder: GGUF types of the ladder, comma-separated; default: q8_0 and q6_k to q2_k where libggml-python is installed, else q8_0 to q4_0
         metric_temperature: temperature T of p = softmax(z / T) in the metrics
-        seed: of the bootstrap over chunks
-        batch_size: chunks at a time
+        seed: seed of the bootstrap over chunks
+        batch_size: chunks per batch
         memory_mb: memory that the metrics may use, in MB
+        workers: processes that share the chunks, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the chunks instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -279,7 +299,7 @@ def divergence(
         overwrite: replace an existing run folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import divergence as job
 
@@ -287,7 +307,7 @@ def divergence(
         job.DivergenceOptions(
             dense=dense, target=target, text=text, context=context, chunks=chunks, scale=scale, stream=stream, ladder=ladder,
             metric_temperature=metric_temperature, seed=seed, batch_size=batch_size, memory_mb=memory_mb, cache=cache,
-            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
+            spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
 
@@ -309,6 +329,8 @@ def retrieve(
     recall_at: str = "10,100",
     seed: int = 0,
     batch_size: int = 16,
+    workers: int = 1,
+    ray_address: str | None = None,
     dtype: DType = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -324,20 +346,22 @@ def retrieve(
         dense: the base model, or an embedding model made of one (weights without an output head load too)
         target: a model with the same vocabulary, a checkpoint, drop:attn=3,5;mlp=7 or quant:int4-g128 on the dense model, or both joined by +
         out: run folder to write
-        corpus: BEIR folder with corpus.jsonl, queries.jsonl and qrels/, or the corpus file alone; left out, the shipped corpus
-        queries: queries.jsonl, where it is not in the folder
-        qrels: qrels file, tab-separated, or the folder of them, where it is not in the folder
-        split: which qrels of a folder
+        corpus: BEIR folder with corpus.jsonl, queries.jsonl and qrels/, or the corpus file alone; default: the shipped corpus
+        queries: queries.jsonl, if not in the corpus folder
+        qrels: tab-separated qrels file or a folder of them, if not in the corpus folder
+        split: which qrels of the folder to use
         pooling: mean of all tokens, last token (E5-Mistral), or weighted-mean (SGPT, later tokens weigh more)
-        instruction: what queries are for; a query is then read as Instruct: ... and Query: ... on two lines, passages as they are
+        instruction: task description; queries are read as Instruct: ... and Query: ... on two lines, passages unchanged
         append_eos: end every text in an end-of-text token, if the tokenizer does not
-        max_length: tokens of a text, special ones included; the rest is cut
-        depth: passages that a ranking keeps; MAP is counted over them
-        recall_at: cut-offs of recall, with commas between them
-        seed: of the bootstrap
-        batch_size: texts at a time
+        max_length: tokens per text, special ones included; the rest is cut
+        depth: passages kept per ranking; MAP is computed over them
+        recall_at: cut-offs of recall, comma-separated
+        seed: seed of the bootstrap
+        batch_size: texts per batch
+        workers: processes that share the passages, each with both models and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the passages instead; auto finds one, local starts one here
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id (of the dense model)
         adapter: LoRA adapter to merge into the dense model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
@@ -346,7 +370,7 @@ def retrieve(
         overwrite: replace an existing run folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import retrieve as job
 
@@ -354,7 +378,7 @@ def retrieve(
         job.RetrieveOptions(
             dense=dense, target=target, corpus=corpus, queries=queries, qrels=qrels, split=split, pooling=pooling,
             instruction=instruction, append_eos=append_eos, max_length=max_length, depth=depth, recall_at=recall_at, seed=seed,
-            batch_size=batch_size, loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
+            batch_size=batch_size, spread=SpreadOptions(workers, ray_address), loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise),
             output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prunescope.jobs.options import DType, LoadOptions, OutputOptions
+from prunescope.jobs.options import DType, LoadOptions, OutputOptions, SpreadOptions
 from prunescope.results import DropResult, HealResult, SparsifyResult
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load(
     Args:
         model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device, or gpus to spread the blocks over all of them; auto is cuda if there is one, else cpu
         drop: sublayers to drop, for example attn=0,5;mlp=7
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
@@ -85,7 +85,9 @@ def drop(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     cache: bool = True,
-    stream: bool = False,
+    stream: bool | Literal["auto"] = "auto",
+    workers: int = 1,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> DropResult:
     """Score sublayers, drop the n least needed, save a checkpoint.
@@ -93,39 +95,41 @@ def drop(
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
         target: what to drop; all ranks attention and MLP sublayers together
-        n: how many sublayers, or blocks
+        n: how many sublayers or blocks to drop
         out: checkpoint folder to write
         format: recipe (drop lists, no weights), zeroed (full weights, silent branches) or compact (blocks removed)
         order: discrete takes the n highest scores, consecutive the run of n blocks whose ends are most alike
         iterative: drop one, score again, n times
         score_on: stream compares the residual stream before and after, norm the module's normed input with its output
-        select: cosine (scores of the stream), kl (greedy: drop what changes the model's predictions least, given what has gone), search (goes on from there over whole sets) or task:NAME (greedy, by the score of a quick task)
-        generations: of search, 8 sets each
+        select: cosine (scores of the stream), kl (greedy: drop what changes the model's predictions least, given what is already dropped), search (continues from there over whole sets) or task:NAME (greedy, by the score of a quick task)
+        generations: generations of search, 8 sets each
         compensate: fold a least-squares map into the sublayer before what is dropped; with format zeroed or compact
         calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
-        samples: calibration samples, by default 128 from a text and 32 from the model
-        seq_len: tokens of a sample, by default 2048 from a text and 256 from the model, never past its context
-        batch_size: samples at a time, by default 32 while the model samples and 8 while it scores
-        seed: of the calibration's choice
+        samples: calibration samples; default: 128 from a text, 32 from the model
+        seq_len: tokens per sample; default: 2048 from a text, 256 from the model, never past its context
+        batch_size: samples per batch; default: 32 while the model samples, 8 while it scores
+        seed: seed of the choice of calibration samples
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep scores for the next call ($PRUNESCOPE_CACHE, else the user's cache folder)
-        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe
+        stream: leave the model on disk and score it a block at a time, with the same scores; by cosine, from a text, for format recipe; auto: if it does not fit into free memory
+        workers: processes that share the candidates of kl, search and task:NAME, each with a model and a GPU of its own, or its share of the CPU's threads
+        ray_address: address of a running Ray cluster, whose workers share the candidates instead; auto finds one, local starts one here
         overwrite: replace an existing checkpoint folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import drop as job
 
     return job.run(
         job.DropOptions(
             model=model, target=target, n=n, format=format, order=order, iterative=iterative, score_on=score_on,
-            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream,
+            select=select, generations=generations, compensate=compensate, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, cache=cache, stream=stream, spread=SpreadOptions(workers, ray_address),
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
@@ -134,7 +138,7 @@ def drop(
 def sparsify(
     model: Model,
     *,
-    method: Literal["magnitude", "wanda", "sparsegpt", "structured"] = "sparsegpt",
+    method: Literal["magnitude", "wanda", "sparsegpt", "structured", "experts"] = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
     out: str | None = None,
@@ -154,6 +158,7 @@ def sparsify(
     seed: int = 0,
     perplexity: str | None = None,
     perplexity_windows: int | None = None,
+    shares: int | None = None,
     memory_mb: int = 4096,
     dtype: DType = "auto",
     device: str = "auto",
@@ -170,40 +175,41 @@ def sparsify(
 
     Args:
         model: Hugging Face id, folder, .gguf file or smollm2-135m
-        method: magnitude, wanda, sparsegpt, or structured (whole MLP neurons, physically removed)
-        sparsity: share of the weights to remove, from 0 up to, not including, 1
-        pattern: N:M, at most N weights are left of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
+        method: magnitude, wanda, sparsegpt, structured (whole MLP neurons, physically removed), or experts (whole experts of MoE models, by REAP, physically removed)
+        sparsity: share of the weights to remove, at least 0 and below 1
+        pattern: N:M keeps at most N weights of every M consecutive inputs (2:4, 4:8); or unstructured, with a sparsity
         out: checkpoint folder to write
-        variant: of wanda, one threshold for a matrix on the share of each row's score that is lost
-        sparsity_map: YAML file, glob pattern of module names -> share or N:M; the last that matches counts, 0 leaves a module alone
-        allocation: uniform, or owl (blocks with more outliers lose less)
-        owl_spread: of owl, how far a block's sparsity may be from the mean
-        owl_threshold: of owl, how many times the mean score makes an outlier
-        block_size: of sparsegpt, columns of a block
-        damping: of sparsegpt and of refining, relative to the mean of the Hessian's diagonal
-        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the weights that the mask should have), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
-        refine_steps: of refining, by default at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
+        variant: wanda: one threshold per matrix on the share of each row's score that is lost
+        sparsity_map: YAML file, glob pattern of module names -> share or N:M; the last match counts, 0 leaves a module unpruned
+        allocation: uniform, or owl (blocks with more outliers are pruned less)
+        owl_spread: owl: how far a block's sparsity may be from the mean
+        owl_threshold: owl: multiple of the mean score that makes an outlier
+        block_size: sparsegpt: columns per block
+        damping: sparsegpt and --refine: damping relative to the mean of the Hessian's diagonal
+        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the best weights for the mask), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
+        refine_steps: steps of --refine; default: at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
         calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
-        samples: calibration samples, by default 128 from a text and 32 from the model
-        seq_len: tokens of a sample and of a perplexity window, by default 2048, and 256 of what the model samples; never past its context
-        batch_size: samples at a time, by default as many as make 2048 tokens (on a GPU 8192); models with fused experts take one at a time
-        seed: of the calibration's choice
+        samples: calibration samples; default: 128 from a text, 32 from the model
+        seq_len: tokens per sample and per perplexity window; default: 2048, or 256 for text the model samples; never past its context
+        batch_size: samples per batch; default: as many as make 2048 tokens (8192 on a GPU), one for models with fused experts
+        seed: seed of the choice of calibration samples
         perplexity: text, JSON or JSONL file to measure perplexity on, before and after
-        perplexity_windows: take only so many windows of it
+        perplexity_windows: use only the first N windows of it
+        shares: pieces of the calibration text whose sums are added pair by pair; default: one per process of torchrun; the result depends on them, not on the processes
         memory_mb: memory for hidden states, in MB; more are kept on disk
-        dtype: of the computation, which must hold the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        dtype: dtype of the computation, at least as precise as the checkpoint's; auto is the checkpoint's own on an accelerator and float32 on a CPU
+        device: a torch device; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         trust_remote_code: run code that comes with the model
         dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         cache: keep self-sampled calibration text for the next call
-        dry_run: say what would be pruned, with memory and time estimated, and write no checkpoint
+        dry_run: print what would be pruned, with estimated memory and time, and write no checkpoint
         resume: continue an interrupted run
         overwrite: replace an existing checkpoint folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import sparsify as job
 
@@ -212,7 +218,7 @@ def sparsify(
             model=model, method=method, sparsity=sparsity, pattern=pattern, variant=variant, sparsity_map=sparsity_map,
             allocation=allocation, owl_spread=owl_spread, owl_threshold=owl_threshold, block_size=block_size, damping=damping,
             refine=refine, refine_steps=refine_steps, calibration=calibration, samples=samples, seq_len=seq_len, batch_size=batch_size, seed=seed, perplexity=perplexity,
-            perplexity_windows=perplexity_windows, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
+            perplexity_windows=perplexity_windows, shares=shares, memory_mb=memory_mb, cache=cache, dry_run=dry_run,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite, resume),
         )
     )  # fmt: skip
@@ -254,35 +260,35 @@ def heal(
     resume: bool = False,
     overwrite: bool = False,
 ) -> HealResult:
-    """Train what pruning left to predict what the dense model predicts; zeros stay zero, and what is dropped stays dropped.
+    """Train the pruned model to predict what the dense model predicts; zeros stay zero, and dropped sublayers stay dropped.
 
     Args:
         target: the pruned model, a folder of drop or sparsify, or sublayers of the teacher to drop, for example drop:attn=3,5
         teacher: the dense model
         out: checkpoint folder to write
-        traces: files of prompts that the teacher continues, with commas between them; left out, it writes the prompts too
+        traces: files of prompts for the teacher to continue, comma-separated, and self for prompts that it writes too; default: self
         samples: texts that the teacher writes
-        new_tokens: at most so many tokens each
-        temperature: at which it writes
-        held_out: texts that are kept to check on, of other prompts than those that are trained on
-        steps: steps of the optimiser
-        batch_size: texts a step
-        micro_batch: texts in memory at a time, by default all of a step
-        learning_rate: after the warm-up, by default 1e-4, and 1e-3 with --lora
-        warmup: share of the steps over which it rises
-        decay: how it falls after that, to zero at the last step
-        weight_decay: of AdamW
-        clip: longest gradient, longer ones are shortened to it; 0 is off
-        on_policy: share of the steps whose texts the target itself writes, after the same prompts
-        reconstruct: steps of a cheap stage before the others, in which every sublayer by itself learns to lead to the teacher's stream
-        lora: train a low-rank change of each matrix, of this rank, merged at the end; left out, all weights of the blocks are trained
+        new_tokens: most tokens of each
+        temperature: sampling temperature of the teacher
+        held_out: texts held out for checks, from prompts that are not trained on
+        steps: optimiser steps
+        batch_size: texts per step
+        micro_batch: texts in memory at a time; default: all of a step
+        learning_rate: learning rate after the warm-up; default: 1e-4, or 1e-3 with --lora
+        warmup: share of the steps over which the learning rate rises
+        decay: how the learning rate falls after that, to zero at the last step
+        weight_decay: weight decay of AdamW
+        clip: gradient norm to clip to; 0 turns clipping off
+        on_policy: share of steps on texts that the target itself writes, after the same prompts
+        reconstruct: steps of a cheap first stage in which each sublayer by itself learns to reproduce the teacher's stream
+        lora: train a low-rank change of this rank for each matrix, merged at the end; without it, all weights of the blocks are trained
         embeddings: train embedding and head too
-        compile: run the blocks through torch.compile; on a GPU faster, after a minute
-        check_every: steps between two measurements on the held-out texts, where the run can be resumed too
-        patience: stop after so many measurements without a better one
-        seed: of the texts, of their order and of the low-rank changes
-        dtype: of weights and steps, float32 or float64; on a GPU auto multiplies in bfloat16 all the same
-        device: a torch device; auto is cuda where there is one, else cpu
+        compile: run the blocks through torch.compile; faster on a GPU after a minute of compiling
+        check_every: steps between checks on the held-out texts; the run can be resumed from each
+        patience: stop after N checks without improvement
+        seed: seed of the texts, of their order and of the low-rank changes
+        dtype: dtype of weights and optimiser, float32 or float64; on a GPU, auto still multiplies in bfloat16
+        device: a torch device; auto is cuda if there is one, else cpu
         revision: revision of the teacher's Hugging Face id
         adapter: LoRA adapter to merge into the teacher, a folder or a Hugging Face id
         dequantise: load the packed weights of a quantised checkpoint as dense floats
@@ -292,7 +298,7 @@ def heal(
         overwrite: replace an existing checkpoint folder
 
     Raises:
-        UserError: the user's mistake, in one line; nothing is written.
+        UserError: invalid input, in one line; nothing is written.
     """
     from prunescope.jobs import heal as job
 
@@ -326,20 +332,20 @@ def export(
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write a folder that an engine runs as it is: dropped sublayers are left out, not zeroed.
+    """Write a folder that an engine can run directly: dropped sublayers are left out, not zeroed.
 
     Args:
         model: a Hugging Face id, a folder, a .gguf file, smollm2-135m (bundled), or a prunescope or LLM-Drop checkpoint folder
         out: folder to write
-        engine: what shall run it; on the command line also --for
+        engine: the engine that will run it; also --for on the command line
         drop: sublayers to drop of a dense model, for example attn=0,5;mlp=7
-        run_check: run what was written in its engine on this machine (on the command line also --check), and fail where it does not write the same tokens
-        engine_python: Python of an environment that has vllm, for --check of it
-        measured: run folders that measured the damage, for the model card, several with commas between them
-        push_to_hub: repository of the Hugging Face hub to upload the folder to, OWNER/NAME
-        private: make that repository a private one
+        run_check: run the export in its engine on this machine and fail unless it writes the same tokens; also --check on the command line
+        engine_python: Python of an environment with vllm, for --check
+        measured: run folders that measured the damage, for the model card, comma-separated
+        push_to_hub: Hugging Face repository to upload the folder to, OWNER/NAME
+        private: make that repository private
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
-        device: a torch device; auto is cuda where there is one, else cpu
+        device: a torch device; auto is cuda if there is one, else cpu
         revision: revision of a Hugging Face id
         adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
         dequantise: load the packed weights of a quantised checkpoint as dense floats

@@ -29,7 +29,7 @@ from prunescope.compare.metrics import (
     working_dtype,
 )
 
-__all__ = ["DEFAULT_MEMORY", "compare", "compare_final", "least_memory"]
+__all__ = ["DEFAULT_MEMORY", "begin_compare", "compare", "compare_final", "least_memory"]
 
 DEFAULT_MEMORY = 512 * 2**20
 _GROUP = 2**18  # logits that the elementwise pass handles at once: small enough to stay in the cache
@@ -65,6 +65,20 @@ def compare(
         ValueError: T <= 0, or a ``memory`` too small for a single pair (it says what is needed).
         FloatingPointError: a NaN or infinite logit.
     """
+    return begin_compare(streams, pairs, head, temperature=temperature, next_token=next_token, memory=memory)()
+
+
+@torch.no_grad()
+def begin_compare(
+    streams: Tensor,
+    pairs: Tensor,
+    head: Head,
+    *,
+    temperature: float = 1.0,
+    next_token: Tensor | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Callable[[], dict[str, Tensor]]:
+    """`compare` in two steps: all work is given to the device, and what is returned waits for the columns. On a CPU they are there at once."""
     check_temperature(temperature)
     dtype = working_dtype(streams, head.weight)
     backend = sums.backend(streams.device, dtype)
@@ -77,7 +91,8 @@ def compare(
         )
         for name, value in columns.items():
             parts.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(value) for name, value in parts.items()}
+    found = {name: torch.cat(value) for name, value in parts.items()}
+    return lambda: found
 
 
 @torch.no_grad()
@@ -175,23 +190,25 @@ def _compare_by_sums(
     temperature: float,
     next_token: Tensor | None,
     memory: int,
-) -> dict[str, Tensor]:
-    """`compare` with the kernels of a backend. The host runs ahead of the device: nothing is read back before the end of a flush."""
+) -> Callable[[], dict[str, Tensor]]:
+    """`begin_compare` with the kernels of a backend. The host runs ahead of the device: nothing here waits for it."""
     device, pairs = streams.device, pairs.cpu()
     chunks = list(_chunks(pairs, head, torch.float32, memory))
     uniques = [torch.unique(pairs[chunk], return_inverse=True) for chunk in chunks]
-    used = torch.cat([rows for rows, _ in uniques]).to(device).split([len(rows) for rows, _ in uniques])
-    index = torch.cat([places for _, places in uniques]).to(device)
-    following = None if next_token is None else next_token.to(device)
+    used = _to_device(torch.cat([rows for rows, _ in uniques]), device).split([len(rows) for rows, _ in uniques])
+    index = _to_device(torch.cat([places for _, places in uniques]), device)
+    following = None if next_token is None else _to_device(next_token, device)
     buffer = torch.empty(max(map(len, used)), sums.padded(head.vocab_size), device=device)[:, : head.vocab_size]
     gathered: list[sums.Gathered] = []
     hidden: list[Tensor] = []
-    result: list[dict[str, Tensor]] = []
+    result: list[Callable[[], dict[str, Tensor]]] = []
 
     def flush() -> None:
-        found = sums.finish(sums.merged(gathered), head.vocab_size, temperature, Change)
+        merged = sums.merged(gathered)
+        found = sums.columns_of(merged, head.vocab_size, temperature, Change)
         found |= hidden_columns(Change(*torch.cat(hidden).unbind(1)))
-        result.append(_to_host({name: found[name] for name in COLUMNS}))
+        found["finite"] = merged.rows.finite.all().expand(len(merged.pairs))
+        result.append(_on_the_way({name: found[name] for name in (*COLUMNS, "finite")}))
         gathered.clear()
         hidden.clear()
 
@@ -205,15 +222,43 @@ def _compare_by_sums(
             flush()
     if gathered:
         flush()
-    found = {name: torch.cat([part[name] for part in result]) for name in COLUMNS}
-    return found if next_token is not None else {name: v for name, v in found.items() if not name.startswith("nll_")}
+
+    def columns() -> dict[str, Tensor]:
+        parts = [wait() for wait in result]
+        for part in parts:
+            sums.check_finite(part["finite"])
+        names = [name for name in COLUMNS if next_token is not None or not name.startswith("nll_")]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    return columns
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait for what the device still has to do."""
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and not host.is_cuda
+        else host.to(device)
+    )
+
+
+def _on_the_way(columns: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """All columns in one copy to the host, which is begun; what is returned waits for it."""
+    stacked = torch.stack([value.double() for value in columns.values()])
+    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
+    host.copy_(stacked, non_blocking=True)
+    done = torch.cuda.current_stream(stacked.device).record_event() if stacked.is_cuda else None
+
+    def wait() -> dict[str, Tensor]:
+        if done is not None:
+            done.synchronize()
+        return dict(zip(columns, host.unbind(), strict=True))
+
+    return wait
 
 
 def _to_host(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All columns in one copy."""
-    stacked = torch.stack(list(columns.values()))
-    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
-    return dict(zip(columns, host.copy_(stacked).unbind(), strict=True))
+    return _on_the_way(columns)()
 
 
 def _compare_chunk(
@@ -285,7 +330,7 @@ def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
     """What `compare` holds however few rows there are, and what each distinct row adds."""
     width, vocab = head.weight.shape[1], head.vocab_size
     if sums.backend(head.weight.device, dtype) is not None and on_tensor_cores(head.weight, head.weight):
-        return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 16 + _GATHERED  # logits, parts of h, maxima, sums
+        return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 8 + _GATHERED  # logits, parts of h, maxima, sums
     tile = vocab_tile(head)
     group = max(1, _GROUP // vocab)
     fixed = _TEMPORARIES * group * vocab * dtype.itemsize + 8 * tile * width

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
     "COLUMNS",
@@ -144,6 +146,7 @@ def divergence_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     key: str = "",
+    workers: Workers | None = None,
 ) -> DivergenceRows:
     """Compare two models at every scored token of ``slices``, each read once by both.
 
@@ -155,6 +158,7 @@ def divergence_rows(
         temperature: metric temperature T.
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from (`divergence_key`).
+        workers: who share the batches, each with both models of its own; None computes all here.
     Returns:
         Rows ``slice, chunk, position, token`` + `COLUMNS` + the five most likely tokens of both. ``chunk`` counts on over all slices,
         ``position`` is that of the last token read within the chunk, ``token`` the one that follows it.
@@ -165,18 +169,35 @@ def divergence_rows(
     check_pair(dense, target)
     check_memory(memory, dense, target)
     begin(parts, key)
-    sources = [(piece.name, chunk) for piece in slices for chunk in piece.chunks]
+    names = [piece.name for piece in slices for _ in piece.chunks]
+    chunks = [chunk for piece in slices for chunk in piece.chunks.tolist()]
+    make = partial(_batches, names=names, chunks=chunks, temperature=temperature, memory=memory)
+    with progress(f"{len(chunks)} chunks of {slices[0].context} tokens, both models", len(chunks)) as advance:
+        tables = computed(
+            parts, len(chunks), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
+        )  # fmt: skip
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return DivergenceRows(table, notes_of(tables[0]))
+
+
+def _batches(
+    dense: LoadedModel,
+    target: Changed,
+    *,
+    names: Sequence[str],
+    chunks: Sequence[list[int]],
+    temperature: float,
+    memory: int,
+) -> Compute:
+    """Numbers of chunks -> their table, with the noise floor in the notes of the first."""
     both = _Pair(dense, target, temperature, memory)
 
     def rows(numbers: Sequence[int]) -> pa.Table:
-        chunks = torch.stack([sources[i][1] for i in numbers])
-        table, states = both.rows(chunks, [sources[i][0] for i in numbers], numbers[0])
-        return table if numbers[0] else with_notes(table, both.noise_floor(chunks, states))
+        chosen = torch.tensor([chunks[i] for i in numbers])
+        table, states = both.rows(chosen, [names[i] for i in numbers], numbers[0])
+        return table if numbers[0] else with_notes(table, both.noise_floor(chosen, states))
 
-    with progress(f"{len(sources)} chunks of {slices[0].context} tokens, both models", len(sources)) as advance:
-        tables = computed(parts, len(sources), batch_size, rows, lambda numbers: advance(len(numbers)))
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    return DivergenceRows(table, notes_of(tables[0]))
+    return rows
 
 
 def scored(chunks: Tensor) -> list[Transcript]:

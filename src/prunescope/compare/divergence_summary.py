@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prunescope.runs.summary import summarise
+from prunescope.stats import worst_windows
 
 __all__ = ["divergence_summary", "grouped", "kl_table", "worst_passages"]
 
@@ -173,17 +174,8 @@ def worst_passages(
     """
     number, kl = table["chunk"].to_numpy(), table["kl_dense_target"].to_numpy()
     length = min(_PASSAGE, int((number == number[0]).sum()))
-    sums = np.convolve(kl, np.ones(length), "valid")
-    within = number[: len(sums)] == number[length - 1 :]  # all of one chunk
-    found: list[dict[str, Any]] = []
-    taken = np.zeros(len(kl), bool)
-    for start in np.argsort(-sums, kind="stable"):
-        if len(found) == count:
-            break
-        if within[start] and not taken[start : start + length].any():
-            taken[start : start + length] = True
-            found.append(_passage(table.slice(int(start), length).to_pylist(), chunks, decode))
-    return found
+    starts = worst_windows(kl, number, length, count)
+    return [_passage(table.slice(start, length).to_pylist(), chunks, decode) for start in starts]
 
 
 def _passage(rows: list[dict[str, Any]], chunks: Mapping[int, list[int]], decode: Any) -> dict[str, Any]:

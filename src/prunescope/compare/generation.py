@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +42,9 @@ from prunescope.models.generating import Sampling, choose, continue_texts, decod
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.workers import Compute, Workers, sharing
 
-__all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_rows"]
+__all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_passes", "generation_rows"]
 
 FREE, TEACHER = "free-running", "teacher-forced"
 Regime = Literal["both", "free-running", "teacher-forced"]
@@ -116,13 +118,19 @@ class _Batch:
         prompts: Sequence[list[int]],
         first: int,
         settings: _Settings,
+        given: Sequence[list[int]] | None = None,
     ) -> None:
-        self.dense, self.first, self.settings = dense, first, settings
+        self.dense, self.first, self.settings, self.given = dense, first, settings, given is not None
         how = (first, settings.max_new_tokens, settings.sampling, settings.stop)
-        self.decoding = {"dense": decoding_way(dense)}
-        written = _write(dense, prompts, *how)
-        self.ours = [Transcript(list(p), t) for p, t in zip(prompts, written.texts, strict=True)]
-        self.our_states = self.written_states = _of_sequences(written)
+        if given is not None:
+            self.decoding = {"dense": "given"}
+            self.ours = [Transcript(list(p), t) for p, t in zip(prompts, given, strict=True)]
+            self.our_states = self.written_states = read_states(dense, self.ours)
+        else:
+            self.decoding = {"dense": decoding_way(dense)}
+            written = _write(dense, prompts, *how)
+            self.ours = [Transcript(list(p), t) for p, t in zip(prompts, written.texts, strict=True)]
+            self.our_states = self.written_states = _of_sequences(written)
         self.theirs: list[Transcript] | None = None
         self.their_states: list[Tensor] = []
         with switched(dense, target) as self.of_target:
@@ -142,12 +150,10 @@ class _Batch:
             if behind
             else {}
         )
-        if (
-            self.theirs is None
-        ):  # nothing was written by the target: read both, so that equal models are equal to the bit
-            self.our_states = (
-                read_states(self.dense, self.ours) if self.of_target is not self.dense else self.our_states
-            )
+        if self.theirs is None:
+            # nothing was written by the target: read both, so that equal models are equal to the bit
+            if not self.given and self.of_target is not self.dense:
+                self.our_states = read_states(self.dense, self.ours)
             return [found[i] for i in range(len(self.ours))]
         return [
             torch.cat([self.their_states[i][: shared[i]], found[i][shared[i] :]])
@@ -273,8 +279,10 @@ def generation_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     key: str = "",
+    texts: Sequence[list[int]] | None = None,
+    workers: Workers | None = None,
 ) -> GenerationRows:
-    """Compare two models at every step while they write.
+    """Compare two models at every step while they write, or on texts that are given.
 
     Args:
         dense: the dense model, nothing dropped.
@@ -284,9 +292,11 @@ def generation_rows(
         sampling: how both choose their tokens; step t of prompt i uses the same uniform number in both.
         regime: free-running, teacher-forced or both.
         batch_size: prompts at a time, left-padded while they are written.
-        temperature: metric temperature T, apart from the sampling temperature.
+        temperature: metric temperature T, independent of the sampling temperature.
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from (`generation_key`).
+        texts: continuations that both models read instead of writing any; teacher-forced only.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared, or parts of another run.
         FloatingPointError: a NaN or infinite logit.
@@ -295,19 +305,12 @@ def generation_rows(
     check_memory(memory, dense, target)
     settings = _Settings(max_new_tokens, sampling, stop, regime, temperature, memory)
     begin(parts, key)
-
-    def rows(numbers: Sequence[int]) -> pa.Table:
-        batch = _Batch(dense, target, [prompts[i] for i in numbers], numbers[0], settings)
-        notes: dict[str, Any] = {
-            "dense": [s.continuation for s in batch.ours],
-            "target": None if batch.theirs is None else [s.continuation for s in batch.theirs],
-        }
-        if not numbers[0]:
-            notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
-        return with_notes(batch.table(), notes)
-
+    assert texts is None or regime == TEACHER
+    make = partial(_batches, prompts=prompts, texts=texts, settings=settings)
     with progress(f"{len(prompts)} prompts, up to {max_new_tokens} steps of both models", len(prompts)) as advance:
-        tables = computed(parts, len(prompts), batch_size, rows, lambda numbers: advance(len(numbers)))
+        tables = computed(
+            parts, len(prompts), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
+        )  # fmt: skip
     notes = [notes_of(table) for table in tables]
     ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
@@ -320,13 +323,46 @@ def generation_rows(
     )
 
 
+def _batches(
+    dense: LoadedModel, target: Changed, *, prompts: Sequence[list[int]], texts: Sequence[list[int]] | None, settings: _Settings
+) -> Compute:  # fmt: skip
+    """Numbers of prompts -> their table, with the texts, and the noise floor of the first batch, in its notes."""
+
+    def rows(numbers: Sequence[int]) -> pa.Table:
+        given = None if texts is None else [list(texts[i]) for i in numbers]
+        batch = _Batch(dense, target, [prompts[i] for i in numbers], numbers[0], settings, given)
+        notes: dict[str, Any] = {
+            "dense": [s.continuation for s in batch.ours],
+            "target": None if batch.theirs is None else [s.continuation for s in batch.theirs],
+        }
+        if not numbers[0]:
+            notes |= {"floor": _noise_floor(batch), "decoding": batch.decoding}
+        return with_notes(batch.table(), notes)
+
+    return rows
+
+
+def generation_passes(
+    prompts: Sequence[list[int]], texts: Sequence[list[int]], batch_size: int
+) -> tuple[list[list[Transcript]], list[list[Transcript]]]:
+    """The batches of given texts that `generation_rows` lets both models read, and those that the dense one reads alone, for its noise floor."""
+    given = [Transcript(list(p), list(t)) for p, t in zip(prompts, texts, strict=True)]
+    both = [given[i : i + batch_size] for i in range(0, len(given), batch_size)]
+    return both, [[text] for text in _looked_at(both[0])]
+
+
+def _looked_at(texts: Sequence[Transcript]) -> list[Transcript]:
+    return [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in texts[:_FLOOR_PROMPTS]]
+
+
 def _noise_floor(batch: _Batch) -> dict[str, Any]:
-    """The dense model against itself: its states as it wrote, in a left-padded batch with a cache, and from one pass over each text alone.
+    """The dense model against itself: its states as it wrote, in a left-padded batch with a cache (of given texts, as it read the batch), and
+    from one pass over each text alone.
 
     Returns:
         ``floor``: per deviation column the largest absolute value; beside it how much was looked at.
     """
-    looked_at = [Transcript(s.prompt, s.continuation[:_FLOOR_STEPS]) for s in batch.ours[:_FLOOR_PROMPTS]]
+    looked_at = _looked_at(batch.ours)
     alone = torch.cat([read_states(batch.dense, [s])[0] for s in looked_at])
     written = torch.cat([states[:_FLOOR_STEPS] for states in batch.written_states[:_FLOOR_PROMPTS]])
     head = final_head(batch.dense)
@@ -337,6 +373,6 @@ def _noise_floor(batch: _Batch) -> dict[str, Any]:
         "dtype": str(batch.dense.dtype).removeprefix("torch."),
         "prompts": len(looked_at),
         "steps": len(alone),
-        "way": "written in a batch with a cache, against one pass over the text alone",
+        "way": f"{'read in a batch' if batch.given else 'written in a batch with a cache'}, against one pass over the text alone",
         "floor": largest(columns),
     }

@@ -9,17 +9,17 @@ key and value projections.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from prunescope.compare.columns import DEFAULT_MEMORY, compare
+from prunescope.compare.columns import DEFAULT_MEMORY, begin_compare, compare
 from prunescope.compare.context import (
     TargetModel,
     Transcript,
@@ -29,22 +29,31 @@ from prunescope.compare.context import (
     largest,
     last_place,
     mark_under_floor,
-    padded,
     pieces,
     run_key,
-    step_index,
-    switched,
 )
 from prunescope.compare.head import Head, on_tensor_cores
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS
+from prunescope.compare.streams import (
+    Ahead,
+    DenseRows,
+    Streams,
+    TargetRows,
+    dense_streams,
+    forward_stream,
+    slot_pairs,
+    streams_of,
+)
+from prunescope.compare.writing import written_texts
 from prunescope.errors import UserError
-from prunescope.models.anatomy import KINDS, Kind
-from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.anatomy import KINDS
+from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.residual import Passage, substituting, watching
+from prunescope.models.placing import plain_copy
+from prunescope.models.residual import watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
     "DenseRows",
@@ -52,8 +61,10 @@ __all__ = [
     "Lens",
     "TargetRows",
     "batch_rows",
+    "begin_batch",
     "floor_of",
     "floor_texts",
+    "forward_stream",
     "layerwise_key",
     "layerwise_rows",
     "lens_head",
@@ -78,155 +89,19 @@ def lens_head(dense: LoadedModel, lens: Lens) -> Head:
         getattr(anatomy.head, "bias", None),
         anatomy.logit_scale,
         anatomy.logit_softcap,
-        copy.deepcopy(anatomy.final_norm).to(at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[union-attr]
+        plain_copy(anatomy.final_norm, dense.device, at_least_float32(dense.dtype)) if lens == "final-norm" else None,  # type: ignore[arg-type]
     )
 
 
 # --- one batch ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Streams:
-    """Residual streams of the dense model at every step of a batch, and the target's stream after every sublayer.
-
-    ``rows`` is ``(steps of all prompts, slots, d)``: slot 0 enters block 0, slots 2 l + 1 and 2 l + 2 leave its attention and MLP. The
-    target's follow after these.
-    """
-
-    rows: Tensor
-    pairs: Tensor  # (2 * layers, 2) slots: dense, target; the same at every step
-
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """``(steps * slots, d)`` rows, and ``(steps * pairs, 2)`` the pairs of every step as rows of it."""
-        steps, slots, width = self.rows.shape
-        return self.rows.reshape(steps * slots, width), (self.pairs + slots * torch.arange(steps)[:, None, None]).view(
-            -1, 2
-        )
-
-
-def _slot(layer: int, kind: Kind) -> int:
-    """Where the stream after a sublayer stands."""
-    return 2 * layer + 1 + KINDS.index(kind)
-
-
-class Kept(NamedTuple):
-    """Of one dense sublayer: the stream before it at all positions, and what its branch adds at every step."""
-
-    before: Tensor  # (batch, tokens, d)
-    added: Tensor  # (steps, d)
-
-
-@dataclass
-class DenseRows:
-    """Takes the rows of a batch while the dense model runs; of everything else that a block computes, nothing outlives it.
-
-    ``rows`` is ``(steps, 2 layers + 1 + spare, d)``, made by the first passage unless it is given; the last ``spare`` slots are left to
-    `TargetRows`, for which ``keep`` keeps what a target needs of every sublayer.
-    """
-
-    index: tuple[Tensor, Tensor]
-    slots: int
-    keep: dict[tuple[int, Kind], Kept] | None = None
-    made: Tensor | None = None
-
-    def see(self, passage: Passage) -> None:
-        if self.made is None:
-            self.made = passage.before.new_empty(len(self.index[0]), self.slots, passage.before.shape[-1])
-        if _slot(passage.layer, passage.kind) == 1:
-            self.made[:, 0] = passage.before[self.index]
-        self.made[:, _slot(passage.layer, passage.kind)] = passage.after[self.index]
-        if self.keep is not None:
-            assert passage.added is not None  # the dense model has all its branches
-            self.keep[passage.layer, passage.kind] = Kept(passage.before, passage.added[self.index])
-
-    @property
-    def rows(self) -> Tensor:
-        assert self.made is not None
-        return self.made
-
-
-@dataclass
-class TargetRows:
-    """The target's streams into the spare slots of the dense rows, each of its branches fed with the dense stream of its place."""
-
-    target: LoadedModel
-    dense: DenseRows
-    layers: int  # of the dense model
-    device: torch.device
-
-    def slot(self, layer: int, kind: Kind) -> int:
-        return 2 * self.layers + _slot(layer, kind)
-
-    def begin(self, layer: int) -> None:
-        """A sublayer that the target lacks leaves the stream as it was before."""
-        for kind in KINDS:
-            self.dense.rows[:, self.slot(layer, kind)] = self.dense.rows[:, _slot(layer, kind) - 1]
-
-    def stream(self, block: int, kind: Kind) -> Tensor:
-        return self._kept(block, kind).before.to(self.device, self.target.dtype)
-
-    def see(self, block: int, kind: Kind, added: Tensor) -> None:
-        layer, rows = self.target.layer_map[block], self.dense.rows
-        before, dense_added = self._kept(block, kind)
-        branch = added.to(before.device, before.dtype).view_as(before)[self.dense.index]
-        if self.target.anatomy.blocks[block].parallel and kind == "mlp":
-            # a parallel block adds both branches in an order of its own: exchange this one in its sum, so that equals give equals
-            after = rows[:, _slot(layer, kind)].to(branch.device) + (branch - dense_added)
-        else:
-            after = before[self.dense.index] + branch
-        rows[:, self.slot(layer, kind)] = after
-
-    def _kept(self, block: int, kind: Kind) -> Kept:
-        assert self.dense.keep is not None
-        return self.dense.keep[self.target.layer_map[block], kind]
-
-
-@torch.no_grad()
-def _dense_streams(
-    dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Kept] | None, spare: int = 0
-) -> DenseRows:
-    rows = DenseRows(step_index(sequences, dense.device), 2 * len(dense.anatomy) + 1 + spare, keep)
-    with watching(dense, rows.see):
-        dense.model(input_ids=padded(sequences, dense.device), use_cache=False, logits_to_keep=1)
-    return rows
-
-
-@torch.no_grad()
-def _streams(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transcript]) -> _Streams:
-    layers = len(dense.anatomy)
-    pairs = slot_pairs(target, layers)
-    if target is None or isinstance(target, DropSpec):
-        return _Streams(_dense_streams(dense, sequences, None).rows, pairs)
-    taken = _dense_streams(dense, sequences, {}, spare=2 * layers)
-    with switched(dense, target) as model:
-        theirs = TargetRows(model, taken, layers, model.device)
-        for layer in range(layers):
-            theirs.begin(layer)
-        with substituting(model, theirs.stream, theirs.see):
-            model.model(input_ids=padded(sequences, model.device), use_cache=False, logits_to_keep=1)
-    return _Streams(taken.rows, pairs)
-
-
-def slot_pairs(target: TargetModel, layers: int) -> Tensor:
-    """``(2 * layers, 2)`` slots of the rows of a step: the dense stream after every sublayer, and the target's."""
-    places = [(layer, kind) for layer in range(layers) for kind in KINDS]
-    if target is None or isinstance(target, DropSpec):
-        # a drop leaves the stream as it was before; a sublayer that is not dropped leaves the dense stream
-        found = [
-            (_slot(layer, kind), _slot(layer, kind) - (target is None or (kind, layer) in target))
-            for layer, kind in places
-        ]
-    else:
-        found = [(_slot(*place), 2 * layers + _slot(*place)) for place in places]
-    return torch.tensor(found)
-
-
 def _columns(
-    streams: _Streams, sequences: Sequence[Transcript], head: Head, temperature: float, memory: int
-) -> dict[str, Tensor]:
+    streams: Streams, sequences: Sequence[Transcript], head: Head, temperature: float, memory: int
+) -> Callable[[], dict[str, Tensor]]:
     flat, pairs = streams.flat()
     following = torch.tensor([token for s in sequences for token in s.continuation])
-    return compare(
+    return begin_compare(
         flat,
         pairs,
         head,
@@ -257,15 +132,42 @@ def batch_rows(
     first: int = 0,
 ) -> pa.Table:
     """The rows of a batch of transcripts, the first of which is prompt number ``first``; a row per prompt, step and sublayer."""
-    streams = _streams(dense, target, batch)
-    return rows_table(streams.rows, streams.pairs, batch, head, temperature, memory, first)
+    return begin_batch(dense, target, batch, head, temperature, memory, first)()
+
+
+def begin_batch(
+    dense: LoadedModel,
+    target: TargetModel,
+    batch: Sequence[Transcript],
+    head: Head,
+    temperature: float = 1.0,
+    memory: int = DEFAULT_MEMORY,
+    first: int = 0,
+    forward: torch.cuda.Stream | None = None,
+) -> Callable[[], pa.Table]:
+    """`batch_rows` in two steps: all work is given to the device, and what is returned waits for the table.
+
+    Args:
+        forward: from `forward_stream`; the models run there, beside the columns of the batch before.
+    """
+    if forward is None:
+        streams = streams_of(dense, target, batch)
+    else:
+        here = torch.cuda.current_stream(dense.device)
+        with torch.cuda.stream(forward):
+            streams = streams_of(dense, target, batch)
+        here.wait_stream(forward)
+        streams.rows.record_stream(here)
+    columns = _columns(streams, batch, head, temperature, memory)
+    layers = len(streams.pairs) // 2
+    return lambda: _table(columns(), batch, first, layers)
 
 
 def rows_table(
     rows: Tensor, pairs: Tensor, batch: Sequence[Transcript], head: Head, temperature: float, memory: int, first: int
 ) -> pa.Table:
     """The table of a batch from its rows ``(steps, slots, d)`` and the `slot_pairs`."""
-    return _table(_columns(_Streams(rows, pairs), batch, head, temperature, memory), batch, first, len(pairs) // 2)
+    return _table(_columns(Streams(rows, pairs), batch, head, temperature, memory)(), batch, first, len(pairs) // 2)
 
 
 # --- the whole run -----------------------------------------------------------------------------------------------------
@@ -302,6 +204,7 @@ def layerwise_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     texts: list[list[int]] | None = None,
+    workers: Workers | None = None,
 ) -> LayerwiseRows:
     """Compare every sublayer at every step in the same context.
 
@@ -315,6 +218,7 @@ def layerwise_rows(
         memory: bytes for the metrics, see `compare`.
         parts: folder for finished batches; those that are there already, from the same settings, are not computed again.
         texts: continuations of the prompts, token ids; None where the dense model is to write them.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared.
         FloatingPointError: a NaN or infinite logit.
@@ -326,23 +230,34 @@ def layerwise_rows(
     key = layerwise_key(dense, target, prompts, texts, *settings)
     found = resume_state(parts, key) or texts
     if found is None:
-        with progress(
-            f"{dense.ref} writes {len(prompts)} continuations of up to {max_new_tokens} tokens", len(prompts)
-        ) as advance:
-            found = continue_texts(
-                dense, prompts, max_new_tokens, batch_size=batch_size, sampling=sampling, stop=stop, advance=advance
-            )
+        found = written_texts(dense, prompts, max_new_tokens, sampling, stop, batch_size, workers)
     save_state(parts, key, found)
     sequences = [Transcript(list(p), t) for p, t in zip(prompts, found, strict=True)]
-
-    def rows(batch: Sequence[int]) -> pa.Table:
-        return batch_rows(dense, target, [sequences[i] for i in batch], head, temperature, memory, batch[0])
-
+    make = partial(
+        _batches, sequences=sequences, batch_size=batch_size, lens=lens, temperature=temperature, memory=memory
+    )
     steps = [len(s.continuation) for s in sequences]
     with progress(f"comparing {2 * len(dense.anatomy)} sublayers at {sum(steps)} steps", sum(steps)) as advance:
-        tables = computed(parts, len(sequences), batch_size, rows, lambda batch: advance(sum(steps[i] for i in batch)))
+        tables = computed(
+            parts, len(sequences), batch_size, make(dense, target), lambda batch: advance(sum(steps[i] for i in batch)),
+            sharing(workers, make),
+        )  # fmt: skip
     floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+
+
+def _batches(
+    dense: LoadedModel, target: TargetModel, *, sequences: Sequence[Transcript], batch_size: int, lens: Lens, temperature: float, memory: int
+) -> Compute:  # fmt: skip
+    """Numbers of texts -> their table."""
+    head = lens_head(dense, lens)
+    forward = forward_stream(dense, target, batch_size * max(len(s.continuation) for s in sequences))
+
+    def begin(batch: Sequence[int]) -> Callable[[], pa.Table]:
+        texts = [sequences[i] for i in batch]
+        return begin_batch(dense, target, texts, head, temperature, memory, batch[0], forward)
+
+    return Ahead(begin, forward is not None)
 
 
 # --- noise floor -------------------------------------------------------------------------------------------------------
@@ -366,9 +281,9 @@ def noise_floor(
     """
     few, looked_at = floor_texts(sequences, batch_size)
     with progress("measuring the noise floor", 3) as advance:
-        alone = torch.cat([_dense_streams(dense, [s], None).rows for s in looked_at])
+        alone = torch.cat([dense_streams(dense, [s], None).rows for s in looked_at])
         advance(1)
-        together = _dense_streams(dense, few, None).rows
+        together = dense_streams(dense, few, None).rows
         advance(1)
         cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
         advance(1)
@@ -396,9 +311,9 @@ def floor_of(
     }
     slots = 2 * layers + 1
     pairs = torch.tensor([(slot, way * slots + slot) for slot in range(1, slots) for way in (1, 2)])
-    columns = _columns(_Streams(torch.cat([alone, together, cached], 1), pairs), looked_at, head, temperature, memory)
+    found = _columns(Streams(torch.cat([alone, together, cached], 1), pairs), looked_at, head, temperature, memory)()
     for way, name in enumerate(("batched_against_single", "cache_against_no_cache")):
-        result[name] = largest({column: values[way::2] for column, values in columns.items()})
+        result[name] = largest({column: values[way::2] for column, values in found.items()})
     if on_tensor_cores(alone, head.weight):
         pairs = torch.tensor([(slot, slot - 1) for slot in range(1, 2 * layers + 1)])
         result["product_error"] = product_error(alone[:_PRODUCT_STEPS], pairs, head, temperature, memory)
@@ -419,7 +334,7 @@ def product_error(
     Returns:
         Per column the median and the largest relative difference over the pairs.
     """
-    flat, own = _Streams(rows, pairs).flat()
+    flat, own = Streams(rows, pairs).flat()
     found, exact = (compare(h, own, head, temperature=temperature, memory=2 * memory) for h in (flat, flat.double()))
     result: dict[str, Any] = {"pairs": len(own)}
     for column in FLOOR_COLUMNS:
@@ -430,7 +345,7 @@ def product_error(
 
 @torch.no_grad()
 def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
-    """The same rows as `_dense_streams` of one sequence, from a prefill and one cached forward per further token."""
+    """The same rows as `dense_streams` of one sequence, from a prefill and one cached forward per further token."""
     taken: list[DenseRows] = []
     cache = None
     with watching(dense, lambda passage: taken[-1].see(passage)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_passes", "mcq_rows"]
 
@@ -66,7 +68,7 @@ class Asked:
 def ask(
     model: LoadedModel, questions: Sequence[Question], template: Template, shots: dict[str, list[Question]]
 ) -> list[Asked]:
-    """Prompts and option tokens. Option tokens are what the tokenizer makes of prompt + option behind those of the prompt.
+    """Prompts and option tokens. Option tokens are what the tokenizer makes of prompt + option after those of the prompt.
 
     Raises:
         UserError: no chat template, a prompt past the model's context, options that are the same tokens, a tokenizer that gives tokens
@@ -278,6 +280,7 @@ def mcq_rows(
     memory: int = DEFAULT_MEMORY,
     parts: Path | None = None,
     key: str = "",
+    workers: Workers | None = None,
 ) -> McqRows:
     """Compare two models at the place where each question is answered: a row a question and space (``global``, ``options``).
 
@@ -290,6 +293,7 @@ def mcq_rows(
         temperature: metric temperature T.
         memory: bytes for the metrics, see `compare_final`.
         parts, key: folder for finished batches, and what they must have been made from.
+        workers: who share the batches, each with both models of its own; None computes all here.
     Raises:
         UserError: models that cannot be compared, or parts of another run.
         FloatingPointError: a NaN or infinite logit.
@@ -298,16 +302,20 @@ def mcq_rows(
     check_memory(memory, dense, target)
     settings = _Settings(temperature, memory)
     begin(parts, key)
-
-    def rows(numbers: Sequence[int]) -> pa.Table:
-        return _batch(dense, target, [asked[i] for i in numbers], numbers[0], settings)
-
+    make = partial(_batches, asked=asked, settings=settings)
     with progress(f"{len(asked)} questions", len(asked)) as advance:
-        tables = computed(parts, len(asked), batch_size, rows, lambda numbers: advance(len(numbers)))
+        tables = computed(
+            parts, len(asked), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
+        )  # fmt: skip
     tops = [top for table in tables for top in notes_of(table)["tops"]]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     floor = _noise_floor(dense, asked, settings)
     return McqRows(mark_under_floor(table, floor["floor"]), tops, floor)
+
+
+def _batches(dense: LoadedModel, target: Changed, *, asked: Sequence[Asked], settings: _Settings) -> Compute:
+    """Numbers of questions -> their table."""
+    return lambda numbers: _batch(dense, target, [asked[i] for i in numbers], numbers[0], settings)
 
 
 def _noise_floor(dense: LoadedModel, asked: Sequence[Asked], settings: _Settings) -> dict[str, Any]:

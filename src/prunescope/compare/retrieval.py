@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.summary import summarise
+from prunescope.runs.workers import Compute, Workers, sharing
 from prunescope.stats import mcnemar
 
 __all__ = [
@@ -131,6 +133,7 @@ def retrieval_rows(
     recall_at: Sequence[int] = (10, 100),
     parts: Path | None = None,
     key: str = "",
+    workers: Workers | None = None,
 ) -> RetrievalRows:
     """Rank the passages for every query under both models and compare.
 
@@ -139,18 +142,15 @@ def retrieval_rows(
         depth: passages that a ranking keeps; average precision counts what is in it.
         recall_at: cut-offs of recall, none above ``depth``.
         parts, key: folder for what an interrupted run has found, and what it must have been made from.
+        workers: who share the passages, 1,024 at a time, each with both models of its own; None embeds all here.
     Raises:
         UserError: parts of another run, or no pytrec_eval.
         FloatingPointError: an embedding that is not finite.
     """
     other = target if isinstance(target, LoadedModel) else dense
     same_width = dense.anatomy.hidden_size == other.anatomy.hidden_size
-
-    def both(sequences: Sequence[Sequence[int]], advance: Any) -> tuple[Tensor, Tensor]:
-        ours = embed(dense, sequences, pooling, batch_size, advance)
-        with switched(dense, target) as model:
-            return ours, embed(model, sequences, pooling, batch_size, advance)
-
+    make = partial(_embedder, pooling=pooling, batch_size=batch_size)
+    both = make(dense, target)
     names, ids = list(collection.queries), list(collection.passages)
     order = sorted(range(len(passages)), key=lambda i: (-len(passages[i]), i))
     state = _State({side: _Best(len(names), depth) for side in SIDES}, np.full((len(ids), len(H_COLUMNS)), np.nan))
@@ -159,13 +159,15 @@ def retrieval_rows(
     elif parts is not None:
         state.load(parts)
     with progress(f"{len(names)} queries, {len(ids)} passages", 2 * (len(names) + len(ids))) as advance:
-        asked = both(queries, advance)
+        asked = [vectors.to(dense.device) for vectors in map(torch.from_numpy, both(queries))]
         units = [_unit(vectors) for vectors in asked]
-        advance(2 * min(state.done * _CHUNK, len(order)))
-        for start in range(state.done * _CHUNK, len(order), _CHUNK):
-            chosen = np.array(order[start : start + _CHUNK])
-            found = both([passages[i] for i in chosen], advance)
-            scores = [(unit @ _unit(vectors).T).cpu().numpy() for unit, vectors in zip(units, found, strict=True)]
+        advance(2 * (len(names) + min(state.done * _CHUNK, len(order))))
+        chunks = [np.array(order[i : i + _CHUNK]) for i in range(state.done * _CHUNK, len(order), _CHUNK)]
+        early: dict[int, Any] = {}  # of the workers' chunks, those whose turn has not come
+
+        def take(chosen: np.ndarray, vectors: Any) -> None:
+            found = [torch.from_numpy(np.require(one, requirements="W")).to(dense.device) for one in vectors]
+            scores = [(unit @ _unit(one).T).cpu().numpy() for unit, one in zip(units, found, strict=True)]
             for row, name in enumerate(
                 names
             ):  # a passage with the query's own id is the query itself (BEIR leaves it out)
@@ -179,11 +181,32 @@ def retrieval_rows(
             state.done += 1
             if parts is not None:
                 state.save(parts)
+            advance(2 * len(chosen))
+
+        begun = state.done
+
+        def done(place: int, vectors: Any) -> None:
+            early[place] = vectors
+            while (turn := state.done - begun) in early:
+                take(chunks[turn], early.pop(turn))
+
+        sharing(workers, make)([[passages[i] for i in chosen] for chosen in chunks], both, done)
     moved = compare_hidden(*asked) if same_width else {}
     rankings = {side: _ranking(state.best[side], names, ids) for side in SIDES}
     floor = _noise_floor(dense, queries, pooling)
     table = _table(collection, rankings, state.best["dense"], moved, floor, recall_at)
     return RetrievalRows(table, rankings, dict(zip(H_COLUMNS, state.moved.T, strict=True)), floor)
+
+
+def _embedder(dense: LoadedModel, target: Changed, *, pooling: Pooling, batch_size: int) -> Compute:
+    """Token sequences -> the vectors of both models, ``(texts, d)`` each."""
+
+    def both(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        ours = embed(dense, sequences, pooling, batch_size)
+        with switched(dense, target) as model:
+            return ours.cpu().numpy(), embed(model, sequences, pooling, batch_size).cpu().numpy()
+
+    return both
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from prunescope.compare.metrics import SPACES
 from prunescope.compare.texts import degeneration, first_difference, survival, text_columns
+from prunescope.runs.recovery import of_forks, of_questions, recovery
 from prunescope.runs.summary import summarise
 from prunescope.stats import mcnemar, wilson
 
@@ -120,6 +121,7 @@ def generation_summary(
             "same_texts": sum(step is None for step in first),
             "median": float(np.median(known)) if known else None,
             "survival": survival(first, steps),
+            "dense_token": recovery(of_forks(table, first)),
         }
         found["texts"] = {
             **{side: degeneration(columns) for side, columns in texts.items()},
@@ -204,9 +206,15 @@ def mcq_summary(table: pa.Table, seed: int) -> dict[str, Any]:
     subjects = rows["subject"].to_numpy(zero_copy_only=False)
     changed = choice["dense"] != choice["target"]
     lost, won = int((right["dense"] & ~right["target"]).sum()), int((~right["dense"] & right["target"]).sum())
+    turned = {int(number) for number in rows["question"].to_numpy()[right["dense"] & ~right["target"]]}
+    standing = {side: of_questions(table, side) for side in ("dense", "target")}
     return {
         "summary": spaces["global"],
         "summary_by_space": spaces,
+        "right_token": {
+            **{side: recovery(found) for side, found in standing.items()},
+            "right_to_wrong": recovery([one for one in standing["target"] if one.number in turned]),
+        },
         "accuracy": {side: _accuracy(hit) for side, hit in right.items()},
         "chance": float(np.mean([1 / len(scores) for scores in rows["loglik_dense"].to_pylist()])),
         "accuracy_by_subject": {

@@ -20,10 +20,11 @@ class Prompt:
     text: str
     id: str
     kind: str = "custom"
+    chat: bool = True  # put into the chat template, where one is asked for
 
 
 def read_prompts(source: str | Path | None = None) -> list[Prompt]:
-    """Read JSONL, or a JSON array, with ``prompt`` and, if wanted, ``id`` and ``kind``; any other file is one prompt a line.
+    """Read JSONL, or a JSON array, with ``prompt`` and, if wanted, ``id``, ``kind`` and ``chat``; any other file is one prompt a line.
 
     Args:
         source: the file, or None for the 15 shipped prompts (multiple choice, arithmetic word problems, open-ended).
@@ -50,5 +51,10 @@ def _prompts(file: Traversable) -> list[Prompt]:
             raise UserError(f'{place}: no \'prompt\' with a text; write {{"prompt": "..."}}')
         name = str(row.get("id", len(found)))
         check_new(place, name, found)
-        found[name] = Prompt(row["prompt"], name, str(row.get("kind", "custom")))
+        chat = row.get("chat", True)
+        if not isinstance(chat, bool):
+            raise UserError(
+                f"{place}: 'chat' is {chat!r}; write true, or false for text that no chat template surrounds"
+            )
+        found[name] = Prompt(row["prompt"], name, str(row.get("kind", "custom")), chat)
     return list(found.values())

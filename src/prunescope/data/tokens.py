@@ -19,8 +19,9 @@ def encode(
         raise UserError(f"--max-new-tokens {max_new_tokens}: at least one step is needed")
     encoded = []
     for prompt in prompts:
-        text = chat_text(loaded, prompt.text, "leave --chat out") if chat else prompt.text
-        ids: list[int] = loaded.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        as_turn = chat and prompt.chat
+        text = chat_text(loaded, prompt.text, "leave --chat out") if as_turn else prompt.text
+        ids: list[int] = loaded.tokenizer(text, add_special_tokens=not as_turn)["input_ids"]
         check_tokens(loaded, f"prompt {prompt.id!r}", ids, empty=" has no tokens; write some text")
         if loaded.context and len(ids) + max_new_tokens > loaded.context:
             raise UserError(

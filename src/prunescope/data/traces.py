@@ -92,13 +92,13 @@ def write_traces(
     """Let ``dense`` write.
 
     Prompts of several files are mixed evenly, each file's in an order of its own; a file that is too short is gone through again, with other draws.
-    Where the tokenizer has a chat template a prompt is the user's turn in it. With no file the model writes the user's turn too (as Magpie,
-    arXiv 2406.08464), or, without a chat template, everything after its start token.
+    Where the tokenizer has a chat template a prompt is the user's turn in it, unless its row says ``"chat": false``. With no file, and for ``self``
+    among the files, the model writes the user's turn too (as Magpie, arXiv 2406.08464), or, without a chat template, everything after its start token.
 
     Args:
-        files: see `read_prompts`.
+        files: see `read_prompts`; or ``self``.
         samples, new_tokens: so many texts, of at most so many new tokens each.
-        cache: folder in which texts are kept, batch by batch, so that an interrupted call goes on; None keeps none.
+        cache: folder in which texts are kept, batch by batch, so that an interrupted call continues; None keeps none.
     Raises:
         UserError: a file that cannot be read, a prompt too long for the model, or a model with no start token.
     """
@@ -108,7 +108,11 @@ def write_traces(
     sampling.check()
     model = {"model": dense.identity, "dtype": str(dense.dtype), "dropped": str(dense.dropped)}
     kept = cache if dense.pinned else None
-    prompts = _from_files(dense, files, samples, new_tokens, seed) if files else _own_prompts(dense, samples, new_tokens, seed, batch_size, kept, model)  # fmt: skip
+    sources = list(files) or [SELF]
+    own = sum(sources[i % len(sources)] == SELF for i in range(samples))
+    its = iter(_own_prompts(dense, own, new_tokens, seed, batch_size, kept, model) if own else [])
+    given = iter(_from_files(dense, [file for file in sources if file != SELF], samples - own, new_tokens, seed))
+    prompts = [next(its if sources[i % len(sources)] == SELF else given) for i in range(samples)]
     rows: list[Trace] = []
     with progress(f"writing {len(prompts)} traces of {new_tokens} tokens", len(prompts)) as advance:
         for chosen in batches(range(len(prompts)), batch_size):
@@ -130,6 +134,8 @@ _Prompts = list[tuple[list[int], str]]  # token ids, where they come from
 
 
 def _from_files(dense: LoadedModel, files: Sequence[str], samples: int, new_tokens: int, seed: int) -> _Prompts:
+    if not samples:
+        return []
     orders = []
     for number, file in enumerate(files):
         prompts = read_prompts(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prunescope.export.parts import Needs
 from prunescope.models.loaded import LoadedModel
 from prunescope.runs.folder import Run
 
@@ -22,17 +23,15 @@ _COLUMNS = ("kl_dense_target", "top1_agree", "z_cos_dev", "nll_dense", "nll_targ
 def card(
     loaded: LoadedModel,
     engine: str,
+    needs: Needs,
     *,
-    trust: bool,
-    without_tokenizer: str | None,
     checked: str | None,
     runs: list[Run],
 ) -> str:
     """Markdown with the metadata that the hub reads.
 
     Args:
-        trust: whether the folder comes with code of its own.
-        without_tokenizer: why a GGUF file has no tokenizer.
+        needs: what the folder asks of who runs it.
         checked: what `--check` says.
         runs: run folders that measured the damage.
     """
@@ -50,10 +49,13 @@ def card(
         if record.get(key)
     }
     how = _RUN[engine].format(
-        trust=", trust_remote_code=True" if trust else "", trust_flag=" --trust-remote-code" if trust else ""
+        trust=", trust_remote_code=True" if needs.code else "",
+        trust_flag=" --trust-remote-code" if needs.code else "",
     )
-    if without_tokenizer:
-        how = f"`model.gguf` has no tokenizer: {without_tokenizer}. Call `llama_decode` of llama.h with token ids; `llama-cli` and `llama-server` need one."
+    if needs.plugin:
+        how = "vLLM finds the class in prunescope's plugin; `--no-deps` leaves vLLM's packages as they are.\n\n```sh\npip install --no-deps prunescope\nvllm serve .\n```"
+    if needs.without_tokenizer:
+        how = f"`model.gguf` has no tokenizer: {needs.without_tokenizer}. Call `llama_decode` of llama.h with token ids; `llama-cli` and `llama-server` need one."
     parts = [
         _front(str(base), engine), f"# {_short(loaded.ref)}, pruned", f"Written by prunescope for {engine}.",
         "## Recipe", _table(recipe), "## Measured damage", *(map(_damage, runs) if runs else ["Not measured."]),

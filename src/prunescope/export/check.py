@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunescope.errors import UserError, first_line
 from prunescope.export.llama_cpp_engine import LlamaCpp, require_engine
-from prunescope.export.vllm_engine import require_vllm, write_in_vllm
+from prunescope.export.vllm_engine import Vllm, require_vllm
 from prunescope.models.loaded import LoadedModel
 
 __all__ = ["CHECKED", "Answers", "Checked", "check", "compare", "require"]
@@ -157,11 +157,12 @@ def _by_transformers(loaded: LoadedModel, folder: Path, prompts: list[list[int]]
 
 
 def _by_vllm(loaded: LoadedModel, folder: Path, prompts: list[list[int]], steps: int, python: str | None) -> Answers:
-    found = write_in_vllm(
-        folder, prompts, steps, top=TOP, dtype=str(loaded.dtype).removeprefix("torch."), trust=any(folder.glob("*.py")), python=python
-    )  # fmt: skip
-    told = [(0, {int(i): value for i, value in one["first"].items()}) for one in found]
-    return Answers([one["tokens"] for one in found], told, [])
+    with Vllm(python) as engine:
+        engine.load(
+            folder, dtype=str(loaded.dtype).removeprefix("torch."), context=max(map(len, prompts)) + steps, top=TOP
+        )
+        found = engine.write(prompts, steps, TOP)
+    return Answers([list(one.tokens) for one in found], [(0, one.first) for one in found], [])
 
 
 CHECKED: dict[str, Callable[[LoadedModel, Path, list[list[int]], int, str | None], Answers]] = {

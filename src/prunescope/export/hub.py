@@ -6,7 +6,20 @@ from pathlib import Path
 
 from prunescope.errors import UserError, first_line
 
-__all__ = ["push"]
+__all__ = ["check_repository", "push"]
+
+
+def check_repository(name: str) -> None:
+    """Raises UserError where ``name`` is not what the hub calls a repository, before anything is loaded."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {name}: {first_line(error).rstrip('.')}; write OWNER/NAME") from error
+    if name.count("/") != 1:
+        raise UserError(f"--push-to-hub {name}: whose repository is not said; write OWNER/NAME")
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
@@ -23,6 +36,6 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Pruned with prunescope")
     except Exception as error:  # the hub's client, of whatever kind
         raise UserError(
-            f"--push-to-hub {repository}: {first_line(error)}; the folder {folder} is complete, log in with: hf auth login"
+            f"--push-to-hub {repository}: {first_line(error)}; the folder {folder} is complete: hf auth login, then hf upload {repository} {folder}"
         ) from error
     return str(done)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunescope.errors import UserError
 from prunescope.export.gguf_tokenizer import add_tokenizer
-from prunescope.export.parts import dropped_here, whole
+from prunescope.export.parts import dropped_here, rope_types, unusual_yarn, whole
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
@@ -143,8 +143,9 @@ def _check(config: Any, plan: _Plan) -> None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     by_window = any(plan.sliding) or not getattr(config, "layer_types", None)
     act = getattr(config, "hidden_activation" if gemma else "hidden_act", None)
-    kinds = ("default", "linear", *(("llama3",) if plan.arch in _FREQUENCIES else ()))
-    found = {f"rope_type {kind}": kind not in kinds for kind in _rope_types(config)}
+    kinds = ("default", "linear", *(("llama3",) if plan.arch in _FREQUENCIES else ()), *(() if gemma else ("yarn",)))
+    found = {f"rope_type {kind}": kind not in kinds for kind in rope_types(config)}
+    found |= dict.fromkeys(unusual_yarn(config), True)
     found |= {
         "sliding window": bool(not gemma and by_window and window and window < config.max_position_embeddings),
         "pattern of sliding windows but every n-th block without one": gemma and _period(plan.sliding) is None,
@@ -154,12 +155,6 @@ def _check(config: Any, plan: _Plan) -> None:
     for what, is_there in found.items():
         if is_there:
             raise UserError(f"--for llama.cpp: its architecture {plan.arch} has no {what}; {_OTHERWISE}")
-
-
-def _rope_types(config: Any) -> list[str]:
-    ropes = config.rope_parameters
-    nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
-    return [rope.get("rope_type", "default") for rope in nested or [ropes]]
 
 
 def _period(sliding: tuple[bool, ...]) -> int | None:
@@ -192,6 +187,11 @@ def _add_positions(loaded: LoadedModel, plan: _Plan, writer: Any) -> Tensor | No
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        original = int(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_factor(float(rope["factor"] or config.max_position_embeddings / original))
+        writer.add_rope_scaling_orig_ctx_len(original)
     if kind != "llama3":
         return None
     plain = base ** -(torch.arange(0, plan.width, 2, dtype=torch.float64) / plan.width)

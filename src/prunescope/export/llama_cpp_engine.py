@@ -43,7 +43,7 @@ def require_engine() -> str:
 
     if importlib.util.find_spec(ENGINE) is None:
         raise UserError(
-            f"llama.cpp is not installed here: pip install {ENGINE} (prebuilt, for a CPU; its version that is tested stands in requirements-engines.txt)"
+            f"llama.cpp is not installed here: pip install {ENGINE} (prebuilt, for a CPU; the tested version is in requirements-engines.txt)"
         )
     return f"{ENGINE} {version(ENGINE)}"
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from prunescope.errors import UserError
-from prunescope.export.parts import dropped_here, whole
-from prunescope.export.transformers import lacking, write_class, write_plain
+from prunescope.export.parts import Needs, dropped_here, rope_types, unusual_yarn, whole
+from prunescope.export.transformers import lacking, write_class, write_plain, write_pruned
+from prunescope.export.vllm_names import IN_PLUGIN
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 
@@ -32,6 +34,8 @@ FAMILIES = (
     "mistral",
     "qwen2",
 )  # what the engines' class computes: rotary halves, RMS norms, SiLU, no norm of queries and keys
+_OTHERWISE = "drop whole blocks (--target block), which its own class runs, or export it --for transformers"
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _MULTIPLE = 256  # of SGLang's MLP width
 _BODY = """
     model_type = "nemotron-nas"
@@ -58,16 +62,23 @@ _BODY = """
 """
 
 
-def write_no_ops(loaded: LoadedModel, folder: Path, engine: Literal["vllm", "sglang"]) -> bool:
-    """Write ``loaded`` into the existing, empty ``folder``. Returns whether it needs `trust_remote_code`: not where the family's own class fits.
+def write_no_ops(loaded: LoadedModel, folder: Path, engine: Literal["vllm", "sglang"]) -> Needs:
+    """Write ``loaded`` into the existing, empty ``folder``: as the family's own class where that fits, else as the class of no-op layers, else for vLLM
+    as the class of our plugin.
 
     Raises:
-        UserError: the engine's class does not compute this family, or one of its settings.
+        UserError: no class of the engine computes this family, or one of its settings.
     """
     config, spec = loaded.model.config, dropped_here(loaded)
     if write_plain(loaded, folder, spec):
-        return False
-    _check(config, engine)
+        return Needs()
+    lacks = _lacks(config, engine)
+    if lacks is not None and engine == "vllm":
+        _check_plugin(loaded)
+        write_pruned(loaded, folder)
+        return Needs(plugin=True)
+    if lacks is not None:
+        raise UserError(f"--for {engine}: {lacks}; {_OTHERWISE}")
     gone = spec.whole_blocks()
     kept = [layer for layer in range(len(loaded.anatomy)) if layer not in gone]
     if not kept:
@@ -111,26 +122,53 @@ def write_no_ops(loaded: LoadedModel, folder: Path, engine: Literal["vllm", "sgl
     if config.model_type == "qwen2":  # queries, keys and values have biases, the output has none
         values |= {"attention_bias": False, "qkv_bias": True}
     write_class(loaded, folder, values, _BODY)
-    return True
+    return Needs(code=True)
 
 
-def _check(config: Any, engine: str) -> None:
+def _lacks(config: Any, engine: str) -> str | None:
+    """What the engine's class of no-op layers does not compute, in words; None if it computes this model."""
     family = config.model_type
-    otherwise = "drop whole blocks (--target block), which its own class runs, or export it --for transformers"
     if family not in FAMILIES:
-        raise UserError(
-            f"--for {engine}: half a block can be dropped for {', '.join(FAMILIES)} only, not for {family}; {otherwise}"
-        )
-    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    windows |= family == "mistral" and config.sliding_window is not None
+        return f"half a block can be dropped for {', '.join(FAMILIES)} only, not for {family}"
     found = {
-        "sliding window": windows,
+        "sliding window": bool(_windows(config)),
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         "bias of MLPs": engine == "sglang" and getattr(config, "mlp_bias", False),
     }
+    found |= {f"rope_type {kind}": kind not in _ROPE_TYPES for kind in rope_types(config)}
+    found |= dict.fromkeys(unusual_yarn(config) if engine == "sglang" else (), True)
+    return next((f"its class of no-op layers has no {what}" for what, is_there in found.items() if is_there), None)
+
+
+def _check_plugin(loaded: LoadedModel) -> None:
+    """Raises UserError for what vLLM's own class of the family does not compute, or computes otherwise."""
+    config = loaded.model.config
+    family = config.model_type
+    if family not in IN_PLUGIN:
+        raise UserError(
+            f"--for vllm: half a block can be dropped for {', '.join(IN_PLUGIN)} only, not for {family}; {_OTHERWISE}"
+        )
+    gemma = family.startswith("gemma")
+    act = config.hidden_activation if gemma else config.hidden_act
+    if gemma and loaded.dtype == torch.float16:
+        raise UserError("--for vllm: Gemma is not stable in float16, and vLLM refuses it; give --dtype bfloat16")
+    windows = len(_windows(config))
+    found = {
+        f"activation {act}": not gemma and act != "silu",
+        "windows in some of its blocks only": family.startswith("qwen") and 0 < windows < config.num_hidden_layers,
+    }
+    found |= {f"rope_type {kind}": kind not in _ROPE_TYPES for kind in rope_types(config)}
     for what, is_there in found.items():
         if is_there:
-            raise UserError(f"--for {engine}: its class of no-op layers has no {what}; {otherwise}")
+            raise UserError(f"--for vllm: its class of {family} has no {what}; export it --for transformers")
+
+
+def _windows(config: Any) -> list[int]:
+    """Blocks whose attention sees a window only."""
+    types = getattr(config, "layer_types", None)
+    if types is None and config.model_type == "mistral" and config.sliding_window is not None:
+        types = ["sliding_attention"] * config.num_hidden_layers
+    return [i for i, kind in enumerate(types or ()) if kind == "sliding_attention"]
 
 
 def _renumbered(weights: dict[str, Tensor], place_of: dict[int, int]) -> dict[str, Tensor]:

@@ -14,24 +14,27 @@ from typing import Any
 
 from prunescope.errors import UserError
 from prunescope.export.parts import dropped_here, whole
+from prunescope.export.vllm_names import IN_PLUGIN, own_type
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import is_packed
 from prunescope.models.record import RECORD
 from prunescope.models.saving import save_dropped
 
-__all__ = ["FAMILIES", "lacking", "write_class", "write_folder", "write_plain"]
+__all__ = ["FAMILIES", "lacking", "write_class", "write_folder", "write_plain", "write_pruned"]
 
 _LLAMA_NORMS = ({"input_layernorm"}, {"post_attention_layernorm"})
 _GEMMA_NORMS = (
     {"input_layernorm", "post_attention_layernorm"},
     {"pre_feedforward_layernorm", "post_feedforward_layernorm"},
 )
-FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_NORMS) | {"gemma3_text": _GEMMA_NORMS}
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_NORMS) | dict.fromkeys(
+    ("gemma2", "gemma3_text"), _GEMMA_NORMS
+)
 """Families of `layer.self_attn` and `layer.mlp`, with the norms that serve the one and the other."""
 MODELLING = "modeling_pruned.py"
 LISTS = """
-    model_type = "prunescope_{family}"
+    model_type = "{own_type}"
 """
 _SOURCE = '''"""{base} without the attentions and MLPs that config.json lists. Written by prunescope."""
 
@@ -87,13 +90,20 @@ def write_folder(loaded: LoadedModel, folder: Path) -> bool:
     Raises:
         UserError: the family's layers have other names than the modelling file replaces.
     """
-    config, spec = loaded.model.config, dropped_here(loaded)
-    if write_plain(loaded, folder, spec):
+    if write_plain(loaded, folder, dropped_here(loaded)):
         return False
-    if config.model_type not in FAMILIES:
+    family = loaded.model.config.model_type
+    if family not in FAMILIES:
         raise UserError(
-            f"--for transformers: no modelling file for {config.model_type}, only for {', '.join(FAMILIES)}; use drop --format zeroed or compact"
+            f"--for transformers: no modelling file for {family}, only for {', '.join(FAMILIES)}; use drop --format zeroed or compact"
         )
+    write_pruned(loaded, folder)
+    return True
+
+
+def write_pruned(loaded: LoadedModel, folder: Path) -> None:
+    """Write ``loaded``, of one of `FAMILIES`, as a class of its own: that of the modelling file in plain transformers, that of the plugin in vLLM."""
+    config, spec = loaded.model.config, dropped_here(loaded)
     with whole(loaded) as model:
         gone = lacking(config.model_type, spec)
         model.save_pretrained(
@@ -101,13 +111,12 @@ def write_folder(loaded: LoadedModel, folder: Path) -> bool:
         )
     loaded.tokenizer.save_pretrained(folder)
     values = {
-        "architectures": ["PrunedForCausalLM"],
-        "model_type": f"prunescope_{config.model_type}",
+        "architectures": [IN_PLUGIN[config.model_type]],
+        "model_type": own_type(config.model_type),
         "no_attention": list(spec.attn),
         "no_mlp": list(spec.mlp),
     }
-    write_class(loaded, folder, values, LISTS.format(family=config.model_type))
-    return True
+    write_class(loaded, folder, values, LISTS.format(own_type=own_type(config.model_type)))
 
 
 def write_plain(loaded: LoadedModel, folder: Path, spec: DropSpec) -> bool:

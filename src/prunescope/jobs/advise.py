@@ -1,8 +1,9 @@
-"""`prunescope advise`: how much may go before a use breaks, read from sweeps. No model is loaded."""
+"""`prunescope advise`: how much may go before a use breaks, read from sweeps, which are run where none is given."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,11 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from prunescope.errors import UserError
-from prunescope.jobs.options import Options, OutputOptions
+from prunescope.jobs.options import LoadOptions, Options, OutputOptions, listed
 from prunescope.report.terminal.advice import show_advice
 from prunescope.results import AdviseResult
 from prunescope.runs.folder import Run, open_run
-from prunescope.sweep.advice import Advised, advised, best, tasks_of
+from prunescope.sweep.advice import Advised, advised, best, fastest, tasks_of
 from prunescope.sweep.tables import Tables
 
 __all__ = ["AdviseOptions", "run"]
@@ -28,23 +29,42 @@ class AdviseOptions(Options):
 
     model: str
     sweep: str | None
+    speed: str | None
     use: str
-    budget: Literal["bytes", "score"]
+    budget: Literal["bytes", "speed", "score"]
     loss: float
+    limit: int
     seed: int
+    loading: LoadOptions
     output: OutputOptions
 
     def check(self) -> None:
         if not 0 < self.loss < 1:
             raise UserError(f"--loss {self.loss}: give the share that may be lost, between 0 and 1, for example 0.05")
+        if self.speed is not None and self.budget != "speed":
+            raise UserError(f"--speed goes with --budget speed, not with --budget {self.budget}")
         super().check()
 
-    def runs(self) -> list[Run]:
-        """The sweeps; MODEL itself may be one."""
+    def beside(self, kind: str) -> OutputOptions:
+        """Where runs that advise makes itself are kept: beside --out, if there is one."""
+        if self.output.out is None:
+            return OutputOptions(None, overwrite=False)
+        return OutputOptions(f"{self.output.out.rstrip('/')}-{kind}", self.output.overwrite)
+
+    def swept(self) -> list[_Swept]:
+        """The sweeps: those given, MODEL itself if it is one, or one that is run now."""
         if self.sweep is None and not (Path(self.model).expanduser() / "run.json").is_file():
-            raise UserError(
-                f"advise reads sweeps: run `prunescope sweep {self.model} --target attn,mlp,block --n 0..8 --out sweep`, then give --sweep sweep"
-            )
+            from prunescope.jobs.advise_measure import measure_sweep
+
+            kept = self.beside("sweep")
+            found = measure_sweep(
+                self.model, self.use, self.limit, self.seed, self.loading,
+                OutputOptions(kept.out, overwrite=False, resume=kept.out is not None),
+            )  # fmt: skip
+            return [_Swept(Path(kept.out or "sweep"), found.info, found.all_tables)]
+        return [_Swept(run.folder, run.info, Tables.of_run(run)) for run in self._given()]
+
+    def _given(self) -> list[Run]:
         names = [self.model] if self.sweep is None else [name.strip() for name in self.sweep.split(",")]
         found = [open_run(name) for name in names]
         for one in found:
@@ -56,10 +76,19 @@ class AdviseOptions(Options):
         return found
 
 
+@dataclass(frozen=True)
+class _Swept:
+    """A sweep: its folder, run.json and tables."""
+
+    folder: Path
+    info: dict[str, Any]
+    tables: Tables
+
+
 def run(options: AdviseOptions) -> AdviseResult:
     started = time.monotonic()
     options.check()
-    runs = options.runs()
+    runs = options.swept()
     source = runs[0].info["models"]["dense"]["source"]
     if (other := next((r for r in runs if r.info["models"]["dense"]["source"] != source), None)) is not None:
         raise UserError(f"{other.folder} is of another model than {runs[0].folder}; give sweeps of one model")
@@ -68,18 +97,24 @@ def run(options: AdviseOptions) -> AdviseResult:
     points: list[Advised] = []
     items: list[int] = []
     for one in runs:
-        tables = Tables.of_run(one)
-        scores = tables.sweep.to_pylist()
+        scores = one.tables.sweep.to_pylist()
         mine = tasks_of(options.use, scores)
-        found = advised(tables, mine, loss=options.loss, seed=options.seed)
+        found = advised(one.tables, mine, loss=options.loss, seed=options.seed)
         tasks += [task for task in mine if task not in tasks]
         items += [row["items"] for row in scores if row["task"] in mine]
         points += found
         how = {row["point"]: row for row in scores}
-        rows += [asdict(p) | {"run": one.folder.name, "command": command(how[p.point], one.info)} for p in found]
+        rows += [
+            asdict(p)
+            | {"run": one.folder.name, "dropped": how[p.point]["dropped"], "command": command(how[p.point], one.info)}
+            for p in found
+        ]
     if not rows:
         raise UserError(f"{runs[0].folder} has the dense model alone; sweep more points")
-    chosen = best(points, options.budget)
+    rates = _rates(options, source, points, rows) if options.budget == "speed" else {}
+    for row in rows:
+        row |= rates.get(row["point"], {"tokens_per_s": None, "speedup": None, "faster": None})
+    chosen = fastest(points, rates) if options.budget == "speed" else best(points, options.budget)
     info: dict[str, Any] = {
         **{
             key: runs[0].info[key] for key in ("schema_version", "versions", "device")
@@ -96,7 +131,7 @@ def run(options: AdviseOptions) -> AdviseResult:
             "loss": options.loss,
             "best": None if chosen is None else asdict(chosen),
             "command": None if chosen is None else next(r["command"] for r in rows if r["point"] == chosen.point),
-            "says": says(points, chosen, options, min(items)),
+            "says": says(points, chosen, options, min(items), rates),
         },
     }
     result = AdviseResult(info, pa.Table.from_pylist(rows))
@@ -106,6 +141,39 @@ def run(options: AdviseOptions) -> AdviseResult:
     show_advice(rows, info)
     options.output.say_written()
     return result
+
+
+def _rates(
+    options: AdviseOptions, source: str, points: list[Advised], rows: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Point -> tokens a second as it writes, how many times the dense model's, and whether that is more than the spread of the repeats."""
+    dropped = {row["point"]: row["dropped"] for row in rows}
+    if options.speed is None:
+        from prunescope.jobs.advise_measure import measure_speed
+
+        timed = measure_speed(source, points, dropped, options.loading, options.beside("speed"))
+    else:
+        timed = [row for name in listed(options.speed) for row in _speed_run(name, source)]
+    of_model = {row["model"]: row for row in reversed(timed)}  # of several batch sizes the first
+    return {
+        one.point: {
+            "tokens_per_s": row["decode_tokens_per_s"],
+            "speedup": row["decode_speedup"],
+            "faster": not row["decode_within_spread"],
+        }
+        for one in points
+        if one.change == "drop" and (row := of_model.get(f"drop:{dropped[one.point]}")) is not None
+    }
+
+
+def _speed_run(name: str, source: str) -> list[dict[str, Any]]:
+    run = open_run(name)
+    if run.command != "speed":
+        raise UserError(f"{run.folder} is a run of {run.command}; --speed takes runs of speed")
+    rows: list[dict[str, Any]] = run.table().to_pylist()
+    if rows[0]["model"] != source:
+        raise UserError(f"{run.folder} times {rows[0]['model']} first, not {source}; its gains are of another model")
+    return rows
 
 
 def command(row: dict[str, Any], info: dict[str, Any]) -> str:
@@ -122,9 +190,17 @@ def command(row: dict[str, Any], info: dict[str, Any]) -> str:
     return line + (f", then quantise; measured with quant:{row['quant']}" if row["quant"] else "")
 
 
-def says(points: list[Advised], chosen: Advised | None, options: AdviseOptions, items: int) -> list[str]:
+def says(
+    points: list[Advised],
+    chosen: Advised | None,
+    options: AdviseOptions,
+    items: int,
+    rates: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
     """The advice in sentences."""
     share, widest = f"{100 * options.loss:g} %", max(one.high - one.low for one in points)
+    if options.budget == "speed":
+        return _says_of_speed(points, chosen, options, rates, share)
     if chosen is None:
         smaller = [one for one in points if (one.saved or 0) > 0]
         if not smaller:
@@ -154,3 +230,35 @@ def says(points: list[Advised], chosen: Advised | None, options: AdviseOptions, 
         elif alone is not None:
             found.append(f"Quantising alone comes to {100 * (alone.saved or 0):.1f} % ({alone.point}).")
     return found
+
+
+def _says_of_speed(
+    points: list[Advised],
+    chosen: Advised | None,
+    options: AdviseOptions,
+    rates: Mapping[str, Mapping[str, Any]],
+    share: str,
+) -> list[str]:
+    others = "Rounded and pruned weights are imitated in memory and have no speed here: export them and time them with `prunescope speed --engine llama.cpp`."
+    found = [others] if any(one.change != "drop" for one in points) else []
+    if chosen is not None:
+        rate = rates[chosen.point]
+        kept = f"keeps {100 * chosen.fitted:.0f} % of {options.use} ({100 * chosen.low:.0f} to {100 * chosen.high:.0f})"
+        sure = (
+            "even at the low end of its interval"
+            if chosen.verdict == "safe"
+            else "by the fit, though not at the low end of its interval"
+        )
+        return [
+            f"{chosen.point} writes {rate['tokens_per_s']:,.0f} tokens a second, {rate['speedup']:.2f} times as many as the dense model, and {kept}: at most {share} is lost {sure}.",
+            *found,
+        ]
+    if not rates:
+        return [
+            f"No point that drops whole sublayers loses at most {share} of {options.use}, or none was timed.",
+            *found,
+        ]
+    return [
+        "No point that keeps the use is faster than the dense model by more than the spread of the repeats.",
+        *found,
+    ]

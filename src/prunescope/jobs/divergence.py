@@ -11,8 +11,9 @@ from prunescope.compare.divergence import divergence_key, divergence_passes, div
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
-from prunescope.jobs.streaming import Sides, sides
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
+from prunescope.jobs.pair import load_pair
+from prunescope.jobs.streaming import Sides, place, sides
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
 from prunescope.report.terminal.divergence import show_divergence
@@ -40,14 +41,15 @@ class DivergenceOptions(Options):
     batch_size: int
     memory_mb: int
     cache: bool
-    stream: bool
+    stream: Stream
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
     def check(self) -> None:
         super().check()
-        if self.stream and self.scale:
-            raise UserError("--stream: the ladder quantises the dense model in memory; leave it out with --scale false")
+        if self.stream is True and self.hindrance is not None:
+            raise UserError(f"--stream: {self.hindrance}")
         for name in self.rungs:
             ggml.check(QuantSpec.parse(name).scheme)
 
@@ -60,11 +62,22 @@ class DivergenceOptions(Options):
             return list(usual_ladder())
         return listed(self.ladder)
 
+    @property
+    def hindrance(self) -> str | None:
+        """Why the models cannot stay on disk."""
+        ladder = (
+            "the ladder quantises the dense model in memory; leave it out with --scale false" if self.scale else None
+        )
+        return self.spread.hindrance or ladder
+
 
 def run(options: DivergenceOptions) -> DivergenceResult:
     started = time.monotonic()
     options.check()
-    with sides(options.dense, options.target, options.loading, options.output, stream=options.stream) as found:
+    placement = place(
+        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.hindrance
+    )
+    with sides(options.dense, options.target, options.loading, options.output, placement) as found:
         result, complete = _measured(options, found, started)
     if complete:
         options.output.say_complete()
@@ -91,9 +104,13 @@ def _measured(
     scored = sum(len(piece.chunks) * piece.context for piece in slices) // 2
     passes = divergence_passes(slices, options.batch_size)
     options.output.require_space(2 * scored * _ROW_BYTES + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = divergence_rows(
-            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key
+            pair.dense, pair.pruned, slices, batch_size=options.batch_size, temperature=temperature, memory=memory, parts=parts, key=key,
+            workers=workers,
         )  # fmt: skip
         ladder = []
         if options.rungs:
@@ -104,6 +121,7 @@ def _measured(
         summary = divergence_summary(found.table, seed=options.seed)
         info: dict[str, Any] = {
             **run_record("divergence", options.config(), pair.dense.device, pair.describe(), started),
+            "placement": both.placement.describe(),
             "key": key,
             "slices": [{"name": piece.name, "tokens": piece.tokens, "chunks": len(piece.chunks)} for piece in slices],
             "noise_floor": found.floor,

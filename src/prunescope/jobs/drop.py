@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from torch import Tensor
 from prunescope.cache import cache_folder
 from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
+from prunescope.jobs.pair import load_dense
+from prunescope.jobs.streaming import Placement, place
 from prunescope.models.anatomy import KINDS
 from prunescope.models.blockwise import stream_model
 from prunescope.models.dropping import DropSpec
@@ -50,7 +53,8 @@ class DropOptions(Options):
     batch_size: int | None
     seed: int
     cache: bool
-    stream: bool
+    stream: Stream
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -60,41 +64,55 @@ def run(options: DropOptions) -> DropResult:
     select, task = _select(options)
     if options.output.out is not None:
         check_format(options.compensate, options.format)
-    if not options.stream:
-        return _drop(options, options.loading.load(options.model), select, task)
-    _check_streamed(options)
+    hindrance = _hindrance(options)
+    if options.stream is True and hindrance is not None:
+        raise UserError(f"--stream: {hindrance}")
+    placement = place(options.stream, options.model, None, options.loading, 0, hindrance)
+    if not placement.streamed:
+        return _drop(options, options.loading.load(options.model), placement, select, task)
     with TemporaryDirectory(prefix="prunescope-") as scratch:
-        streamed = stream_model(str(options.model), Path(scratch) / "scratch", experts=None, **options.loading.config())
+        streamed = stream_model(
+            str(options.model), Path(scratch) / "scratch", experts=None, prefetch=True, **options.loading.config()
+        )
 
         def passing(batches: Sequence[Tensor], before: Callable[[int], None], after: Callable[[], None]) -> None:
             pass_through(streamed, batches, Path(scratch), before, after, check=not streamed.loaded.dropped)
 
-        return _drop(options, streamed.loaded, select, task, passing)
+        return _drop(options, streamed.loaded, placement, select, task, passing)
 
 
-def _check_streamed(options: DropOptions) -> None:
-    """What a model on disk cannot do. Raises UserError."""
+def _task_score(dense: LoadedModel, *, task: str, batch_size: int, seed: int) -> Callable[[DropSpec], float]:
+    """What the model scores on a quick task without the sublayers it is given."""
+
+    def score(spec: DropSpec) -> float:
+        with dense.dropping(spec):
+            found = evaluate_model(dense, [task], batch_size=batch_size, seed=seed, advance=lambda done: None)
+        return float(found.scores[task]["value"])
+
+    return score
+
+
+def _hindrance(options: DropOptions) -> str | None:
+    """Why the model cannot stay on disk."""
     if not isinstance(options.model, str):
-        raise UserError(f"{options.model}: --stream reads a model from disk; give its folder, or leave --stream out")
+        return f"{options.model} is in memory; give its folder, or --stream false"
+    if options.spread.spread:
+        return options.spread.hindrance
     if options.select != "cosine" or options.compensate:
-        raise UserError("--stream goes with --select cosine and without --compensate; leave it out for the others")
+        return "the whole model runs for all but --select cosine without --compensate"
     if options.order == "consecutive":
-        raise UserError(
-            "--stream: --order consecutive compares blocks that are far apart; use --order discrete, or leave --stream out"
-        )
+        return "--order consecutive compares blocks that are far apart; use --order discrete"
     if options.output.out is not None and options.format != "recipe":
-        raise UserError(
-            f"--stream writes --format recipe, which holds no weights; leave --stream out for {options.format}"
-        )
+        return f"--format {options.format} writes weights; use --format recipe"
     if is_sampled(options.calibration):
-        raise UserError(
-            f"--stream: --calibration {options.calibration} is written by the model, read anew for every token; give a text or a data set"
-        )
+        return f"--calibration {options.calibration} is written by the model, read again for every token; give a text or a data set"
+    return None
 
 
 def _drop(
     options: DropOptions,
     dense: LoadedModel,
+    placement: Placement,
     select: Literal["cosine", "kl", "search", "task"],
     task: str,
     passing: Passing | None = None,
@@ -116,6 +134,7 @@ def _drop(
     record: dict[str, Any] = {
         "command": "drop",
         "config": options.config(),
+        "placement": placement.describe(),
         "target": target,
         "select": options.select,
         **({"compensated": [fold.row() for fold in folds]} if options.compensate else {}),
@@ -142,6 +161,10 @@ def _select(options: DropOptions) -> tuple[Literal["cosine", "kl", "search", "ta
         raise UserError(
             f"--select {options.select}: give cosine, kl, search or task:NAME, for example task:arithmetic-gen"
         )
+    if kind == "cosine":
+        options.spread.refuse(
+            "--select cosine", "one process reads the text once; candidates are shared of kl, search and task:NAME"
+        )
     if kind != "cosine" and (options.order != "discrete" or options.iterative or options.score_on != "stream"):
         raise UserError(
             f"--select {kind} goes by what the model says; --order, --iterative and --score-on are those of cosine, leave them out"
@@ -165,12 +188,10 @@ def _choose(
             batch_size=batch_size, cache=cache, passing=passing,
         )  # fmt: skip
 
-    def score(spec: DropSpec) -> float:
-        with dense.dropping(spec):
-            found = evaluate_model(dense, [task], batch_size=batch_size, seed=options.seed, advance=lambda done: None)
-        return float(found.scores[task]["value"])
-
-    return choose_jointly(
-        dense, calibration, options.target, options.n, select, score=score if select == "task" else None, generations=options.generations,
-        seed=options.seed, batch_size=batch_size, cache=cache, what=f"{task} {options.seed}" if task else "",
-    )  # fmt: skip
+    scoring = partial(_task_score, task=task, batch_size=batch_size, seed=options.seed) if select == "task" else None
+    with options.spread.started(load_dense, [options.model], options.loading, dense) as workers:
+        return choose_jointly(
+            dense, calibration, options.target, options.n, select, score=None if scoring is None else scoring(dense),
+            generations=options.generations, seed=options.seed, batch_size=batch_size, cache=cache,
+            what=f"{task} {options.seed}" if task else "", workers=workers, scoring=scoring,
+        )  # fmt: skip

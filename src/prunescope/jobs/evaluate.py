@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,14 +21,15 @@ from prunescope.compare.familiar import check_rungs, likenesses
 from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, listed
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant, VariantSpec, read_variant
 from prunescope.progress import console
 from prunescope.report.terminal.scoring import show_scores_of_tasks
 from prunescope.results import EvaluateResult
-from prunescope.runs.parts import begin, notes_of, part, with_notes
+from prunescope.runs.parts import begin, notes_of, read_part, with_notes, write_part
 from prunescope.runs.provenance import run_record
+from prunescope.runs.workers import Compute, sharing
 from prunescope.sweep.comparison import DenseReference, ladder_of, write_texts
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
@@ -37,6 +39,7 @@ from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 __all__ = ["EvaluateOptions", "run"]
 
 _KL_STEPS = 32  # tokens of the dense model's own after each prompt, on which KL is measured
+Found = tuple[pa.Table, dict[str, Any]]  # items with their notes, and what lm-evaluation-harness returned of each task
 _SCHEMA = pa.schema([("model", pa.string()), *ITEMS_SCHEMA])
 
 
@@ -57,6 +60,7 @@ class EvaluateOptions(Options):
     batch_size: int
     ladder: str | None
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -93,7 +97,10 @@ def run(options: EvaluateOptions) -> EvaluateResult:
         options.output.say_complete()
         return EvaluateResult.of_run(done)
     units = _units(names)
-    with options.output.staged() as staging:
+    with (
+        options.output.staged() as staging,
+        options.spread.started(_load_first, list(options.models), options.loading, dense) as workers,
+    ):
         begin(staging, key)
         scale = None if options.ladder is None else _Scale(dense, options)
         tables, described, whole = [], {}, {}
@@ -101,31 +108,38 @@ def run(options: EvaluateOptions) -> EvaluateResult:
         for number, (ref, label) in enumerate(zip(options.models, labels, strict=True)):
             with _model(dense, ref, number, options.loading) as loaded:
                 described[label] = loaded.describe()
+                first = number * len(units)
                 if scale is not None:
                     scale.measure(label, loaded, number)
-                for at, unit in enumerate(units):
-                    console.print(f"{label}: {', '.join(unit)}", markup=False)
+                parts = {at: table for at in range(len(units)) if (table := read_part(staging, first + at)) is not None}
+                missing = [at for at in range(len(units)) if at not in parts]
 
-                    def measure(
-                        unit: Sequence[str] = unit, loaded: LoadedModel = loaded, label: str = label, at: int = at, number: int = number
-                    ) -> pa.Table:  # fmt: skip
-                        found = evaluate_model(loaded, unit, data=data, **options.scoring())
-                        for task, own in found.harness.items():
-                            name = f"{number}-{at}-{file_name(task)}"
-                            whole[name] = own
-                            if staging is not None:
-                                write_harness(staging / "harness", name, label, own)
-                        return with_notes(found.items, {"scores": found.scores, "model": _identity(loaded)})
+                def keep(
+                    place: int, found: Found, number: int = number, label: str = label, missing: list[int] = missing, parts: dict[int, pa.Table] = parts
+                ) -> None:  # fmt: skip
+                    at = missing[place]
+                    console.print(f"{label}: {', '.join(units[at])}", markup=False)
+                    parts[at], harness_found = found
+                    for task, own in harness_found.items():
+                        name = f"{number}-{at}-{file_name(task)}"
+                        whole[name] = own
+                        if staging is not None:
+                            write_harness(staging / "harness", name, label, own)
+                    write_part(staging, number * len(units) + at, parts[at])
 
-                    table = part(staging, number * len(units) + at, measure)
-                    said = notes_of(table)
+                scoring = options.scoring() | {"data": data}
+                make = partial(_scoring, ref=str(ref), number=number, loading=options.loading, scoring=scoring)
+                here = partial(_scored, loaded, scoring=scoring)
+                sharing(workers, make)([units[at] for at in missing], here, keep)
+                for at in range(len(units)):
+                    said = notes_of(parts[at])
                     if said["model"] != _identity(loaded):
                         raise UserError(
-                            f"{options.output.out}: {label} is not the model it was when this run was begun; start anew with --overwrite"
+                            f"{options.output.out}: {label} is not the model it was when this run was begun; start over with --overwrite"
                         )
                     scores.setdefault(label, {}).update(said["scores"])
-                    column = pa.array([label] * len(table), pa.string())
-                    tables.append(table.replace_schema_metadata(None).add_column(0, "model", column))
+                    column = pa.array([label] * len(parts[at]), pa.string())
+                    tables.append(parts[at].replace_schema_metadata(None).add_column(0, "model", column))
         table = pa.concat_tables(tables).cast(_SCHEMA)
         info = {
             **run_record("evaluate", options.config(), dense.device, described, started, "lm_eval"),
@@ -144,6 +158,30 @@ def run(options: EvaluateOptions) -> EvaluateResult:
     show_scores_of_tasks(info)
     options.output.say_written()
     return result
+
+
+def _scored(loaded: LoadedModel, unit: Sequence[str], *, scoring: dict[str, Any]) -> Found:
+    found = evaluate_model(loaded, unit, **scoring)
+    return with_notes(found.items, {"scores": found.scores, "model": _identity(loaded)}), found.harness
+
+
+def _load_first(*models_and_loading: Any) -> tuple[LoadedModel]:
+    """The dense model alone; `_scoring` loads the others, one at a time."""
+    loading: LoadOptions = models_and_loading[-1]
+    return (loading.load(models_and_loading[0]),)
+
+
+def _scoring(dense: LoadedModel, *, ref: str, number: int, loading: LoadOptions, scoring: dict[str, Any]) -> Compute:
+    """A unit of tasks -> what the model scores on it, for a worker."""
+    spec = read_variant(ref) if number else None
+    loaded = loading.load_other(ref) if number and spec is None else dense
+    changed = Variant(dense, spec) if isinstance(spec, VariantSpec) else spec
+
+    def compute(unit: Sequence[str]) -> Found:
+        with switched(dense, changed if changed is not None else loaded) as model:
+            return _scored(model, unit, scoring=scoring)
+
+    return compute
 
 
 def _labels(refs: Sequence[Model]) -> list[str]:

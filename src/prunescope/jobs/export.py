@@ -9,9 +9,10 @@ from typing import Literal
 from prunescope.errors import UserError
 from prunescope.export.card import card
 from prunescope.export.check import check, require
-from prunescope.export.hub import push
+from prunescope.export.hub import check_repository, push
 from prunescope.export.llama_cpp import write_gguf
 from prunescope.export.no_ops import write_no_ops
+from prunescope.export.parts import Needs
 from prunescope.export.transformers import write_folder
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
 from prunescope.models.loaded import LoadedModel
@@ -45,7 +46,9 @@ class ExportOptions(Options):
             require(self.engine, self.engine_python)
         elif self.engine_python is not None:
             raise UserError("--engine-python is for --check; give both or neither")
-        if self.private and self.push_to_hub is None:
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
+        elif self.private:
             raise UserError("--private says how --push-to-hub makes the repository; give both or neither")
 
 
@@ -64,19 +67,16 @@ def run(options: ExportOptions) -> Path:
     with options.output.staged() as folder:
         if folder is None:
             raise UserError("export: say where the folder goes, with --out DIR")
-        trust, without_tokenizer = write_for(options.engine, loaded, folder)
-        if without_tokenizer:
-            console.print(f"no tokenizer in model.gguf: {without_tokenizer}", markup=False)
+        needs = write_for(options.engine, loaded, folder)
+        if needs.without_tokenizer:
+            console.print(f"no tokenizer in model.gguf: {needs.without_tokenizer}", markup=False)
         if options.run_check:
-            if without_tokenizer:
-                raise UserError(f"--check: llama.cpp needs a tokenizer in the file, and {without_tokenizer}")
+            if needs.without_tokenizer:
+                raise UserError(f"--check: llama.cpp needs a tokenizer in the file, and {needs.without_tokenizer}")
             checked = check(loaded, options.engine, folder, options.engine_python)
             console.print(str(checked), markup=False)
         write_config(folder, options.config())
-        text = card(
-            loaded, options.engine, trust=trust, without_tokenizer=without_tokenizer, runs=runs,
-            checked=str(checked) if checked else None,
-        )  # fmt: skip
+        text = card(loaded, options.engine, needs, runs=runs, checked=str(checked) if checked else None)
         (folder / "README.md").write_text(text, "utf-8")
     options.output.say_written(f" ({options.engine})")
     path = Path(str(options.output.out)).expanduser()
@@ -85,8 +85,10 @@ def run(options: ExportOptions) -> Path:
     return path
 
 
-def write_for(engine: Engine, loaded: LoadedModel, folder: Path) -> tuple[bool, str | None]:
-    """Write ``loaded`` for ``engine`` into ``folder``. Returns whether it comes with code of its own, and why a GGUF file has no tokenizer."""
+def write_for(engine: Engine, loaded: LoadedModel, folder: Path) -> Needs:
+    """Write ``loaded`` for ``engine`` into ``folder``. Returns what it needs to run."""
     if engine == "llama.cpp":
-        return False, write_gguf(loaded, folder / "model.gguf")
-    return (write_folder(loaded, folder) if engine == "transformers" else write_no_ops(loaded, folder, engine)), None
+        return Needs(without_tokenizer=write_gguf(loaded, folder / "model.gguf"))
+    if engine == "transformers":
+        return Needs(code=write_folder(loaded, folder))
+    return write_no_ops(loaded, folder, engine)

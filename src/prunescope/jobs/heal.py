@@ -25,8 +25,10 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
+from prunescope.models.generating import texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.models.placing import refuse_sharded
 from prunescope.models.record import RECORD
 from prunescope.models.saving import checkpoint_bytes, save_changed
 from prunescope.models.variants import read_variant
@@ -115,7 +117,7 @@ class HealOptions(Options):
         if out is not None and Path(out).expanduser().absolute() == Path(str(self.target)).expanduser().absolute():
             raise UserError(f"--out {out} is the target itself; choose another folder")
         if out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted run; say where with --out")
+            raise UserError("--resume continues an interrupted run; say where with --out")
         read_variant(self.target)
 
     def plan(self, student: LoadedModel) -> HealPlan:
@@ -163,7 +165,7 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
-        temperature=options.temperature, seed=options.seed, batch_size=32, cache=cache_folder() if options.cache else None,
+        temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
     texts, held_out = _apart(traces, options)
     plan = options.plan(student)
@@ -210,6 +212,7 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         source = options.teacher.ref if isinstance(options.teacher, LoadedModel) else options.teacher
         student = load_model(source, dtype=dtype, drop=spec, **of_teacher, **common)
         student.ref = str(options.target)
+    refuse_sharded(student.ref, student.model, "training", "heal on a GPU that holds the model, or on the CPU")
     if isinstance(options.teacher, LoadedModel):
         return student, options.teacher
     half = student.device.type == "cuda" and loading.dtype == "auto"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunescope.compare.context import Transcript
 from prunescope.compare.layerwise import LayerwiseRows, Lens, layerwise_key, layerwise_rows
 from prunescope.compare.streamed import rows_bytes, streamed_layerwise_rows
@@ -18,13 +16,14 @@ from prunescope.data.continuations import Continued, encode_continued, read_cont
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import StreamedPair, stream_folder
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
+from prunescope.jobs.pair import Pair, load_pair
+from prunescope.jobs.streaming import Placement, StreamedPair, place, stream_folder, write_texts
 from prunescope.models.generating import Sampling
+from prunescope.models.loaded import LoadedModel
 from prunescope.report.terminal.comparing import show_layerwise
 from prunescope.results import LayerwiseResult
-from prunescope.runs.parts import resume_state
+from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record
 
 __all__ = ["LayerwiseOptions", "run"]
@@ -38,7 +37,7 @@ class LayerwiseOptions(Options):
     target: Model | None
     prompts: str | None
     continuations: str | None
-    stream: bool
+    stream: Stream
     chat: bool
     max_new_tokens: int
     lens: Lens
@@ -50,6 +49,7 @@ class LayerwiseOptions(Options):
     seed: int
     batch_size: int
     memory_mb: int
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -57,10 +57,8 @@ class LayerwiseOptions(Options):
         super().check()
         if self.continuations is not None and self.prompts is not None:
             raise UserError("--continuations holds the prompts too; leave --prompts out")
-        if self.stream and self.continuations is None:
-            raise UserError(
-                "--stream: a model on disk would be read anew for every token that it writes; give its texts with --continuations FILE"
-            )
+        if self.stream is True and self.spread.hindrance is not None:
+            raise UserError(f"--stream: {self.spread.hindrance}")
 
     def settings(self) -> tuple[Any, ...]:
         """What decides the rows beside models and texts."""
@@ -77,8 +75,11 @@ def run(options: LayerwiseOptions) -> LayerwiseResult:
     given = None if options.continuations is None else read_continuations(options.continuations)
     prompts = read_prompts(options.prompts) if given is None else [row.prompt for row in given]
     options.settings()[1].check()
-    if options.stream and given is not None:
-        result, complete = _streamed(options, given, started)
+    placement = place(
+        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.spread.hindrance
+    )
+    if placement.streamed:
+        result, complete = _streamed(options, given, prompts, placement, started)
     else:
         result, complete = _loaded(options, given, prompts, started)
     if complete:
@@ -96,46 +97,66 @@ def _loaded(
     settings = options.settings()
     pair = Pair.load(options.dense, options.target, options.loading, blocks=True)
     steps = options.max_new_tokens
-    if given is None:
-        encoded, texts = encode(pair.dense, prompts, steps, chat=options.chat), None
-    else:
-        encoded, texts = encode_continued(pair.dense, given, steps, chat=options.chat)
+    encoded, texts = _encoded(options, pair.dense, given, prompts)
     if done := options.output.complete(layerwise_key(pair.dense, pair.target, encoded, texts, *settings)):
         return LayerwiseResult.of_run(done), True
     options.output.require_space(_table_bytes(options, len(encoded), len(pair.dense.anatomy)))
-    with options.output.staged() as staging, pair.blaming():
+    with (
+        options.output.staged() as staging,
+        pair.blaming(),
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = layerwise_rows(
             pair.dense, pair.target, encoded, max_new_tokens=steps, sampling=settings[1], stop=not options.ignore_eos,
             batch_size=options.batch_size, lens=options.lens, temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
-            parts=staging, texts=texts,
+            parts=staging, texts=texts, workers=workers,
         )  # fmt: skip
-        return _finished(options, pair, pair.dense.device, prompts, found, staging, started), False
+        return _finished(options, pair, Placement(False), prompts, found, staging, started), False
 
 
-def _streamed(options: LayerwiseOptions, given: Sequence[Continued], started: float) -> tuple[LayerwiseResult, bool]:
+def _encoded(
+    options: LayerwiseOptions, dense: LoadedModel, given: Sequence[Continued] | None, prompts: Sequence[Prompt]
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Token ids of the prompts, and of their continuations where they are given."""
+    if given is None:
+        return encode(dense, prompts, options.max_new_tokens, chat=options.chat), None
+    return encode_continued(dense, given, options.max_new_tokens, chat=options.chat)
+
+
+def _streamed(
+    options: LayerwiseOptions,
+    given: Sequence[Continued] | None,
+    prompts: Sequence[Prompt],
+    placement: Placement,
+    started: float,
+) -> tuple[LayerwiseResult, bool]:
     """The same with both models on disk."""
-    output = options.output
+    output, steps = options.output, options.max_new_tokens
     with stream_folder(output) as folder:
         streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
         pair = streamed.pair
-        encoded, texts = encode_continued(pair.dense, given, options.max_new_tokens, chat=options.chat)
+        encoded, texts = _encoded(options, pair.dense, given, prompts)
         key = layerwise_key(pair.dense, pair.target, encoded, texts, *options.settings())
         if done := output.complete(key):
             return LayerwiseResult.of_run(done), True
-        sequences = [Transcript(prompt, text) for prompt, text in zip(encoded, texts, strict=True)]
+        longest = [Transcript(prompt, [0] * steps) for prompt in encoded]
         output.require_space(
-            _table_bytes(options, len(given), len(pair.dense.anatomy))
-            + rows_bytes(streamed.dense, streamed.target, sequences)
+            _table_bytes(options, len(encoded), len(pair.dense.anatomy))
+            + rows_bytes(streamed.dense, streamed.target, longest)
         )
-        resume_state(folder, key)  # complains of another run's parts
+        written = resume_state(folder, key) or texts  # complains of another run's parts
         with pair.blaming():
+            if written is None:
+                stop, sampling = not options.ignore_eos, options.settings()[1]
+                written = write_texts(streamed.dense, encoded, steps, sampling, stop=stop)
+                save_state(folder, key, written)
+            sequences = [Transcript(prompt, text) for prompt, text in zip(encoded, written, strict=True)]
             found = streamed_layerwise_rows(
                 streamed.dense, streamed.target, sequences, key, folder, batch_size=options.batch_size, lens=options.lens,
                 temperature=options.metric_temperature, memory=options.memory_mb * 2**20,
             )  # fmt: skip
-        prompts = [row.prompt for row in given]
         staging = None if output.out is None else folder
-        return _finished(options, pair, streamed.dense.device, prompts, found, staging, started), False
+        return _finished(options, pair, placement, prompts, found, staging, started), False
 
 
 def _table_bytes(options: LayerwiseOptions, prompts: int, layers: int) -> int:
@@ -145,7 +166,7 @@ def _table_bytes(options: LayerwiseOptions, prompts: int, layers: int) -> int:
 def _finished(
     options: LayerwiseOptions,
     pair: Pair,
-    device: torch.device,
+    placement: Placement,
     prompts: Sequence[Prompt],
     found: LayerwiseRows,
     staging: Path | None,
@@ -153,7 +174,8 @@ def _finished(
 ) -> LayerwiseResult:
     """Write what was found into ``staging``, and show it."""
     info = {
-        **run_record("layerwise", options.config(), device, pair.describe(), started),
+        **run_record("layerwise", options.config(), pair.dense.device, pair.describe(), started),
+        "placement": placement.describe(),
         "key": found.key,
         "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
         "steps": sum(len(text.continuation) for text in found.sequences),

@@ -18,9 +18,9 @@ from prunescope.compare.mcq import Asked, ask, mcq_passes, mcq_rows
 from prunescope.compare.summary import mcq_summary
 from prunescope.data.questions import Question, Template, read_questions
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
-from prunescope.jobs.pair import Pair
-from prunescope.jobs.streaming import Sides, sides
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
+from prunescope.jobs.pair import Pair, load_pair
+from prunescope.jobs.streaming import Sides, place, sides
 from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
@@ -39,7 +39,7 @@ class McqOptions(Options):
     template: Template
     shots: int
     subjects: str | None
-    stream: bool
+    stream: Stream
     limit: int | None
     metric_temperature: float
     seed: int
@@ -47,6 +47,7 @@ class McqOptions(Options):
     memory_mb: int
     ladder: str | None
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -55,10 +56,16 @@ class McqOptions(Options):
             raise UserError(f"--limit {self.limit}: at least one question is needed")
         super().check()
         check_rungs(self.ladder)
-        if self.stream and self.ladder is not None:
-            raise UserError("--stream: the ladder quantises the dense model in memory; leave --ladder out")
+        if self.stream is True and self.hindrance is not None:
+            raise UserError(f"--stream: {self.hindrance}")
         if self.shots and self.template != "cue":
             raise UserError(f"--shots {self.shots} go with --template cue, not with {self.template}")
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why the models cannot stay on disk."""
+        ladder = None if self.ladder is None else "the ladder quantises the dense model in memory; leave --ladder out"
+        return self.spread.hindrance or ladder
 
 
 def run(options: McqOptions) -> McqResult:
@@ -67,7 +74,10 @@ def run(options: McqOptions) -> McqResult:
     subjects = listed(options.subjects) if options.subjects else []
     questions, shots = read_questions(options.questions, shots=options.shots, subjects=subjects)
     questions = questions[: options.limit]
-    with sides(options.dense, options.target, options.loading, options.output, stream=options.stream) as found:
+    placement = place(
+        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.hindrance
+    )
+    with sides(options.dense, options.target, options.loading, options.output, placement) as found:
         result, complete = _asked(options, found, questions, shots, started)
     if complete:
         options.output.say_complete()
@@ -95,13 +105,17 @@ def _asked(
         return McqResult.of_run(done), True
     passes = mcq_passes(asked, options.batch_size)
     options.output.require_space(len(asked) * 8000 + 2**24 + both.bytes_read(*passes))
-    with both.reading(options.output, key, *passes) as parts:
+    with (
+        both.reading(options.output, key, *passes) as parts,
+        options.spread.started(load_pair, [options.dense, options.target], options.loading, pair.dense) as workers,
+    ):
         found = mcq_rows(
             pair.dense, pair.pruned, asked, batch_size=options.batch_size, temperature=options.metric_temperature,
-            memory=options.memory_mb * 2**20, parts=parts, key=key,
+            memory=options.memory_mb * 2**20, parts=parts, key=key, workers=workers,
         )  # fmt: skip
         info = {
             **run_record("mcq", options.config(), pair.dense.device, pair.describe(), started),
+            "placement": both.placement.describe(),
             "key": key,
             "questions": len(asked),
             "noise_floor": found.floor,

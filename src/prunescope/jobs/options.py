@@ -7,9 +7,10 @@ import: `report` does without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -19,14 +20,16 @@ from prunescope.runs.folder import Run, check_free, open_run, require_space, sta
 
 if TYPE_CHECKING:
     from prunescope.models.loaded import LoadedModel
+    from prunescope.runs.workers import Workers
 
-__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "listed"]
+__all__ = ["DType", "Group", "LoadOptions", "Model", "Options", "OutputOptions", "SpreadOptions", "Stream", "listed"]
 
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Stream: TypeAlias = bool | Literal["auto"]  # whether models stay on disk; auto: where they do not fit into the memory
 Model: TypeAlias = "str | LoadedModel"  # a reference, see `load_model`, or a model that is loaded already
 _LEAST = {  # of whole numbers, in whatever command they are options
-    **dict.fromkeys(("batch_size", "memory_mb", "limit", "workers", "samples", "max_length", "depth"), 1),
-    **dict.fromkeys(("length", "repeats", "block_size", "perplexity_windows"), 1),
+    **dict.fromkeys(("batch_size", "memory_mb", "limit", "samples", "max_length", "depth"), 1),
+    **dict.fromkeys(("length", "repeats", "block_size", "perplexity_windows", "shares"), 1),
     "shots": 0,
     "generations": 0,
 }
@@ -82,6 +85,77 @@ class LoadOptions(Group):
             ref, dtype=self.dtype, device=self.device, revision=revision, adapter=adapter, trust_remote_code=self.trust_remote_code,
             headless=headless, dequantise=self.dequantise,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpreadOptions(Group):
+    """Who computes: one process, or several that share the prompts."""
+
+    workers: int
+    ray_address: str | None
+
+    @property
+    def spread(self) -> bool:
+        return self.workers > 1 or self.ray_address is not None
+
+    def check(self) -> None:
+        """Raises UserError."""
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: it must be at least 1")
+        if self.ray_address is not None:
+            from prunescope.runs.workers import require_ray
+
+            require_ray()
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why models cannot stay on disk."""
+        return (
+            "one process reads the blocks; leave out --stream, or --workers and --ray-address" if self.spread else None
+        )
+
+    def refuse(self, option: str, why: str) -> None:
+        """Raises UserError if anything is shared, with ``option`` that does not go with it."""
+        if self.spread:
+            raise UserError(f"{option}: {why}; leave out {option}, or --workers and --ray-address")
+
+    @contextmanager
+    def started(
+        self,
+        load: Callable[..., tuple[Any, ...]],
+        models: list[Model | None],
+        loading: LoadOptions,
+        dense: LoadedModel,
+        **how: Any,
+    ) -> Iterator[Workers | None]:
+        """The workers, None where this process does everything.
+
+        Args:
+            load: a module's function of the models as the user named them, ``loading`` and ``how``; runs in every worker.
+            dense: the dense model here.
+        Raises:
+            UserError: a model that only this process has, or what `prunescope.runs.workers` raises.
+        """  # fmt: skip
+        if not self.spread:
+            yield None
+            return
+        from prunescope.models.placing import refuse_sharded
+        from prunescope.runs import workers
+
+        for model in models:
+            if model is not None and not isinstance(model, str):
+                raise UserError(
+                    f"{model}: every worker loads its own; give the model's folder or name, or leave --workers out"
+                )
+        refuse_sharded(dense.ref, dense.model, "--workers", "each takes one GPU: leave --workers out")
+        own = replace(loading, device="cuda") if loading.device.startswith("cuda") else loading  # a worker sees one GPU
+        loads = partial(load, *models, own, **how)
+        if self.ray_address is None:
+            with workers.processes(self.workers, loads, dense.device) as found:
+                yield found
+        else:
+            with workers.ray_actors(self.workers, loads, self.ray_address, loading.device != "cpu") as found:
+                yield found
 
 
 @dataclass(frozen=True)
@@ -156,10 +230,10 @@ class Options(Group):
                 raise UserError(f"{option} {value}: it must be positive")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, OutputOptions):
+            if isinstance(value, (OutputOptions, SpreadOptions)):
                 value.check()
 
 
 def listed(text: str) -> list[str]:
-    """The names in an option that takes several with commas between them."""
+    """The names in a comma-separated option."""
     return [name.strip() for name in text.split(",")]

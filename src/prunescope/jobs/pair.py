@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunescope.compare.context import Changed, TargetModel, check_comparable, check_pair, switched
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant, VariantSpec, read_variant
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "load_dense", "load_pair"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Pair:
         else:
             other = options.load_other(target, headless=headless)
         (check_comparable if blocks else check_pair)(base, other)  # type: ignore[arg-type]
+        if base.device.type == "cuda":
+            torch.cuda.set_device(base.device)  # kernels run where the dense head is
         return cls(base, other)
 
     @property
@@ -79,3 +83,16 @@ class Pair:
             raise UserError(
                 f"{self.dense.ref}{against}: {error}; the activations of one of them overflow in {self.dense.dtype}, try --dtype float32"
             ) from error
+
+
+def load_pair(
+    dense: Model, target: Model | None, options: LoadOptions, *, headless: bool = False
+) -> tuple[LoadedModel, TargetModel]:
+    """Both sides for a worker, which the first process has checked."""
+    pair = Pair.load(dense, target, options, headless=headless)
+    return pair.dense, pair.target
+
+
+def load_dense(dense: Model, options: LoadOptions) -> tuple[LoadedModel]:
+    """One model for a worker."""
+    return (options.load(dense),)

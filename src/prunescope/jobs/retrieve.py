@@ -14,8 +14,8 @@ from prunescope.compare.embedding import Pooling, Reading, tokens_of
 from prunescope.compare.retrieval import SIDES, TOP, RetrievalRows, retrieval_rows, retrieval_summary
 from prunescope.data.beir import Collection, read_collection
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.pair import Pair
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions
+from prunescope.jobs.pair import Pair, load_pair
 from prunescope.report.terminal.comparing import show_retrieval
 from prunescope.results import RetrieveResult
 from prunescope.runs.provenance import run_record
@@ -43,6 +43,7 @@ class RetrieveOptions(Options):
     recall_at: str
     seed: int
     batch_size: int
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -66,10 +67,16 @@ def run(options: RetrieveOptions) -> RetrieveResult:
         return RetrieveResult.of_run(done)
     ranked = len(queries) * min(options.depth, len(passages))
     options.output.require_space(ranked * 2 * 150 + len(passages) * 48 + 2**24)
-    with options.output.staged() as staging, pair.blaming():
+    with (
+        options.output.staged() as staging,
+        pair.blaming(),
+        options.spread.started(
+            load_pair, [options.dense, options.target], options.loading, pair.dense, headless=True
+        ) as workers,
+    ):
         found = retrieval_rows(
             pair.dense, pair.pruned, collection, queries, passages, pooling=reading.pooling, batch_size=options.batch_size,
-            depth=options.depth, recall_at=recall_at, parts=staging, key=key,
+            depth=options.depth, recall_at=recall_at, parts=staging, key=key, workers=workers,
         )  # fmt: skip
         info = {
             **run_record("retrieve", options.config(), pair.dense.device, pair.describe(), started),
@@ -94,7 +101,7 @@ def _cutoffs(text: str, depth: int) -> tuple[int, ...]:
     try:
         found = tuple(sorted({int(part) for part in str(text).split(",")}))
     except ValueError as error:
-        raise UserError(f"--recall-at {text}: write whole numbers with commas between them, as 10,100") from error
+        raise UserError(f"--recall-at {text}: write comma-separated whole numbers, such as 10,100") from error
     if found[0] < 1 or found[-1] > depth:
         raise UserError(f"--recall-at {text}: cut-offs go from 1 to --depth, {depth}")
     return found

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +21,33 @@ from prunescope.cache import cache_folder
 from prunescope.data.calibration import Calibration, calibration_tokens, is_sampled, perplexity_tokens
 from prunescope.errors import UserError, first_line
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
+from prunescope.jobs.sparsify_record import WHOLE, sparsify_record
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.record import RECORD
+from prunescope.progress import console
 from prunescope.prune.blocks import Pruned, prune_model
 from prunescope.prune.calibrate import overflow
 from prunescope.prune.checkpoint import reports
 from prunescope.prune.estimate import estimate
 from prunescope.prune.masks import Goal
 from prunescope.prune.owl import owl_sparsities
-from prunescope.prune.plan import Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.plan import RESHAPING, Method, PruningPlan, has_fused_experts, make_plan, samples_at_a_time
 from prunescope.prune.refine import Refine
+from prunescope.prune.team import Team, joined
 from prunescope.report.terminal.pruning import show_plan, show_sparsified
 from prunescope.results import SparsifyResult
 from prunescope.runs.folder import require_space, staged, write_config, write_json
-from prunescope.runs.provenance import device_name, versions
+from prunescope.runs.provenance import versions
 
 __all__ = ["SparsifyOptions", "run"]
 
 _FREE = ("out", "overwrite", "resume", "cache", "dry_run", "memory_mb")  # options that do not decide the result
-_NEWER = ("refine", "refine_steps")  # left out of the key where they are not given, so that older unfinished runs go on
+_NEWER = (
+    "refine",
+    "refine_steps",
+    "shares",
+)  # left out of the key where they are not given, so that older unfinished runs go on
 _BY_CONTENT = ("model", "calibration", "perplexity", "sparsity_map")  # what is in them does, not what they are called
 
 
@@ -68,6 +75,7 @@ class SparsifyOptions(Options):
     seed: int
     perplexity: str | None
     perplexity_windows: int | None
+    shares: int | None
     memory_mb: int
     cache: bool
     dry_run: bool
@@ -90,7 +98,7 @@ class SparsifyOptions(Options):
         if out is not None and Path(out).expanduser().absolute() == Path(str(self.model)).expanduser().absolute():
             raise UserError(f"--out {out} is the model itself; choose another folder")
         if out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted run; say where with --out")
+            raise UserError("--resume continues an interrupted run; say where with --out")
         super().check()
 
     @property
@@ -123,13 +131,34 @@ class SparsifyOptions(Options):
 
 def run(options: SparsifyOptions) -> SparsifyResult:
     started = time.monotonic()
+    with joined(options.loading.device, options.shares) as team:
+        if team.shares > 1:
+            options = replace(options, shares=team.shares)
+        if team.rank:
+            return _help(replace(options, output=OutputOptions(None, False, False)), team)
+        return _run(options, team, started)
+
+
+def _help(options: SparsifyOptions, team: Team) -> SparsifyResult:
+    """What the processes do that torchrun started beside the first, which writes: prune with it, if it does."""
+    console.quiet = True
+    with tempfile.TemporaryDirectory(prefix="prunescope-") as scratch:
+        told: _Told | None = team.told(None)
+        if told is not None:
+            _together(options, _overrides(options.sparsity_map), _open(options, Path(scratch)), team, told)
+    return SparsifyResult({"method": options.method, "config": options.config()}, None)
+
+
+def _run(options: SparsifyOptions, team: Team, started: float) -> SparsifyResult:
     options.check()
     overrides = _overrides(options.sparsity_map)
     if options.dry_run:
+        team.told(None)
         with tempfile.TemporaryDirectory(prefix="prunescope-") as folder:
             return _dry_run(options, overrides, Path(folder))
     output = options.output
     if output.exists():
+        team.told(None)
         record = _same(options, Path(str(output.out)).expanduser())
         output.say_complete()
         return SparsifyResult(record, Path(str(output.out)).expanduser())
@@ -141,9 +170,10 @@ def run(options: SparsifyOptions) -> SparsifyResult:
             _leaving_nothing_useless(staging),
         ):
             if (staging / RECORD).is_file() and not reports(staging).is_dir():  # cut off after the last block
+                team.told(None)
                 record = _same(options, staging)
             else:
-                record = _prune(options, overrides, out, staging, started)
+                record = _prune(options, overrides, out, staging, team, started)
             for name in ("scratch", "finished"):
                 shutil.rmtree(staging / name, ignore_errors=True)
     except BaseException:
@@ -159,43 +189,57 @@ def run(options: SparsifyOptions) -> SparsifyResult:
 
 
 def _prune(
-    options: SparsifyOptions, overrides: Mapping[str, Goal], out: str, staging: Path, started: float
+    options: SparsifyOptions, overrides: Mapping[str, Goal], out: str, staging: Path, team: Team, started: float
 ) -> dict[str, Any]:
     """Everything into ``staging``; gives the record that is written there."""
     streamed = _open(options, staging / "scratch")
     batch_size = samples_at_a_time(streamed, _length(options, streamed), options.batch_size)
-    goal = options.goal
-    make_plan(streamed, options.method, goal, overrides=overrides, **options.planning())  # complains before any work
+    make_plan(
+        streamed, options.method, options.goal, overrides=overrides, **options.planning()
+    )  # complains before any work
     calibration, windows = _texts(options, streamed)
     hidden = sum(t.numel() for t in (windows, windows, calibration.tokens if calibration else None) if t is not None)
     hidden *= streamed.loaded.anatomy.hidden_size * streamed.model.dtype.itemsize
-    limit = options.memory_mb * 2**20
-    spilled = hidden if hidden > limit else 0
+    spilled = hidden if hidden > options.memory_mb * 2**20 else 0
     require_space(out, sum(tensor.nbytes for tensor in streamed.stored.values()) + spilled + 2**24)
     key = _key(options, streamed, calibration, windows, overrides)
-    try:
-        by_layer = _allocation(options, streamed, calibration, batch_size, staging, key)
-        plan = make_plan(streamed, options.method, goal, overrides=overrides, by_layer=by_layer, **options.planning())
-        pruned = prune_model(
-            streamed,
-            plan,
-            None if calibration is None else calibration.tokens,
-            staging,
-            perplexity=windows,
-            batch_size=batch_size,
-            perplexity_batch_size=1
-            if windows is None
-            else samples_at_a_time(streamed, windows.shape[1], options.batch_size),
-            limit=limit,
-            used=None if calibration is None else calibration.used(),
-        )
-    except FloatingPointError as error:
-        raise UserError(f"{options.model}: {error}; {overflow(streamed.model.dtype)}") from error
-    record = _record(options, streamed, plan, calibration, pruned, key, started)
+    by_layer = _allocation(options, streamed, calibration, batch_size, staging, key)
+    told = _Told(calibration, windows, batch_size, by_layer, staging)
+    plan, pruned = _together(options, overrides, streamed, team, team.told(told))
+    record = sparsify_record(options.asked, options.config(), streamed, plan, calibration, pruned, key, started)
     write_config(staging, options.config())
     write_json(staging / RECORD, record)
     reports(staging).rename(staging / "finished")
     return record
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the first process has found, for all."""
+
+    calibration: Calibration | None
+    windows: Tensor | None
+    batch_size: int
+    by_layer: list[float] | None
+    folder: Path
+
+
+def _together(
+    options: SparsifyOptions, overrides: Mapping[str, Goal], streamed: StreamedModel, team: Team, told: _Told
+) -> tuple[PruningPlan, Pruned]:
+    """What every process does. Raises UserError."""
+    plan = make_plan(
+        streamed, options.method, options.goal, overrides=overrides, by_layer=told.by_layer, **options.planning()
+    )
+    text, windows = told.calibration, told.windows
+    windows_at_a_time = 1 if windows is None else samples_at_a_time(streamed, windows.shape[1], options.batch_size)
+    try:
+        return plan, prune_model(
+            streamed, plan, None if text is None else text.tokens, told.folder, perplexity=windows, batch_size=told.batch_size,
+            perplexity_batch_size=windows_at_a_time, limit=options.memory_mb * 2**20, used=None if text is None else text.used(), team=team,
+        )  # fmt: skip
+    except FloatingPointError as error:
+        raise UserError(f"{options.model}: {error}; {overflow(streamed.model.dtype)}") from error
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------
@@ -204,16 +248,20 @@ def _prune(
 def _check_together(options: SparsifyOptions, goal: Goal) -> None:
     """Options that do not go together. Raises UserError."""
     method, owl = options.method, options.allocation == "owl"
+    if method in RESHAPING and options.shares not in (None, 1):
+        raise UserError(f"{method} removes whole {WHOLE[method]} in one process; leave torchrun and --shares out")
     if options.variant and method != "wanda":
         raise UserError(f"--variant is one of wanda, not of {method}; leave it out")
     if options.variant and goal.of:
         raise UserError(f"--variant moves weights between rows; it does not go with --pattern {goal}")
-    if method == "structured" and (goal.of or options.sparsity_map or owl):
-        raise UserError(
-            "structured removes the same share of whole neurons in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
-        )
-    if options.refine and method == "structured":
-        raise UserError("--refine changes which weights are zero; structured removes whole neurons, so leave it out")
+    if method in RESHAPING:
+        whole = f"{method} removes whole {WHOLE[method]}"
+        if goal.of or options.sparsity_map or owl:
+            raise UserError(
+                f"{whole}, the same share in every layer, since config.json holds one size; leave --pattern, --sparsity-map and --allocation out"
+            )
+        if options.refine:
+            raise UserError(f"--refine changes which weights are zero; {whole}, so leave it out")
     if options.refine and options.calibration == "none":
         raise UserError("--refine lowers the error on a text; give one with --calibration")
     if owl and goal.of:
@@ -315,7 +363,7 @@ def _allocation(
         kept = json.loads(path.read_text("utf-8"))
         if kept["key"] != key:
             raise UserError(
-                f"{staging} was begun with another model, text or options; go on with those, or start anew with --overwrite"
+                f"{staging} was begun with another model, text or options; continue with those, or start over with --overwrite"
             )
         found: list[float] | None = kept["by_layer"]
         return found
@@ -367,53 +415,6 @@ def _key(
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _record(
-    options: SparsifyOptions,
-    streamed: StreamedModel,
-    plan: PruningPlan,
-    calibration: Calibration | None,
-    pruned: Pruned,
-    key: str,
-    started: float,
-) -> dict[str, Any]:
-    loaded = streamed.loaded
-    before = loaded.record or {}
-    earlier = list(before.get("pruned_before", []))
-    if before.get("command") == "sparsify":
-        earlier.append({name: before.get(name) for name in ("base", "method", "asked", "sparsity")})
-    return {
-        "schema_version": 1,
-        "command": "sparsify",
-        "format": before.get("format", "sparsified"),
-        "base": loaded.identity,
-        "architecture": type(loaded.model).__name__,
-        "dense_layers": loaded.dense_layers,
-        "kept_layers": list(loaded.layer_map),
-        "drop_attn_list": before.get("drop_attn_list", []),
-        "drop_mlp_list": before.get("drop_mlp_list", []),
-        "pruned_before": earlier,
-        "method": plan.method,
-        "asked": options.asked,
-        "sparsity": _overall(plan, pruned.rows),
-        "perplexity": pruned.perplexity or None,
-        "calibration": None if calibration is None else calibration.describe(),
-        "config_changes": pruned.config,
-        "modules": pruned.rows,
-        "config": options.config(),
-        "key": key,
-        "versions": versions(),
-        "device": device_name(streamed.device),
-        "wall_time_s": round(time.monotonic() - started, 3),
-    }
-
-
-def _overall(plan: PruningPlan, rows: list[dict[str, Any]]) -> float:
-    """Share of zero weights in the pruned matrices; of neurons removed for `structured`."""
-    if plan.method == "structured":
-        return float(sum(row["removed"] for row in rows) / sum(row["neurons"] for row in rows))
-    return float(sum(row["zeros"] for row in rows) / sum(row["outputs"] * row["inputs"] for row in rows))
 
 
 def _same(options: SparsifyOptions, folder: Path) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from prunescope.errors import UserError
-from prunescope.export.llama_cpp_engine import require_engine
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions
-from prunescope.jobs.speed_engine import run_in_llama_cpp
+from prunescope.jobs.speed_engine import require, run_in_engine
 from prunescope.models.dropping import DropSpec
 from prunescope.models.references import is_drop
 from prunescope.models.semistructured import check_kernels
@@ -38,7 +37,8 @@ class SpeedOptions(Options):
     repeats: int
     sparse_kernels: bool
     seed: int
-    engine: Literal["transformers", "llama.cpp"]
+    engine: Literal["transformers", "llama.cpp", "vllm"]
+    engine_python: str | None
     loading: LoadOptions
     output: OutputOptions
 
@@ -61,10 +61,12 @@ class SpeedOptions(Options):
         sizes = self.batch_sizes
         if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
             raise UserError(f"--batch-size {self.batch_size}: write different numbers with commas, for example 1,8")
-        if self.engine == "llama.cpp":
+        if self.engine != "transformers":
             if self.sparse_kernels:
-                raise UserError("--sparse-kernels are PyTorch's; llama.cpp has none, leave one of the two out")
-            require_engine()
+                raise UserError(f"--sparse-kernels are PyTorch's; {self.engine} has none, leave one of the two out")
+            require(self.engine, self.engine_python)
+        elif self.engine_python is not None:
+            raise UserError("--engine-python is for --engine vllm; give both or neither")
         super().check()
 
     @property
@@ -89,8 +91,16 @@ class SpeedOptions(Options):
 def run(options: SpeedOptions) -> SpeedResult:
     started = time.monotonic()
     options.check()
-    if options.engine == "llama.cpp":
-        return run_in_llama_cpp(options.models, options.workload, options.config(), options.loading, options.output)
+    if options.engine != "transformers":
+        return run_in_engine(
+            options.engine,
+            options.engine_python,
+            options.models,
+            options.workload,
+            options.config(),
+            options.loading,
+            options.output,
+        )
     names, workload = options.names, options.workload
     found: dict[int, Measured] = {}
     descriptions: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The two sides of a comparison with both models on disk, and the folder that such a run works in."""
+"""Whether models stay on disk; the two sides of a comparison where they do, and the folder that such a run works in."""
 
 from __future__ import annotations
 
@@ -8,23 +8,90 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from prunescope.compare.context import Transcript, check_pair, padded
 from prunescope.errors import UserError
-from prunescope.jobs.options import LoadOptions, Model, OutputOptions
+from prunescope.jobs.options import LoadOptions, Model, OutputOptions, Stream
 from prunescope.jobs.pair import Pair
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.dropping import DropSpec
+from prunescope.models.finding import hooks
+from prunescope.models.fitting import free_bytes, unstreamable, weight_bytes
+from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.streaming import having_read
 from prunescope.models.variants import VariantSpec, read_variant
-from prunescope.progress import progress
+from prunescope.progress import console, progress
 from prunescope.runs.parts import begin
 
-__all__ = ["Sides", "StreamedPair", "sides", "stream_folder"]
+__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder", "write_texts"]
 
 CPU = torch.device("cpu")
+UNWRITTEN = "both models would be read again for every token that they write; give texts with --continuations FILE"
+_ROOM = 16  # of the weights' bytes one in so many is kept for hidden states
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Whether the models of a run stay on disk, and, where that was chosen by itself, why."""
+
+    streamed: bool
+    needed: int | None = None  # bytes
+    free: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` says of it."""
+        why = {} if self.needed is None else {"needed_bytes": self.needed, "free_bytes": self.free}
+        return {"streamed": self.streamed, **why}
+
+
+def place(
+    stream: Stream,
+    dense: Model,
+    target: Model | None,
+    loading: LoadOptions,
+    memory_mb: int = 0,
+    hindrance: str | None = None,
+) -> Placement:
+    """Decide whether the models stay on disk; with ``auto`` they do where they do not fit into the memory that is free, and it is said.
+
+    Args:
+        target: a model of its own counts too, one that is the dense one changed does not.
+        memory_mb: that the columns may use.
+        hindrance: why the command as it was asked for cannot run from disk; it is said where the models do not fit.
+    """
+    if stream != "auto":
+        return Placement(stream)
+    models = [model for model in (dense, target) if model is not None and not VariantSpec.names(model)]
+    if not all(isinstance(model, str) for model in models):
+        return Placement(False)  # loaded already
+    free = free_bytes(loading.device)
+    if free is None:
+        return Placement(False)
+    needed = memory_mb * 2**20
+    for model in models:
+        ours = {"revision": loading.revision, "adapter": loading.adapter} if model is dense else {}
+        weights = weight_bytes(
+            str(model), dtype=loading.dtype, device=loading.device, enough=(free - needed) // 2, **ours
+        )
+        if weights is None:
+            return Placement(False)
+        needed += weights + weights // _ROOM
+    if needed <= free:
+        return Placement(False)
+    why = (unstreamable(str(model), dequantise=loading.dequantise) for model in models)
+    hindrance = hindrance or next(filter(None, why), None)
+    spec = read_variant(target)
+    if hindrance is None and isinstance(spec, VariantSpec):
+        hindrance = f"target {spec} is quantised in memory; give a checkpoint that holds it as floats"
+    size = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on {loading.device}"
+    if hindrance is not None:
+        console.print(f"{size}, but blocks cannot be read from disk: {hindrance}", markup=False, highlight=False)
+        return Placement(False)
+    console.print(f"{size}: blocks are read from disk (--stream false loads the models)", markup=False, highlight=False)
+    return Placement(True, needed, free)
 
 
 @dataclass(frozen=True)
@@ -45,17 +112,18 @@ class StreamedPair:
         """
         for model in (dense, target):
             if model is not None and not isinstance(model, str):
-                raise UserError(f"{model}: --stream reads models from disk; give its folder, or leave --stream out")
+                raise UserError(f"{model}: --stream reads models from disk; give its folder, or give --stream false")
         spec = read_variant(target)
         if isinstance(spec, VariantSpec):
             raise UserError(
-                f"target {spec}: weights are quantised in memory; with --stream give a checkpoint that holds them as floats, or leave --stream out"
+                f"target {spec}: weights are quantised in memory; with --stream give a checkpoint that holds them as floats, or give --stream false"
             )
-        base = stream_model(str(dense), scratch / "dense", experts=None, **options.config())
+        base = stream_model(str(dense), scratch / "dense", experts=None, prefetch=True, **options.config())
         if spec is not None or target is None:
             return cls(base, spec)
         other = LoadOptions(options.dtype, options.device, None, options.trust_remote_code, None, options.dequantise)
-        return cls(base, stream_model(str(target), scratch / "target", experts=None, **other.config()))
+        theirs = stream_model(str(target), scratch / "target", experts=None, prefetch=True, **other.config())
+        return cls(base, theirs)
 
     @contextmanager
     def having_read(
@@ -85,6 +153,25 @@ class StreamedPair:
         return Pair(self.dense.loaded, self.target.loaded if isinstance(self.target, StreamedModel) else self.target)
 
 
+def write_texts(
+    streamed: StreamedModel, prompts: Sequence[list[int]], steps: int, sampling: Sampling, *, stop: bool
+) -> list[list[int]]:
+    """What a model on disk writes after ``prompts``, at most ``steps`` tokens: all in one batch, every block read anew for each token.
+
+    What that costs is said first.
+    """
+    loaded = streamed.loaded
+    size = sum(p.numel() * p.element_size() for p in streamed.blocks.parameters())
+    console.print(
+        f"{loaded.ref} writes {len(prompts)} continuations from disk, token by token: up to {steps} times {size / 1e9:.1f} GB are read, about {steps * streamed.seconds:.0f} s at the rate at which it was opened; --continuations FILE gives it texts instead",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    loaded.decoding[str(loaded.dropped)] = "its weights stay on disk"
+    with streamed.running(mapped=True), hooks() as handles, progress(f"up to {steps} tokens", steps) as advance:
+        handles.append(streamed.blocks[-1].register_forward_hook(lambda *_: advance(1)))
+        return continue_texts(loaded, prompts, steps, batch_size=len(prompts), sampling=sampling, stop=stop)
+
+
 @contextmanager
 def stream_folder(output: OutputOptions) -> Iterator[Path]:
     """The folder to work in, a temporary one where nothing is to be written or the run is complete."""
@@ -103,6 +190,7 @@ class Sides:
     """Both models of a comparison, in memory or, with ``streamed`` and the ``folder`` that is worked in, on disk."""
 
     pair: Pair
+    placement: Placement = Placement(False)
     streamed: StreamedPair | None = None
     folder: Path | None = None
 
@@ -129,11 +217,13 @@ class Sides:
 
 
 @contextmanager
-def sides(dense: Model, target: Model, loading: LoadOptions, output: OutputOptions, *, stream: bool) -> Iterator[Sides]:
+def sides(
+    dense: Model, target: Model, loading: LoadOptions, output: OutputOptions, placement: Placement
+) -> Iterator[Sides]:
     """Open both models. Raises UserError as `Pair.load`, or as `StreamedPair.open`."""
-    if not stream:
+    if not placement.streamed:
         yield Sides(Pair.load(dense, target, loading))
         return
     with stream_folder(output) as folder:
         streamed = StreamedPair.open(dense, target, loading, folder / "scratch")
-        yield Sides(streamed.pair, streamed, folder)
+        yield Sides(streamed.pair, placement, streamed, folder)

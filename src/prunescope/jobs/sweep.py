@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,8 @@ from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.files import replacing
-from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
+from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, listed
+from prunescope.jobs.pair import load_dense
 from prunescope.models import ggml
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
@@ -34,11 +36,11 @@ from prunescope.results import SweepResult
 from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record, versions
+from prunescope.runs.workers import Compute, sharing
 from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import ladder_of, write_texts
 from prunescope.sweep.points import Point, read_points
 from prunescope.sweep.tables import Measured, assemble, kl_of, split
-from prunescope.sweep.workers import measure_on_workers, require_ray
 from prunescope.tasks.evaluate import expand_tasks
 
 __all__ = ["SweepOptions", "run"]
@@ -73,10 +75,9 @@ class SweepOptions(Options):
     samples: int | None
     seq_len: int | None
     batch_size: int
-    workers: int
-    ray_address: str | None
     seed: int
     cache: bool
+    spread: SpreadOptions
     loading: LoadOptions
     output: OutputOptions
 
@@ -84,15 +85,8 @@ class SweepOptions(Options):
         super().check()
         check_rungs(self.ladder)
         expand_tasks(listed(self.tasks))
-        if self.spread:
-            require_ray()
         if self.output.out is None and self.output.resume:
-            raise UserError("--resume goes on with an interrupted sweep; say where with --out")
-
-    @property
-    def spread(self) -> bool:
-        """Whether the points are shared among workers."""
-        return self.workers > 1 or self.ray_address is not None
+            raise UserError("--resume continues an interrupted sweep; say where with --out")
 
     @property
     def cache_folder(self) -> Path | None:
@@ -249,14 +243,20 @@ def _measure(
             f"{point.title} ({first + count} of {total}): {means}, {found.info['seconds']:.1f} s{after}", markup=False
         )
 
-    if options.spread:
-        model = {"ref": bench.loaded.ref, **options.loading.config()}
-        measure_on_workers(todo, model, plan, workers=options.workers, address=options.ray_address, done=say)
+    if options.spread.spread and todo:
+        with options.spread.started(load_dense, [options.model], options.loading, bench.loaded) as workers:
+            share = sharing(workers, partial(_measuring, plan=plan))
+            share(todo, bench.measure, lambda place, found: say(todo[place], found))
         return
     for number, point in enumerate(todo):
         elapsed = time.monotonic() - started
         rest = f", about {_duration(elapsed / number * (len(todo) - number))} left for all" if number else ""
         say(point, bench.measure(point, f"{point.title} ({first + number + 1} of {total}{rest})"))
+
+
+def _measuring(dense: LoadedModel, *_: Any, plan: SweepPlan) -> Compute:
+    """A point -> what it gives, for a worker."""
+    return Bench(dense, plan).measure
 
 
 def _means(found: Measured) -> dict[str, float]:

@@ -241,7 +241,7 @@ def _recorder(calls: list[_Call], name: str) -> Callable[..., None]:
         entering, leaving = first_tensor(args, kwargs), first_output(output)
         returns = len(output) if isinstance(output, tuple) else 0
         residual = given_residual(module, args, kwargs)
-        adds = leaving.clone() if residual is None else leaving - residual
+        adds = leaving.clone() if residual is None else leaving - residual.to(leaving.device)
         calls.append(_Call(name, module, entering, leaving, returns, entering.clone(), adds, residual is not None))
 
     return record
@@ -309,9 +309,9 @@ def _understand_block(layer: int, module: nn.Module, calls: list[_Call], stream:
     shared = attn.pre is not None and attn.pre is mlp.pre
     if shared:
         attn, mlp = (replace(part, shares_pre=True) for part in (attn, mlp))
-    parallel = shared or _same(mlp_in.entering, before)
+    parallel = shared or _same(mlp_in.entering, before) or _same(mlp_in.entering, attn_in.entering)
 
-    if not torch.equal(attn_in.entering_value.flatten(), before_value.flatten()):
+    if not torch.equal(attn_in.entering_value.flatten(), before_value.flatten().to(attn_in.entering_value.device)):
         raise unsupported("its attention branch does not read the residual stream")
     attn_part, mlp_part = (scale * call.leaving_value.view_as(before_value) for call in (attn_out, mlp_out))
     if not parallel and not _close(mlp_in.entering_value.view_as(before_value), before_value, attn_part):

@@ -7,7 +7,7 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 from __future__ import annotations
 
 import json
-import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,20 +19,24 @@ from torch import Tensor, nn
 
 from prunescope.errors import UserError
 from prunescope.files import parse_json
-from prunescope.models.adapters import Adapter, merge_adapter, with_adapter
+from prunescope.models.adapters import with_adapter
 from prunescope.models.anatomy import find_anatomy, probe_ids
 from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, load_model, missing_weights
+from prunescope.models.loading import choose_device, choose_dtype, from_pretrained, missing_weights
 from prunescope.models.matrices import Matrix, find_matrices
+from prunescope.models.one_by_one import large_experts, one_at_a_time, slices
+from prunescope.models.plain import check_plain, merged, settings, snapshot, unpacked
+from prunescope.models.prefetching import Ahead
 from prunescope.models.record import config_drop_lists, layers_of, read_record
-from prunescope.models.references import expand_user, not_on_hub, resolve
+from prunescope.models.references import expand_user, resolve
 from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, stored_tensors
 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
 _PIECE = 2**22  # elements that are checked at a time
+_LARGE = 2**32  # bytes of a block's experts from which on they are read one at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -55,6 +59,9 @@ class StreamedModel:
     )  # the streams (1, tokens, d) into every block then, and after the last
     # by what is dropped: what the head reads of texts that were read
     read: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    ahead: Ahead | None = field(default=None, repr=False)  # fetches the next block while one runs
+    large: int | None = None  # bytes of a block's experts from which on they are read one at a time
+    seconds: float = 0.0  # that it took to read all of it once, when it was opened
 
     @property
     def model(self) -> Any:
@@ -72,16 +79,38 @@ class StreamedModel:
             mapped: leave what can be used as it is in its mapped file, as `load_model` does.
         """
         source = self.weights if weights is None else weights
+        ahead, prefix = self.ahead if weights is None else None, self.names[layer] + "."
+        ready = {} if ahead is None else ahead.take(layer, self._names(layer))
+        experts = self._large(layer)
+        left = {id(p) for module in experts.values() for p in module.parameters(recurse=False)}
         # copies: what lies in a mapped file is aligned at random, and products round by that
-        with _filled(self.blocks[layer], self.names[layer] + ".", source, self.device, copies=not mapped):
+        with ExitStack() as stack:
+            block = self.blocks[layer]
+            stack.enter_context(_filled(block, prefix, source, self.device, left, copies=not mapped, ready=ready))
+            for name, module in experts.items():
+                stack.enter_context(one_at_a_time(module, f"{prefix}{name}.", source, self.device))
+            if ahead is not None and layer + 1 < len(self.blocks):
+                ahead.begin(layer + 1, self._names(layer + 1))
             yield
+
+    def _large(self, layer: int) -> dict[str, nn.Module]:
+        """Modules of a block whose experts are read one at a time, by their names in it."""
+        return {} if self.large is None else large_experts(self.blocks[layer], self.large)
+
+    def _names(self, layer: int) -> list[str]:
+        left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
+        names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
+        return [name for name in names if not left or not name.startswith(left)]
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
         """Everything outside the blocks with its weights (embeddings, final norm, head), but for ``skip``."""
         parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (self.blocks, *skip)]
         skipped = {id(parameter) for part in parts for parameter in part}
-        with _filled(self.model, "", self.weights, self.device, skipped):
+        ready: Mapping[str, Tensor] = {}
+        if self.ahead is not None:
+            ready = self.ahead.take(-1, [name for name, p in self.model.named_parameters() if id(p) not in skipped])
+        with _filled(self.model, "", self.weights, self.device, skipped, ready=ready):
             yield
 
     @contextmanager
@@ -107,14 +136,14 @@ class StreamedModel:
         return self.read[str(self.loaded.dropped)](ids)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The whole model can run: each block's weights come when it is entered and go when it is left."""
+    def running(self, *, mapped: bool = False) -> Iterator[None]:
+        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`."""
         with self.outside(), hooks() as handles, ExitStack() as all_blocks:
             for layer, block in enumerate(self.blocks):
                 held = all_blocks.enter_context(ExitStack())
 
                 def enter(*_: Any, layer: int = layer, held: ExitStack = held) -> None:
-                    held.enter_context(self.block(layer))
+                    held.enter_context(self.block(layer, mapped=mapped))
 
                 def leave(*_: Any, held: ExitStack = held) -> None:
                     held.close()
@@ -170,6 +199,7 @@ def stream_model(
     trust_remote_code: bool = False,
     dequantise: bool = False,
     experts: str | None = "eager",
+    prefetch: bool = False,
 ) -> StreamedModel:
     """Open ``ref`` with its weights left on disk, read them once, and check them and what was found.
 
@@ -180,6 +210,7 @@ def stream_model(
         dequantise: write packed weights into ``scratch`` as dense floats first; the whole model is in memory for a moment.
         dtype, device, revision, adapter, trust_remote_code: as in `load_model`; the dtype is that of the computation.
         experts: how transformers runs fused experts: one by one, so that each one's input is seen, or None for its own choice, as `load_model`.
+        prefetch: fetch the next block while one runs (a GPU then holds two), and experts of 4 GB a block or more one at a time.
     Raises:
         UserError: as `load_model`, and for a checkpoint without weights of its own, or with quantised ones.
     """
@@ -194,17 +225,17 @@ def stream_model(
     base, found = with_adapter(ref, adapter)
     source, options, identity = resolve(base, revision)
     if found is not None:
-        folder = _merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
+        folder = merged(base, source, options | {"trust_remote_code": trust_remote_code}, found, scratch / "merged")
         identity |= found.identity
     elif "gguf_file" in options:
         folder = dequantise_gguf(ref, Path(source) / options["gguf_file"], scratch / "dense")
     elif Path(source).is_dir():
         folder = Path(source)
     else:
-        folder = _snapshot(ref, source, revision)
+        folder = snapshot(ref, source, revision)
         identity["revision"] = folder.name
-    if dequantise and _settings(folder).get("quantization_config"):
-        folder = _unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
+    if dequantise and settings(folder).get("quantization_config"):
+        folder = unpacked(ref, folder, torch_device, trust_remote_code, scratch / "dequantised")
         identity["dequantised"] = "true"
     stored = stored_tensors(folder, ref)
     opened = _open(ref, folder, scratch / "converted", torch_dtype, trust_remote_code, experts)
@@ -221,9 +252,13 @@ def stream_model(
     names = tuple(where[id(block)] for block in blocks)
     loaded = LoadedModel(ref, model, tokenizer, None, identity, (), 0, record, stored_dtype)  # type: ignore[arg-type]
     streamed = StreamedModel(loaded, torch_device, folder, stored, weights, blocks, names)
+    if prefetch:
+        streamed.ahead, streamed.large = Ahead(weights, torch_device), _LARGE
+    started = time.monotonic()
     with streamed.running(), _looking(streamed):
         streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
+    streamed.seconds = time.monotonic() - started
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     loaded.source = streamed
     return streamed
@@ -242,7 +277,9 @@ def _looking(streamed: StreamedModel) -> Iterator[None]:
                 streams[layer] = first_tensor(args, kwargs).clone()
                 for name, parameter in module.named_parameters():
                     if parameter.dim() >= 2:
-                        zeros = int(parameter.numel() - parameter.count_nonzero())
+                        whole = f"{streamed.names[layer]}.{name}"
+                        pieces = slices(streamed.weights, whole, parameter) if parameter.is_meta else [parameter]
+                        zeros = sum(int(piece.numel() - piece.count_nonzero()) for piece in pieces)
                         streamed.loaded.zeros[id(meta[f"{streamed.names[layer]}.{name}"])] = zeros
 
             def out(_: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
@@ -314,7 +351,7 @@ def _open(
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: its config.json cannot be read ({error}); fetch it again") from error
-    _check_plain(ref, config)
+    check_plain(ref, config)
     placement = {"device_map": {"": "disk"}, "offload_folder": str(converted)}
     if experts is not None:
         placement["experts_implementation"] = experts
@@ -338,65 +375,6 @@ def _offloaded(model: nn.Module) -> Mapping[str, Tensor]:
     raise UserError(f"{type(model).__name__}: accelerate left no map of the weights on disk; use another version of it")
 
 
-def _snapshot(ref: str, source: str, revision: str | None) -> Path:
-    """The files of a Hugging Face id, in the hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise not_on_hub(ref, error) from error
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{ref}: no .safetensors weights on the hub; pickled weights are never read, convert them first"
-        )
-    return folder
-
-
-def _merged(ref: str, source: str, options: dict[str, Any], adapter: Adapter, folder: Path) -> Path:
-    """A plain folder of the model with an adapter merged into it; one that is there already is left as it is."""
-    if not folder.is_dir():
-        model, tokenizer, missing, _ = from_pretrained(ref, source, options, "auto")
-        if missing:
-            raise missing_weights(ref, missing)
-        _check_plain(ref, model.config.to_dict())
-        beside = folder.with_name(f"{folder.name}.beside")
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
-        merge_adapter(ref, model, adapter).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    return folder
-
-
-def _unpacked(ref: str, source: Path, device: torch.device, trust_remote_code: bool, folder: Path) -> Path:
-    """A plain folder of the model with dense weights; one that is there already is left as it is."""
-    if not folder.is_dir():
-        loaded = load_model(source, device=str(device), trust_remote_code=trust_remote_code, dequantise=True)
-        _check_plain(ref, loaded.model.config.to_dict())
-        beside = folder.with_name(f"{folder.name}.beside")
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was cut off
-        loaded.model.save_pretrained(beside)
-        loaded.tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    return folder
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        return {}  # said where it is read in earnest
-
-
-def _check_plain(ref: str, config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{ref}: its weights are quantised; give --dequantise to prune them as dense floats, or the model in float32, bfloat16 or float16"
-        )
-
-
 @contextmanager
 def _filled(
     module: nn.Module,
@@ -405,8 +383,9 @@ def _filled(
     device: torch.device,
     skipped: Collection[int] = (),
     copies: bool = False,
+    ready: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once."""
+    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once. What is ``ready`` need not be read."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     fresh: dict[int, nn.Parameter] = {}
     try:
@@ -414,14 +393,20 @@ def _filled(
             if id(parameter) in skipped:
                 continue
             if id(parameter) not in fresh:
-                value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
-                if not all(torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)):
+                found = (ready or {}).get(prefix + name)
+                if found is None:
+                    value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
+                else:
+                    value = found.to(parameter.dtype)
+                finite = [torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)]
+                if not torch.stack(finite).all():
                     raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
                 fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             owner._parameters[leaf] = fresh[id(parameter)]
             replaced.append((owner, leaf, parameter))
+        ready = None
         yield
     finally:
         for owner, leaf, parameter in replaced:

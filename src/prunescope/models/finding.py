@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -114,11 +115,22 @@ def hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
+@cache
+def _residual_place(forward: Callable[..., Any]) -> int | None:
+    """Where ``residual`` stands among what a class's forward is called with; read once a class, since hooks ask at every call."""
+    place = _place_of(forward)
+    return None if place is None else place - 1  # self
+
+
+def _place_of(forward: Callable[..., Any]) -> int | None:
+    names = list(signature(forward).parameters)
+    return names.index("residual") if "residual" in names else None
+
+
 def given_residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The stream that a module is given to add to, where its forward has a ``residual``."""
-    names = list(signature(module.forward).parameters)
-    if "residual" not in names:
+    place = _residual_place(type(module).forward) if "forward" not in vars(module) else _place_of(module.forward)
+    if place is None:
         return None
-    place = names.index("residual")
     found = kwargs.get("residual", args[place] if len(args) > place else None)
     return found if isinstance(found, Tensor) else None

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from prunescope.errors import UserError, first_line
 from prunescope.models.decoding import decode, foreign_cache
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import is_sharded
 from prunescope.models.residual import final_states
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "decoding_way",
     "end_tokens",
     "static_problem",
+    "texts_at_a_time",
     "uniform_draws",
 ]
 
@@ -159,6 +161,19 @@ def check_cache(loaded: LoadedModel) -> None:
         raise UserError(f"{loaded.ref}: all of its layers are linear attention, of which transformers keeps no cache that can count; it cannot write here, only drop and sparsify with a text as --calibration")  # fmt: skip
 
 
+@torch.no_grad()
+def texts_at_a_time(loaded: LoadedModel, tokens: int) -> int:
+    """How many texts of ``tokens`` may be written together: 32 on a CPU; on a GPU up to 256, where their keys and values, and the
+    probabilities among which a step chooses, take a quarter of the free memory."""
+    if loaded.device.type != "cuda":
+        return 32
+    first = loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded.device), use_cache=True)
+    layers = getattr(first.past_key_values, "layers", [])
+    cached = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values) if part is not None)
+    free = torch.cuda.mem_get_info(loaded.device)[0]
+    return int(max(1, min(256, free / 4 / (cached * tokens + 40 * loaded.anatomy.vocab_size))))
+
+
 _Batch = tuple[Tensor, Tensor | None]  # new tokens (batch, steps), states (steps, batch, d) if asked for
 
 
@@ -211,6 +226,8 @@ def static_problem(loaded: LoadedModel) -> str | None:
     """
     if loaded.device.type != "cuda":
         return f"a fixed cache pays on a CUDA device only, this is {loaded.device.type}"
+    if is_sharded(loaded.model):
+        return "its weights lie on several GPUs"
     key = str(loaded.dropped)
     if key not in loaded.decoding:
         loaded.decoding[key] = try_static(loaded)

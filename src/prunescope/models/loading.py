@@ -21,8 +21,9 @@ from prunescope.models.gguf_reading import parsed_once
 from prunescope.models.hub import one_try
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import check_head, format_of, is_finite
+from prunescope.models.placing import ALL_GPUS, check_placed, is_sharded, placement
 from prunescope.models.record import config_drop_lists, layers_of, read_record
-from prunescope.models.references import expand_user, not_on_hub, resolve
+from prunescope.models.references import BUNDLED, expand_user, not_on_hub, resolve
 from prunescope.models.unpacking import unpack
 from prunescope.runs.folder import NO_SPACE
 
@@ -57,7 +58,7 @@ def load_model(
         ref: a Hugging Face id, a folder, a `.gguf` file, ``smollm2-135m``, a prunescope or LLM-Drop checkpoint folder, or the folder of an
             adapter, which names its base model. A model that is loaded already is returned, ``drop`` applied; the rest stays what it is.
         dtype: float32, float64, bfloat16, float16, or auto: the checkpoint's own on an accelerator, float32 on a CPU.
-        device: a torch device, or auto: cuda where there is one, else cpu.
+        device: a torch device, gpus (the blocks spread over all of this machine), or auto: the first GPU, more where it does not fit there, else cpu.
         drop: sublayers to drop in place.
         revision: of a Hugging Face id.
         adapter: folder or Hugging Face id of an adapter (LoRA and its like) to merge into the weights, before anything is dropped.
@@ -72,10 +73,14 @@ def load_model(
         if drop is not None:
             ref.drop(drop)
         return ref
-    torch_device = choose_device(device)
+    of_gguf = str(ref) == BUNDLED or str(ref).endswith(".gguf")
+    if of_gguf and device == ALL_GPUS:
+        raise UserError(f"{ref}: a GGUF file is read to one device; give --device auto, or a safetensors folder")
+    placed = {} if of_gguf else placement(device)
+    torch_device = choose_device("auto" if device == ALL_GPUS else device)
     torch_dtype: Any = choose_dtype(dtype, torch_device)
     ref = expand_user(ref)
-    options = _Options(torch_dtype, torch_device, trust_remote_code, headless, dequantise)
+    options = _Options(torch_dtype, torch_device, placed, trust_remote_code, headless, dequantise)
     record = read_record(Path(ref)) if Path(ref).is_dir() else None
     if record is not None and record.get("format") == "recipe":
         loaded = _load_recipe(Path(ref), record, adapter, options)
@@ -93,6 +98,7 @@ class _Options(NamedTuple):
 
     dtype: Any
     device: torch.device
+    placement: dict[str, Any]  # see `prunescope.models.placing.placement`
     trust_remote_code: bool
     headless: bool
     dequantise: bool
@@ -123,7 +129,7 @@ def _load_weights(
     source, model_options, identity = resolve(ref, revision)
     model_options["trust_remote_code"] = options.trust_remote_code
     model, tokenizer, missing, stored_dtype = from_pretrained(
-        ref, source, model_options, options.dtype, device=options.device
+        ref, source, model_options, options.dtype, device=options.device, placement=options.placement
     )
     config_drop = config_drop_lists(ref, model.config) if record is None else DropSpec()
     if "content_hash" not in identity:
@@ -131,7 +137,8 @@ def _load_weights(
         if commit:
             identity["revision"] = commit
     missing = _put_head(ref, model, missing, options.headless)
-    model = model.to(options.device).eval()
+    check_placed(ref, model)
+    model = (model if is_sharded(model) else model.to(options.device)).eval()
     _check_weights(ref, model, missing)
     if adapter is not None:
         model = merge_adapter(ref, model, adapter)
@@ -148,6 +155,8 @@ def _load_weights(
                 _forget_quantiser(model)
     anatomy = find_anatomy(model)
     check_head(ref, anatomy.head)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(anatomy.head.weight.device)  # type: ignore[arg-type]  # kernels of ours run where the head is
     config_drop.check(len(anatomy))
     _check_missing(ref, model, anatomy, missing, config_drop)
     layer_map, dense_layers = layers_of(ref, record, len(anatomy))
@@ -202,6 +211,10 @@ def _read_model(
         else:
             config = transformers.AutoConfig.from_pretrained(source, **options)
             stored_dtype, quantised = config.dtype, getattr(config, "quantization_config", None)
+            if (
+                quantised and placement.get("device_map") == "sequential"
+            ):  # nothing was asked for, and formats have rules of their own
+                model_options = dict(options)
             model_options |= {"use_safetensors": True, **_dequantising(quantised, device)}
         model, info = _auto_class(config).from_pretrained(
             source, dtype=dtype, output_loading_info=True, **model_options
@@ -337,6 +350,8 @@ def _check_missing(ref: str, model: nn.Module, anatomy: Anatomy, missing: set[st
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; auto is cuda where there is one. Raises UserError for one that cannot be used."""
+    if name == ALL_GPUS:
+        raise UserError(f"device {name!r}: this command works on one device; give cuda, or cuda:1")
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "meta":

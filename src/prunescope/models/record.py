@@ -70,4 +70,4 @@ def layer_list(where: str, value: Any) -> tuple[int, ...]:
             return tuple(layer for layer, dropped in enumerate(value) if dropped)
     elif isinstance(value, list) and all(isinstance(item, int) and item >= 0 for item in value):
         return tuple(sorted(set(value)))
-    raise UserError(f"{where} is {str(value)[:60]}, not a list of layer indices; mend it, or take it out")
+    raise UserError(f"{where} is {str(value)[:60]}, not a list of layer indices; fix or remove it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from prunescope.models.anatomy import Block, Kind, Sublayer
 from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.placing import homeward
 
-__all__ = ["Passage", "block_streams", "final_states", "starting_at", "substituting", "watching"]
+__all__ = ["Passage", "block_streams", "final_states", "headless", "starting_at", "substituting", "watching"]
+
+Home = Callable[[Tensor], Tensor]  # see `homeward`
 
 
 @dataclass(frozen=True)
@@ -30,36 +34,40 @@ class Passage:
 
 
 @contextmanager
-def watching(loaded: LoadedModel, see: Callable[[Passage], None]) -> Iterator[None]:
+def watching(loaded: LoadedModel, see: Callable[[Passage], None], stream_only: bool = False) -> Iterator[None]:
     """Call ``see`` for every sublayer, in order, of every forward pass inside the block. Dropped sublayers pass the stream on unchanged.
 
-    In a parallel block the attention branch counts as added first.
+    In a parallel block the attention branch counts as added first. ``stream_only``: of a passage only ``before`` and ``after`` are
+    there, at a fraction of the hooks.
     """
+    home = homeward(loaded)
     with hooks() as handles:
         for block in loaded.anatomy.blocks:
             state: dict[str, Tensor] = {}
-            handles.append(block.module.register_forward_pre_hook(_keep_input(state, "before"), with_kwargs=True))
+            keep_input, keep_output = partial(_keep_input, state, home), partial(_keep_output, state, home)
+            handles.append(block.module.register_forward_pre_hook(keep_input("before"), with_kwargs=True))
             for part in (block.attn, block.mlp):
                 first, last = part.modules[0], part.modules[-1]
-                handles.append(first.register_forward_pre_hook(_keep_input(state, f"{part.kind} in"), with_kwargs=True))
-                handles.append(last.register_forward_hook(_keep_output(state, f"{part.kind} out"), with_kwargs=True))
-                for module in part.exits:
-                    keep = _keep_output(state, f"{part.kind} adds", summed=part.summed)
+                if not stream_only:
+                    handles.append(first.register_forward_pre_hook(keep_input(f"{part.kind} in"), with_kwargs=True))
+                    handles.append(last.register_forward_hook(keep_output(f"{part.kind} out"), with_kwargs=True))
+                for module in () if stream_only and part.kind == "mlp" else part.exits:
+                    keep = keep_output(f"{part.kind} adds", summed=part.summed)
                     handles.append(module.register_forward_hook(keep, with_kwargs=True))
-            handles.append(block.module.register_forward_hook(_tell(state, block, see)))
+            handles.append(block.module.register_forward_hook(_tell(state, block, see, home)))
         yield
 
 
-def _keep_input(state: dict[str, Tensor], key: str) -> Callable[..., None]:
+def _keep_input(state: dict[str, Tensor], home: Home, key: str) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        state[key] = first_tensor(args, kwargs)
+        state[key] = home(first_tensor(args, kwargs))
 
     return hook
 
 
-def _keep_output(state: dict[str, Tensor], key: str, summed: bool = False) -> Callable[..., None]:
+def _keep_output(state: dict[str, Tensor], home: Home, key: str, summed: bool = False) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        found = _added(module, args, kwargs, output)
+        found = home(_added(module, args, kwargs, output))
         found = found.clone() if key.startswith("mlp") else found  # Falcon adds the attention into it
         state[key] = state[key] + found.view_as(state[key]) if summed and key in state else found
 
@@ -68,15 +76,15 @@ def _keep_output(state: dict[str, Tensor], key: str, summed: bool = False) -> Ca
 
 def _added(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
     """A module's output, without the stream where the module adds it."""
-    residual = given_residual(module, args, kwargs)
-    return first_output(output) if residual is None else first_output(output) - residual
+    residual, found = given_residual(module, args, kwargs), first_output(output)
+    return found if residual is None else found - residual.to(found.device)
 
 
-def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]) -> Callable[..., None]:
+def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None], home: Home) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Any) -> None:
-        before, after = state["before"], first_output(output)
+        before, after = state["before"], home(first_output(output))
         added = {
-            part.kind: part.scale * state[f"{part.kind} adds"].view_as(before)
+            part.kind: _scaled(part.scale, state[f"{part.kind} adds"].view_as(before))
             for part in (block.attn, block.mlp)
             if f"{part.kind} adds" in state
         }
@@ -89,14 +97,36 @@ def _tell(state: dict[str, Tensor], block: Block, see: Callable[[Passage], None]
     return hook
 
 
+def _scaled(scale: float, branch: Tensor) -> Tensor:
+    return branch if scale == 1 else scale * branch
+
+
+@contextmanager
+def headless(loaded: LoadedModel) -> Iterator[None]:
+    """Forward passes inside the block give zeros for logits: where only the stream is wanted, a head is read for nothing."""
+    head, own = loaded.anatomy.head, loaded.anatomy.head.__dict__.get("forward")
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], loaded.anatomy.vocab_size)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+        if own is not None:
+            head.forward = own
+
+
 @contextmanager
 def final_states(loaded: LoadedModel, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Call ``see`` with what the head reads, ``(batch, tokens, d)`` at all positions, in every forward pass inside the block: the stream
     after the final norm, or after the last block where there is no such norm."""
+    home = homeward(loaded)
     last = loaded.anatomy.final_norm or loaded.anatomy.blocks[-1].module
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
-        see(first_output(output))
+        see(home(first_output(output)))
 
     with hooks() as handles:
         handles.append(last.register_forward_hook(hook))
@@ -143,7 +173,9 @@ def substituting(
                 ) -> None:
                     found.append(_added(module, args, kwargs, output))
                     if module is part.exits[-1]:
-                        see(part.layer, part.kind, part.scale * sum_of([one.view_as(found[0]) for one in found]))
+                        see(
+                            part.layer, part.kind, _scaled(part.scale, sum_of([one.view_as(found[0]) for one in found]))
+                        )
                         found.clear()
 
                 for module in part.exits:
@@ -156,12 +188,13 @@ def block_streams(loaded: LoadedModel, first: int = 0) -> Iterator[list[Tensor]]
     """A list that a forward pass inside the block fills: the stream ``(batch, tokens, d)`` into every block from ``first`` on, and after
     the last one."""
     streams: list[Tensor] = []
+    home = homeward(loaded)
 
     def into(_: nn.Module, args: Any, kwargs: Any) -> None:
-        streams.append(first_tensor(args, kwargs))
+        streams.append(home(first_tensor(args, kwargs)))
 
     def out(_: nn.Module, args: Any, output: Any) -> None:
-        streams.append(first_output(output))
+        streams.append(home(first_output(output)))
 
     with hooks() as handles:
         for block in loaded.anatomy.blocks[first:]:
@@ -174,20 +207,24 @@ def block_streams(loaded: LoadedModel, first: int = 0) -> Iterator[list[Tensor]]
 def starting_at(loaded: LoadedModel, layer: int, stream: Tensor) -> Iterator[None]:
     """Forward passes inside the block begin at block ``layer`` with ``stream`` (batch, tokens, d): the blocks before it pass on what they are
     given, unseen. Masks and positions are the model's own."""
-    before = loaded.anatomy.blocks[:layer]
+    before = [block.module for block in loaded.anatomy.blocks[:layer]]
+    returns = [block.returns for block in loaded.anatomy.blocks[:layer]]
+    own = [module.__dict__.get("forward") for module in before]  # accelerate's, where the model lies on several devices
 
     def swap(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return swap_first_tensor(args, kwargs, stream)
 
     try:
-        for block in before:
-            block.module.forward = _passing_on(block.returns)
+        for module, count in zip(before, returns, strict=True):
+            module.forward = _passing_on(count)
         with hooks() as handles:
             handles.append(loaded.anatomy.blocks[layer].module.register_forward_pre_hook(swap, with_kwargs=True))
             yield
     finally:
-        for block in before:
-            block.module.__dict__.pop("forward", None)
+        for module, forward in zip(before, own, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _passing_on(returns: int) -> Callable[..., Any]:

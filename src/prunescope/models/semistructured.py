@@ -19,6 +19,7 @@ from torch.nn import functional
 from prunescope.errors import UserError, first_line
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import is_packed
+from prunescope.models.placing import refuse_sharded
 
 __all__ = ["check_kernels", "inner_tensors", "is_two_four", "two_four_layers", "using_kernels"]
 
@@ -68,6 +69,7 @@ def using_kernels(loaded: LoadedModel) -> Iterator[list[str]]:
     Raises:
         UserError: no such kernels here, or a shape that they refuse.
     """
+    refuse_sharded(loaded.ref, loaded.model, "--sparse-kernels", "leave it out")
     check_kernels(loaded.device, loaded.dtype)
     waiting: list[tuple[nn.Linear, Any, Tensor]] = []
     names = []

@@ -29,6 +29,8 @@ from prunescope.progress import progress
 
 __all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
 
+_AT_ONCE = 2**28  # bytes of hidden states that a GPU is given, and gives back, in one copy
+
 
 @dataclass
 class Recorded:
@@ -80,7 +82,7 @@ class Recorded:
         found = self.run(streamed, 0, layer, streamed.probe[layer])
         if not torch.equal(found, streamed.probe[layer + 1]):
             raise UserError(
-                f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; leave --stream out"
+                f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; give --stream false"
             )
 
 
@@ -170,6 +172,7 @@ class Carried:
         self._shapes: list[tuple[int, ...]] = []
         self._dtype = torch.float32
         self._texts: list[tuple[Cache, list[int]]] = []  # of each stepped text an empty cache, and its passes
+        self._caches: dict[int, Cache] = {}  # by pass, with nothing in them but their lengths
         found = sorted(folder.glob(f"part-{name}-*.bin"))
         self.layer = int(found[-1].stem.rpartition("-")[2]) if found else 0  # the block that is next
         for older in found[:-1]:  # of a run that was cut off between two blocks
@@ -202,7 +205,7 @@ class Carried:
                     cache = _cache_in(*self.recorded.calls[-1][0])
                     if cache is None or type(cache).__name__ != "DynamicCache":
                         raise UserError(
-                            f"{self.streamed.loaded.ref}: its blocks are given no plain key/value cache; leave --stream out"
+                            f"{self.streamed.loaded.ref}: its blocks are given no plain key/value cache; give --stream false"
                         )
                 assert cache is not None
                 self._texts.append((_emptied(cache), numbers))
@@ -229,30 +232,51 @@ class Carried:
         layer, streamed = self.layer, self.streamed
         if check:
             self.recorded.check(streamed, layer)
+        together = _at_once(self)
         with self._file(layer).open("rb") as file, replacing(self._file(layer + 1)) as beside, beside.open("wb") as out:
+            entering = self._read_all(file) if together else None
+            finite: list[Tensor] = []
+            leaving: list[Tensor] = []
 
             def one(number: int, cache: Cache | None = None) -> None:
-                hidden = self._read(file, number)
+                hidden = self._read(file, number) if entering is None else entering[number].clone()
                 before(number)
                 found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
-                if not torch.isfinite(found).all():
-                    raise FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
-                _write(out, found)
+                finite.append(torch.isfinite(found).all())
+                if together:
+                    leaving.append(found.detach().flatten())
+                else:
+                    _all_finite(finite, layer)
+                    finite.clear()
+                    _write(out, found)
                 after(number, hidden)
 
             for number in range(self.count):
                 one(number)
             for empty, numbers in self._texts:
-                cache = copy.deepcopy(empty)
+                seen = copy.deepcopy(empty.layers[layer])
                 for number in numbers:
-                    tokens = self._shapes[number][1]
-                    for other in range(layer):
-                        _fill(cache, other, tokens)
+                    cache = self._cache(empty, numbers, number)
+                    others, cache.layers[layer] = cache.layers[layer], seen
                     one(number, cache)
-                    for other in range(layer + 1, len(streamed.blocks)):
-                        _fill(cache, other, tokens)
+                    cache.layers[layer] = others
+                    _fill(cache, layer, self._shapes[number][1])
+            if together:
+                _all_finite(finite, layer)
+                _write(out, torch.cat(leaving))
         self._file(layer).unlink()
         self.layer += 1
+
+    def _cache(self, empty: Cache, numbers: Sequence[int], number: int) -> Cache:
+        """The cache of a pass of a stepped text: the blocks before the next one have seen the pass, the others what came before it."""
+        if number not in self._caches:
+            cache = self._caches[number] = copy.deepcopy(empty)
+            earlier = sum(self._shapes[other][1] for other in numbers if other < number)
+            for layer in range(len(self.streamed.blocks)):
+                tokens = earlier + (self._shapes[number][1] if layer < self.layer else 0)
+                if tokens:
+                    _fill(cache, layer, tokens)
+        return self._caches[number]
 
     def close(self) -> None:
         """Remove the file of the hidden states."""
@@ -263,6 +287,12 @@ class Carried:
         with self._file(self.layer).open("rb") as file:
             file.seek(sum(map(prod, self._shapes[:number])) * self._dtype.itemsize)
             return self._read(file, number)
+
+    def _read_all(self, file: Any) -> list[Tensor]:
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+        every = buffer.view(self._dtype).to(self.streamed.device).split([prod(shape) for shape in self._shapes])
+        return [piece.view(shape) for piece, shape in zip(every, self._shapes, strict=True)]
 
     def _read(self, file: Any, number: int) -> Tensor:
         shape = self._shapes[number]
@@ -341,6 +371,16 @@ def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
     return tuple(ids.shape), ids.cpu().numpy().tobytes()
 
 
+def _at_once(carried: Carried) -> bool:
+    """Whether the hidden states go to the device, and come back, as a whole: each copy that is waited for costs a GPU more than it moves."""
+    return carried.streamed.device.type != "cpu" and carried.nbytes <= _AT_ONCE
+
+
+def _all_finite(flags: Sequence[Tensor], layer: int) -> None:
+    if flags and not torch.stack(list(flags)).all():
+        raise FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
+
+
 def _write(file: Any, tensor: Tensor) -> None:
     file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
@@ -348,5 +388,8 @@ def _write(file: Any, tensor: Tensor) -> None:
 def _emptied(cache: Cache) -> Cache:
     """A cache as the model makes it: layers of the same kinds, which have seen nothing."""
     fresh = copy.deepcopy(cache)
+    for layer in fresh.layers:  # before 5.23 `reset` leaves zeros where keys were, and on the device of `_fill`
+        layer.keys = layer.values = None
+        layer.is_initialized = False
     fresh.reset()
     return fresh

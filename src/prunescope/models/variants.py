@@ -38,7 +38,7 @@ class VariantSpec:
                     f"target {text!r}: cannot read {piece.strip()!r}; write drop:attn=3,5;mlp=7, quant:int4-g128, or both joined by +"
                 )
             if kind in found:
-                raise UserError(f"target {text!r} has {kind}: twice; write all of it behind one")
+                raise UserError(f"target {text!r} has {kind}: twice; write all of it after one")
             found[kind] = DropSpec.parse(spec) if kind == "drop" else QuantSpec.parse(spec)
         return cls(**found)
 

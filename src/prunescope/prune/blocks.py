@@ -23,14 +23,16 @@ from prunescope.models.matrices import Matrix
 from prunescope.progress import Advance, console, progress
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 from prunescope.prune.checkpoint import finish, finished_blocks, report_of_block, reports, shard_of_block, write_block
+from prunescope.prune.experts import cut_experts_again, prune_experts
 from prunescope.prune.factor import NotPositiveDefiniteError
 from prunescope.prune.magnitude import magnitude
 from prunescope.prune.neurons import check_shapes, cut_again, prune_neurons
 from prunescope.prune.outcome import matrix_row
-from prunescope.prune.plan import PruningPlan, smaller_config
+from prunescope.prune.plan import RESHAPING, PruningPlan, smaller_config
 from prunescope.prune.refine import refine
 from prunescope.prune.sparsegpt import sparsegpt
 from prunescope.prune.sparsegpt_gpu import full_float32
+from prunescope.prune.team import Pieces, Team, mean_perplexity
 from prunescope.prune.wanda import wanda
 
 __all__ = ["Pruned", "prune_block", "prune_model"]
@@ -56,6 +58,7 @@ def prune_model(
     perplexity_batch_size: int = 1,
     limit: int = 2**32,
     used: Tensor | None = None,
+    team: Team | None = None,
 ) -> Pruned:
     """Prune every block and write the checkpoint's weights and config into ``folder``.
 
@@ -66,30 +69,34 @@ def prune_model(
         perplexity: ``(windows, length)``; measured before and after, in the same passage of the blocks.
         limit: bytes of hidden states in memory.
         used: ``(samples, length)`` bool, the places of the calibration text that count; None for all.
+        team: the processes that share the text and the matrices; the first alone writes. None is this process alone.
     Raises:
         UserError: see `gather`; a Hessian that cannot be factorised.
         FloatingPointError: a block's output overflows.
     """
     scratch = folder / "scratch"
-    reports(folder).mkdir(exist_ok=True)
+    team = team or Team()
+    writes = team.rank == 0
+    if writes:
+        reports(folder).mkdir(exist_ok=True)
     blocks = len(streamed.blocks)
     shapes: dict[str, torch.Size] = {}
     pruned = Pruned()
-    if plan.method == "structured":
+    if plan.method in RESHAPING:
         pruned.config, shapes = smaller_config(streamed, plan)
     done = finished_blocks(folder, blocks)
     shares = limit // (1 + 2 * (perplexity is not None))
 
-    def text(of: Tensor, name: str, batch: int, used: Tensor | None = None) -> Text:
-        return Text(streamed, of, batch, shares, scratch / name, used)
+    def text(of: Tensor, name: str, batch: int, used: Tensor | None = None) -> Pieces:
+        return Pieces(team, streamed, of, batch, shares, scratch / name, used)
 
     calibration = text(tokens, "calibration.bin", batch_size, used) if tokens is not None else None
     before = after = None
     if perplexity is not None:
         before, after = (text(perplexity, f"{name}.bin", perplexity_batch_size) for name in ("before", "after"))
-    units = (2 * len(tokens) if tokens is not None else 0) + (2 * len(perplexity) if perplexity is not None else 0) or 1
+    units = sum(2 * stream.samples for stream in (calibration, before) if stream is not None) or 1
     earlier: Mapping[str, Tensor] | None = None
-    if done and plan.method != "structured":
+    if done and plan.method not in RESHAPING:
         earlier = pruned_weights(streamed, [shard_of_block(folder, layer) for layer in range(done)], scratch)
     with progress(f"pruning ({plan.method})", blocks * units) as advance:
         for layer in range(blocks):
@@ -105,85 +112,89 @@ def prune_model(
                     found = json.loads(report_of_block(folder, layer).read_text("utf-8"))
                     if plan.method == "structured":
                         cut_again(streamed, plan, layer, found["kept"])
+                    elif plan.method == "experts":
+                        cut_experts_again(streamed, layer, found["kept"])
                     if calibration is not None:
-                        advance(len(calibration.tokens))
+                        advance(calibration.samples)
                 else:
-                    found = prune_block(streamed, plan, layer, calibration, advance)
+                    found = prune_block(streamed, plan, layer, calibration, advance, team)
                     if shapes:
                         check_shapes(streamed, layer, shapes)
-                    write_block(streamed, folder, layer, found)
+                    if writes:
+                        write_block(streamed, folder, layer, found)
                 pruned.rows += found["rows"]
                 for stream in (calibration if not last else None, after):
                     if stream is not None:
                         stream.run(layer, keep=True, advance=advance)
-            if layer >= done:
+            if layer >= done and writes:
                 _say_block(layer, blocks, found["rows"], time.monotonic() - started)
-    if before is not None and after is not None:
+    if perplexity is not None and before is not None and after is not None:
         embedding = streamed.model.get_input_embeddings()
         tied = streamed.model.get_output_embeddings().weight is embedding.weight
         with (
             streamed.outside(skip=() if tied else (embedding,)),
-            progress("perplexity", 2 * len(before.tokens)) as advance,
+            progress("perplexity", 2 * before.samples) as advance,
         ):
-            pruned.perplexity = {"dense": before.perplexity(advance), "pruned": after.perplexity(advance)}
+            pruned.perplexity = {
+                name: mean_perplexity(team, stream.losses(advance), perplexity)
+                for name, stream in (("dense", before), ("pruned", after))
+            }
     for stream in (calibration, before, after):
         if stream is not None:
             stream.close()
-    finish(streamed, folder, pruned.config)
+    if writes:
+        finish(streamed, folder, pruned.config)
     return pruned
 
 
 def prune_block(
-    streamed: StreamedModel, plan: PruningPlan, layer: int, text: Text | None, advance: Advance
+    streamed: StreamedModel,
+    plan: PruningPlan,
+    layer: int,
+    text: Text | Pieces | None,
+    advance: Advance,
+    team: Team | None = None,
 ) -> dict[str, Any]:
-    """Prune the live weights of a block; gives its report: ``rows``, and for `structured` the neurons ``kept``."""
+    """Prune the live weights of a block; gives its report: ``rows``, and the neurons or experts ``kept`` where these are removed.
+
+    Args:
+        text: `Pieces` where a ``team`` prunes the block together.
+    """
+    team = team or Team()
+    if plan.method == "experts":
+        return prune_experts(streamed, plan, layer, text.texts[0] if isinstance(text, Pieces) else text, advance)
     matrices = streamed.matrices(layer)
     chosen = [matrix for matrix in matrices if matrix.name in plan.goals]
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
     if text is not None and chosen:
-        statistics, shares = gather(text, layer, chosen, gram=plan.gram, advance=advance)
+        if isinstance(text, Pieces):
+            statistics, shares = text.gather(layer, chosen, gram=plan.gram, advance=advance)
+        else:
+            statistics, shares = gather(text, layer, chosen, gram=plan.gram, advance=advance)
     if plan.method == "structured":
-        return prune_neurons(plan, layer, chosen, statistics, shares, text)
+        assert not isinstance(text, Pieces) or len(text.texts) == 1
+        return prune_neurons(
+            plan, layer, chosen, statistics, shares, text.texts[0] if isinstance(text, Pieces) else text
+        )
     groups: dict[str, list[Matrix]] = {}
     for matrix in chosen:
         groups.setdefault(shares.get(matrix.name, matrix.name), []).append(matrix)
+    owners = team.owners({first: _cost(group) for first, group in groups.items()})
+    statistics = team.add_up(statistics, {first: owners[first] for first in groups}, streamed.device)
     dtypes = {parameter: streamed.stored_dtype(parameter) for parameter in {matrix.parameter for matrix in chosen}}
     rows = []
     for first, group in groups.items():
-        statistic = statistics.pop(first, None)
-        unseen = text is not None and (statistic is None or statistic.tokens == 0)
-        if unseen and (plan.method != "magnitude" or plan.gram):
-            statistic = InputStatistic.uniform(group[0].weight, gram=plan.gram)
-        exact = torch.promote_types(group[0].weight.dtype, torch.float32)
-        old = [matrix.weight.to(exact, copy=True) for matrix in group]
-        advance.note(_note(layer, group[0]))
-        new, damping = _solve(plan, group, old, statistic)
-        unrefined: list[float | None] = [None] * len(group)
-        if plan.refine is not None:
-            assert statistic is not None
-            stored = dtypes[group[0].parameter]
-            if not unseen:
-                unrefined = [
-                    statistic.relative_error(was, now.to(stored).to(exact)) for was, now in zip(old, new, strict=True)
-                ]
-            advance.note(f"{_note(layer, group[0])} {plan.refine}")
-            new = _refine(plan, group, old, new, statistic, stored)
-        for matrix, before, after, worse in zip(group, old, new, unrefined, strict=True):
-            matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
-            row = matrix_row(
-                layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping
-            )
-            rows.append(
-                row
-                | ({"tokens": 0} if unseen else {})
-                | ({} if plan.refine is None else {"error_unrefined": None if worse is None or math.isnan(worse) else worse})
-            )  # fmt: skip
-        error = max((row["error"] for row in rows[-len(group) :] if row["error"] is not None), default=None)
-        advance.note(_note(layer, group[0], error))
-        if unseen:
-            how = "" if plan.method == "magnitude" else "; pruned as if all its inputs were alike"
-            console.print(f"{group[0].name}: no calibration token reached it{how}", markup=False)
+        if owners[first] == team.rank:
+            statistic = statistics.pop(first, None)
+            rows += _prune_group(plan, layer, group, statistic, text is not None, dtypes, advance)
+    if team.world > 1:
+        rows = [row for found in team.all(rows) for row in found]
+        for first, group in groups.items():
+            for matrix in group:
+                weight = matrix.weight.contiguous()
+                team.spread(weight, owners[first])
+                matrix.set(weight)
     few = [row for row in rows if row["few_tokens"] and row["tokens"]]
     if few:
         console.print(
@@ -192,6 +203,56 @@ def prune_block(
         )
     place = {matrix.name: i for i, matrix in enumerate(matrices)}
     return {"rows": sorted(rows, key=lambda row: place[row["name"]])}
+
+
+def _cost(group: Sequence[Matrix]) -> float:
+    """Operations of solving matrices that read the same input, about: the factor of the Hessian, and its use in every row."""
+    width = group[0].weight.shape[1]
+    return width**2 * (width / 3 + sum(matrix.weight.shape[0] for matrix in group))
+
+
+def _prune_group(
+    plan: PruningPlan,
+    layer: int,
+    group: Sequence[Matrix],
+    statistic: InputStatistic | None,
+    calibrated: bool,
+    dtypes: Mapping[str, torch.dtype],
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """Prune matrices that read the same input; gives a row each."""
+    rows: list[dict[str, Any]] = []
+    unseen = calibrated and (statistic is None or statistic.tokens == 0)
+    if unseen and (plan.method != "magnitude" or plan.gram):
+        statistic = InputStatistic.uniform(group[0].weight, gram=plan.gram)
+    exact = torch.promote_types(group[0].weight.dtype, torch.float32)
+    old = [matrix.weight.to(exact, copy=True) for matrix in group]
+    advance.note(_note(layer, group[0]))
+    new, damping = _solve(plan, group, old, statistic)
+    unrefined: list[float | None] = [None] * len(group)
+    if plan.refine is not None:
+        assert statistic is not None
+        stored = dtypes[group[0].parameter]
+        if not unseen:
+            unrefined = [
+                statistic.relative_error(was, now.to(stored).to(exact)) for was, now in zip(old, new, strict=True)
+            ]
+        advance.note(f"{_note(layer, group[0])} {plan.refine}")
+        new = _refine(plan, group, old, new, statistic, stored)
+    for matrix, before, after, worse in zip(group, old, new, unrefined, strict=True):
+        matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
+        row = matrix_row(layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping)
+        rows.append(
+            row
+            | ({"tokens": 0} if unseen else {})
+            | ({} if plan.refine is None else {"error_unrefined": None if worse is None or math.isnan(worse) else worse})
+        )  # fmt: skip
+    error = max((row["error"] for row in rows if row["error"] is not None), default=None)
+    advance.note(_note(layer, group[0], error))
+    if unseen:
+        how = "" if plan.method == "magnitude" else "; pruned as if all its inputs were alike"
+        console.print(f"{group[0].name}: no calibration token reached it{how}", markup=False)
+    return rows
 
 
 def _note(layer: int, matrix: Matrix, error: float | None = None) -> str:

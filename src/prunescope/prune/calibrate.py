@@ -28,6 +28,7 @@ _SAMPLED_ROWS = (
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
 _STRIPES = 8  # of the upper triangle of a Gram matrix
+_TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
 
 
 class InputStatistic:
@@ -43,9 +44,25 @@ class InputStatistic:
     def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
         self.tokens = 0
         self.squares = torch.zeros(width, device=device)
-        self.gram = torch.zeros(width, width, device=device) if gram else None
+        self._gram = torch.zeros(width, width, device=device) if gram else None
         self.rows = torch.zeros(0, width, device=device)
         self._mirrored = not gram
+        self._waiting: Tensor | None = None  # (_TOGETHER or 2 n, n), whose first `_held` rows are not in the sum yet
+        self._held = 0
+
+    @property
+    def gram(self) -> Tensor | None:
+        if self._gram is not None and self._waiting is not None and self._held:
+            _add_upper_gram(self._gram, self._waiting[: self._held])
+            self._held = 0
+        return self._gram
+
+    @classmethod
+    def empty(cls, tokens: int, rows: torch.Size, device: torch.device, *, gram: bool) -> InputStatistic:
+        """To be filled with what another process has gathered of so many tokens, ``rows`` (k, n) of them kept."""
+        statistic = cls(rows[1], device, gram=gram)
+        statistic.tokens, statistic.rows, statistic._mirrored = tokens, torch.empty(rows, device=device), not gram
+        return statistic
 
     @classmethod
     def uniform(cls, weight: Tensor, *, gram: bool) -> InputStatistic:
@@ -59,13 +76,26 @@ class InputStatistic:
     def add(self, x: Tensor, sampled: Tensor | None = None) -> None:
         """Add rows ``x`` ``(tokens, n)``; ``sampled`` are those of them to keep."""
         self.tokens += len(x)
-        if self.gram is None:
+        if self._gram is None:
             self.squares += _sum_of_squares(x)
             if sampled is not None:
                 self.rows = torch.cat([self.rows, sampled.float()])
         else:
-            _add_upper_gram(self.gram, x)
+            self._add_rows(self._gram, x)
             self._mirrored = False
+
+    def _add_rows(self, gram: Tensor, x: Tensor) -> None:
+        if not _on_tensor_cores(x):
+            return _add_upper_gram(gram, x)
+        most = min(_TOGETHER, 2 * len(gram))
+        if self._waiting is None and len(x) < most:
+            self._waiting = x.new_empty(most, len(gram))
+        if self._waiting is None or x.dtype != self._waiting.dtype or self._held + len(x) > most:
+            _ = self.gram  # adds the rows that wait
+        if self._waiting is None or x.dtype != self._waiting.dtype or len(x) >= most:
+            return _add_upper_gram(gram, x)
+        self._waiting[self._held : self._held + len(x)] = x
+        self._held += len(x)
 
     def merge(self, other: InputStatistic) -> None:
         """Add what another part of the calibration text gave."""
@@ -73,14 +103,15 @@ class InputStatistic:
         self.squares += other.squares
         self.rows = torch.cat([self.rows, other.rows])
         if self.gram is not None and other.gram is not None:
-            self.gram += other.gram
+            self.gram.add_(other.gram)
             self._mirrored = False
 
     def hessian(self) -> Tensor:
         """``(n, n)`` float32, sum of x x^T, symmetric. The same memory as ``gram``."""
         if self.gram is None:
             raise ValueError("no Gram matrix was gathered")
-        for low, high in [] if self._mirrored else _stripes(len(self.gram)):
+        self._waiting = None
+        for low, high in [] if self._mirrored else _stripes(self.gram):
             square = self.gram[low:high, low:high]
             square.copy_(square.triu() + square.triu(1).T)
             self.gram[high:, low:high] = self.gram[low:high, high:].T
@@ -108,15 +139,22 @@ class InputStatistic:
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
 
 
-def _stripes(n: int) -> list[tuple[int, int]]:
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype in _HALF
+
+
+def _stripes(gram: Tensor) -> list[tuple[int, int]]:
+    n = len(gram)
     size = max(64, -(-n // _STRIPES))
+    if gram.device.type == "cuda":  # fewer and wider where n is small, and whole tiles of a product
+        size = -(-max(n // 16, min(n, 1792)) // 128) * 128
     return [(low, min(low + size, n)) for low in range(0, n, size)]
 
 
 def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
     """``sum((weight @ H) * weight)`` from the upper triangle of H alone: each pair of inputs once, in float32."""
     total = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for low, high in _stripes(len(gram)):
+    for low, high in _stripes(gram):
         square = gram[low:high, low:high].triu()
         square.diagonal().mul_(0.5)
         product = weight[:, low:high] @ square
@@ -129,7 +167,7 @@ def _energy_by_half(weight: Tensor, gram: Tensor) -> float:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """``(n,)`` float32."""
-    if x.device.type == "cuda" and x.dtype in _HALF:  # one reading of x, and nothing of its size in float32
+    if _on_tensor_cores(x):  # one reading of x, and nothing of its size in float32
         norm: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
         return norm.square()
     return x.float().square().sum(0)
@@ -138,12 +176,12 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _add_upper_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x to the upper triangle, in float32. Below the diagonal only the stripes' own squares are kept up."""
     if x.device.type == "cuda" and x.dtype in _HALF:  # tensor cores: exact products, float32 sums, added in place
-        for low, high in _stripes(len(gram)):
+        for low, high in _stripes(gram):
             part = gram[low:high, low:]
             torch.addmm(part, x[:, low:high].T, x[:, low:], out_dtype=torch.float32, out=part)
         return
     x = x.float()
-    for low, high in _stripes(len(gram)):
+    for low, high in _stripes(gram):
         gram[low:high, low:].addmm_(x[:, low:high].T, x[:, low:])
 
 
@@ -155,6 +193,7 @@ class Text:
         batch_size: samples that run at a time.
         used: ``(samples, length)`` bool, the places whose inputs `gather` adds up; None for all.
         limit: bytes of hidden states to hold in memory; more are kept in ``file``.
+        whole: samples of the text that this one is a part of.
     """
 
     def __init__(
@@ -165,7 +204,9 @@ class Text:
         limit: int,
         file: Path,
         used: Tensor | None = None,
+        whole: int | None = None,
     ) -> None:
+        self.whole = len(tokens) if whole is None else whole
         self.streamed = streamed
         self.tokens = tokens
         self.used = used
@@ -248,19 +289,34 @@ class Text:
         args, kwargs = swap_first_tensor(args, kwargs, self.hidden(*self.batches[0]))
         return first_output(self.streamed.loaded.anatomy.blocks[layer].module(*args, **kwargs)).clone()
 
-    @torch.no_grad()
     def perplexity(self, advance: Callable[[int], None]) -> float:
         """Perplexity of the tokens, once every block has run: exp of the mean of -log p of each token but a sample's first."""
+        losses = self.losses(advance)
+        return self.perplexity_of(
+            [value for window in losses for value in window], len(self.tokens) * (self.tokens.shape[1] - 1)
+        )
+
+    @staticmethod
+    def perplexity_of(losses: Sequence[float], count: int) -> float:
+        """Of ``count`` tokens, from the sums of -log p that `losses` gives."""
+        total = 0.0
+        for value in losses:
+            total += value
+        return math.exp(total / count) if total / count < 700 else math.inf
+
+    @torch.no_grad()
+    def losses(self, advance: Callable[[int], None]) -> list[list[float]]:
+        """Of every sample, sums of -log p over some tokens at a time, once every block has run."""
         anatomy = self.streamed.loaded.anatomy
-        total, count = 0.0, 0
+        found: list[list[float]] = []
         for i, ids in enumerate(self.tokens.to(self.streamed.device)):
             hidden = self.hidden(i, i + 1)[0, :-1]
+            found.append([])
             for rows, targets in zip(hidden.split(256), ids[1:].split(256), strict=True):
                 logits = anatomy.logits(rows[None])[0].float()
-                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double())
-                count += len(targets)
+                found[-1].append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()))
             advance(1)
-        return math.exp(total / count) if total / count < 700 else math.inf
+        return found
 
     def close(self) -> None:
         """Let go of memory and file."""
@@ -281,7 +337,7 @@ def gather(
     """
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
-    samples, length = text.tokens.shape
+    samples, length = text.whole, text.tokens.shape[1]
     picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
     running = samples_done = 0
     counted: Tensor | None = None  # of the running batch, which rows are added up

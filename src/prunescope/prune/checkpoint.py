@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from prunescope.models.blockwise import StreamedModel, is_weights
-from prunescope.models.shards import INDEX, Stored, read_header, write_shard
+from prunescope.models.shards import DTYPES, INDEX, Stored, read_header, write_shard
 from prunescope.models.written import check_written
 from prunescope.runs.folder import write_json
 
@@ -57,14 +58,21 @@ def _shard_name(number: int, blocks: int) -> str:
 def write_block(streamed: StreamedModel, folder: Path, layer: int, found: dict[str, Any]) -> None:
     """Everything that the checkpoint stores of a block: pruned weights as they are now, the rest as it was."""
     pruned = {row["name"] for row in found["rows"]}
-    touched = {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
+    changed: dict[str, list[int]] = found.get("changed", {})  # they lost experts
+    touched = {*changed} | {matrix.parameter for matrix in streamed.matrices(layer) if matrix.name in pruned}
     tensors: dict[str, Tensor | Stored] = {}
-    for name, parameter in streamed.blocks[layer].named_parameters(prefix=streamed.names[layer]):
+    block, prefix = streamed.blocks[layer], streamed.names[layer]
+    buffers = [(name, buffer) for name, buffer in block.named_buffers(prefix=prefix) if name in changed]
+    for name, parameter in (*block.named_parameters(prefix=prefix), *buffers):
         stored = streamed.on_disk(name, parameter.detach())
         for key, value in stored.items():
             source = streamed.stored[key]
-            changed = name in touched or tuple(value.shape) != source.shape
-            tensors[key] = value.to(streamed.stored_dtype(name)) if changed else source
+            new = name in touched or tuple(value.shape) != source.shape
+            kept = isinstance(parameter, nn.Parameter)
+            tensors[key] = value.to(streamed.stored_dtype(name) if kept else DTYPES[source.dtype]) if new else source
+    if changed:
+        whole = [streamed.on_disk(name, torch.empty(shape, device="meta")) for name, shape in changed.items()]
+        found["gone"] = sorted({key for keys in whole for key in keys} - set(tensors))
     write_json(report_of_block(folder, layer), found)
     write_shard(shard_of_block(folder, layer), dict(sorted(tensors.items())))
 
@@ -80,7 +88,9 @@ def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> N
         header = read_header(file, str(file))
         inside |= dict.fromkeys(header, name)
         total += sum(tensor.nbytes for tensor in header.values())
-    outside = {name: tensor for name, tensor in streamed.stored.items() if name not in inside}
+    found = [json.loads(report_of_block(folder, layer).read_text("utf-8")) for layer in range(blocks)]
+    gone = {name for report in found for name in report.get("gone", ())}
+    outside = {name: tensor for name, tensor in streamed.stored.items() if name not in inside and name not in gone}
     write_shard(folder / names[0], outside)
     total += sum(tensor.nbytes for tensor in outside.values())
     weight_map = dict.fromkeys(outside, names[0]) | inside
@@ -94,7 +104,10 @@ def finish(streamed: StreamedModel, folder: Path, sizes: Mapping[str, int]) -> N
         path = folder / "config.json"
         content = json.loads(path.read_text("utf-8"))
         inner = content["text_config"] if isinstance(content.get("text_config"), dict) else content
-        inner |= sizes
+        earlier = getattr(streamed.model.config.get_text_config(decoder=True), "attribute_map", {})
+        for name, size in sizes.items():  # a field may stand there under the name that it had before
+            spelled = [key for key in (name, *(old for old, new in earlier.items() if new == name)) if key in inner]
+            inner |= dict.fromkeys(spelled or [name], size)
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for file, name in zip(parts, names[1:], strict=True):
         file.rename(folder / name)

@@ -9,7 +9,7 @@ import torch
 
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
-from prunescope.prune.plan import PruningPlan, removed_neurons, smaller_config
+from prunescope.prune.plan import RESHAPING, PruningPlan, removed_neurons, smaller_config
 from prunescope.prune.refine import GRADUAL_STEPS, SCANS, STEPS
 
 __all__ = ["estimate"]
@@ -23,7 +23,7 @@ def estimate(
     Time counts floating-point operations: two passes of the text, the Gram matrices, and SparseGPT's factorisation and updates, at the
     rate of a matrix product measured now. Memory is that of the largest block on top of the process itself.
     """
-    if plan.method == "structured":
+    if plan.method in RESHAPING:
         smaller_config(streamed, plan)  # complains where the run would
     rows: list[dict[str, Any]] = []
     operations, memory = 0.0, 0
@@ -41,6 +41,8 @@ def estimate(
             gone = (
                 goal.count(outputs * inputs) if plan.method != "wanda" or plan.variant else goal.count(inputs) * outputs
             )
+            if plan.method == "experts":
+                gone = int(outputs * inputs * goal.sparsity)
             if removed:
                 gone = outputs * removed[matrix.name]
             rows.append(
@@ -60,7 +62,10 @@ def estimate(
             operations += _refining(plan, outputs, inputs)
         if plan.gram:
             operations += sum(1.2 * tokens * n**2 + 2.0 / 3 * n**3 for _, _, n in widths)
-        grams = sum(4 * n * n for _, _, n in widths) + 8 * max((n * n for _, _, n in widths), default=0)
+        waiting = 2 * 8192 if streamed.device.type == "cuda" else 0  # rows that `InputStatistic` holds back
+        grams = sum(4 * n * n + n * min(waiting, 4 * n) for _, _, n in widths) + 8 * max(
+            (n * n for _, _, n in widths), default=0
+        )
         largest = max((m.weight.numel() for m in matrices), default=0)
         itemsize = streamed.model.dtype.itemsize
         activations = 8 * tokens_at_a_time * max((m.weight.shape[1] for m in matrices), default=0) * itemsize

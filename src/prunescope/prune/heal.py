@@ -34,6 +34,9 @@ from prunescope.prune.trainable import Trainable
 
 __all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order"]
 
+_AHEAD = (
+    4  # steps on the student's own text that are written at a time: a batch of so many takes hardly longer than one
+)
 _STATE, _BEST = "part-state.safetensors", "part-best.safetensors"
 Text = tuple[Sequence[int], Sequence[int]]  # prompt, continuation; the tokens of the continuation count
 
@@ -70,6 +73,7 @@ class Healed:
     waited: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    written: list[list[Text]] = field(default_factory=list)  # by the student, for its next steps
 
 
 # --- schedule and texts --------------------------------------------------------------------------------------------------
@@ -101,15 +105,18 @@ def _is_own(plan: HealPlan, step: int) -> bool:
     return math.floor((step + 1) * plan.on_policy) > math.floor(step * plan.on_policy)
 
 
-def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step: int) -> list[Text]:
-    """The prompts of ``texts``, continued by the student itself at temperature 1."""
-    most = max(len(continuation) for _, continuation in texts)
-    sampling = Sampling(1.0, seed=plan.seed + 1)
-    written = continue_texts(
-        student, [list(prompt) for prompt, _ in texts], most, batch_size=len(texts), sampling=sampling,
-        first=step * plan.batch_size,
-    )  # fmt: skip
-    return [(prompt, own) for (prompt, _), own in zip(texts, written, strict=True)]
+def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step: int) -> list[list[Text]]:
+    """Prompts of ``texts``, continued by the student itself at temperature 1: for this step and the next of its kind, `_AHEAD` in all."""
+    last = plan.reconstruct + plan.steps
+    steps = [at for at in range(step, last) if _is_own(plan, at - plan.reconstruct)][:_AHEAD]
+    asked = [[texts[number] for number in order(len(texts), plan, at)] for at in steps]
+    flat = [text for group in asked for text in group]
+    most = max(len(continuation) for _, continuation in flat)
+    draws = Sampling(1.0, seed=plan.seed + 1)
+    first = step * plan.batch_size
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
+        found = iter(continue_texts(student, [list(p) for p, _ in flat], most, batch_size=len(flat), sampling=draws, first=first))  # fmt: skip
+    return [[(prompt, own) for (prompt, _), own in zip(group, found, strict=False) if own] for group in asked]
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------------
@@ -208,6 +215,8 @@ def heal(
         UserError: the state in ``folder`` is of another run; the loss is not finite.
     """
     advance = advance or Advance()
+    if student.device.type == "cuda":
+        torch.cuda.empty_cache()  # what writing texts left in small pieces would be in the way of every step
     optimiser = torch.optim.AdamW(
         list(trained.parameters.values()), lr=plan.learning_rate, weight_decay=plan.weight_decay,
         fused=student.device.type == "cuda",
@@ -230,8 +239,8 @@ def heal(
         chosen = [texts[number] for number in order(len(texts), plan, step)]
         own = step >= plan.reconstruct and _is_own(plan, step - plan.reconstruct)
         if own:
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
-                chosen = [text for text in _own_texts(student, chosen, plan, step) if text[1]]
+            done.written = done.written or _own_texts(student, texts, plan, step)
+            chosen = done.written.pop(0)
         row = _step(student, teacher, trained, optimiser, chosen, plan, step)
         done.tokens += row["tokens"]
         done.seconds = time.monotonic() - started
@@ -365,7 +374,7 @@ def _resume(trained: Trainable, optimiser: torch.optim.Optimizer, folder: Path |
     tensors, notes = _read(folder / _STATE)
     if notes.get("key") != key:
         raise UserError(
-            f"{folder} was begun with other models, texts or options; go on with those, or start anew with --overwrite"
+            f"{folder} was begun with other models, texts or options; continue with those, or start over with --overwrite"
         )
     _put(trained, {name: tensors[f"weight {name}"] for name in trained.parameters})
     for name, parameter in trained.parameters.items():

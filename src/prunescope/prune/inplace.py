@@ -19,11 +19,12 @@ from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import refuse_packed
+from prunescope.models.placing import refuse_sharded
 from prunescope.progress import progress
 from prunescope.prune.blocks import prune_block
 from prunescope.prune.calibrate import Text, overflow
 from prunescope.prune.masks import Goal
-from prunescope.prune.plan import Method, has_fused_experts, make_plan, samples_at_a_time
+from prunescope.prune.plan import RESHAPING, Method, has_fused_experts, make_plan, samples_at_a_time
 
 __all__ = ["DenseWeights", "check_prunable", "pruned_in_place"]
 
@@ -91,8 +92,8 @@ def pruned_in_place(
     Raises:
         UserError: a pattern that does not divide a width, an unsupported architecture, activations that overflow.
     """
-    if method == "structured":
-        raise UserError("structured pruning changes shapes and does not go in place; use sparsify")
+    if method in RESHAPING:
+        raise UserError(f"{method} pruning changes shapes and does not go in place; use sparsify")
     resident = Resident(loaded)
     plan = make_plan(resident, method, goal)
     fused = has_fused_experts(resident)
@@ -136,4 +137,10 @@ def _eager_experts(loaded: LoadedModel, fused: bool) -> Iterator[None]:
 def check_prunable(loaded: LoadedModel, method: Method, goal: Goal) -> None:
     """Raise UserError if `pruned_in_place` could not do it, before any work is done."""
     refuse_packed(loaded.ref, loaded.model, f"{method} pruning")
+    refuse_sharded(
+        loaded.ref,
+        loaded.model,
+        f"{method} pruning in memory",
+        "prune with sparsify, which reads a block at a time, or give a larger GPU",
+    )
     make_plan(Resident(loaded), method, goal)

@@ -12,13 +12,16 @@ import torch
 
 from prunescope.errors import UserError
 from prunescope.models.blockwise import StreamedModel
+from prunescope.models.experts import Experts, count_fields, find_experts
 from prunescope.models.matrices import MLP_SIZES, Neurons, find_neurons
 from prunescope.prune.masks import Goal
 from prunescope.prune.refine import Refine
 
 __all__ = [
+    "RESHAPING",
     "Method",
     "PruningPlan",
+    "experts_of",
     "has_fused_experts",
     "make_plan",
     "removed_neurons",
@@ -26,7 +29,8 @@ __all__ = [
     "smaller_config",
 ]
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "structured"]
+Method = Literal["magnitude", "wanda", "sparsegpt", "structured", "experts"]
+RESHAPING = ("structured", "experts")  # methods that change shapes, and the config with them
 _EXPERT_MULTIPLE = 8  # PyTorch's grouped product of fused experts takes rows of whole 16 bytes
 _TOKENS_AT_A_TIME, _TOKENS_ON_GPU = 2048, 8192
 
@@ -87,7 +91,7 @@ def make_plan(
         goals |= dict.fromkeys(matched, chosen)
     for matrix in matrices:
         chosen, width = goals[matrix.name], matrix.weight.shape[1]
-        if chosen.of and width % chosen.of and method != "structured":
+        if chosen.of and width % chosen.of and method not in RESHAPING:
             raise UserError(
                 f"pattern {chosen}: {matrix.name} has {width} inputs, which {chosen.of} does not divide; choose another M, or leave it out with --sparsity-map"
             )
@@ -99,6 +103,13 @@ def make_plan(
                 "structured pruning needs the same share in every layer, since config.json holds one size; leave --sparsity-map and --allocation out"
             )
         goals = {matrix.name: goal for matrix in matrices if matrix.kind == "mlp"}
+    if method == "experts":
+        if goal.of or overrides or by_layer is not None:
+            raise UserError(
+                "experts removes the same number of whole experts in every layer, since config.json holds one count; give --sparsity alone"
+            )
+        goals = {matrix.name: goal for matrix in matrices if matrix.fused}
+        expert_counts(streamed, goal)  # complains
     kept = {name: chosen for name, chosen in goals.items() if chosen.of or chosen.sparsity > 0}
     weights = {matrix.name: matrix.weight.numel() for matrix in matrices}
     if not any(chosen.count(weights[name]) for name, chosen in kept.items()):
@@ -157,12 +168,40 @@ def config_sizes(streamed: StreamedModel) -> dict[str, int]:
     return sizes
 
 
+def experts_of(streamed: StreamedModel, layer: int) -> Experts | None:
+    """The routed experts of block ``layer``, see `find_experts`."""
+    top_k = getattr(streamed.model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    return find_experts(streamed.loaded.anatomy.blocks[layer], streamed.names[layer], top_k)
+
+
+def expert_counts(streamed: StreamedModel, goal: Goal) -> dict[str, int]:
+    """The fields of the config that hold the number of routed experts, with how many remain.
+
+    Raises:
+        UserError: no block has experts, blocks have different numbers of them, or see `find_experts` and `Experts.left`.
+    """
+    config = streamed.model.config.get_text_config(decoder=True)
+    found = [experts for layer in range(len(streamed.blocks)) if (experts := experts_of(streamed, layer))]
+    name = type(streamed.model).__name__
+    if not found:
+        raise UserError(f"{name}: no block has routed experts; choose another --method")
+    counts = {experts.count for experts in found}
+    fields = count_fields(config, found[0].count)
+    if len(counts) > 1 or not fields:
+        raise UserError(f"{name}: no field of its config gives its number of experts ({', '.join(map(str, sorted(counts)))}); choose another --method")  # fmt: skip
+    left = {experts.left(goal.count) for experts in found}
+    return dict.fromkeys(fields, left.pop())
+
+
 def smaller_config(streamed: StreamedModel, plan: PruningPlan) -> tuple[dict[str, int], dict[str, torch.Size]]:
     """New values of the config's sizes, and the shapes of all parameters in a model built from them.
 
     Raises:
         UserError: no field of the config gives the sizes of this architecture.
     """
+    if plan.method == "experts":
+        sizes = expert_counts(streamed, next(iter(plan.goals.values())))
+        return sizes, _rebuilt(streamed, sizes)
     sizes = {key: _left(plan, size) for key, size in config_sizes(streamed).items()}
     name = type(streamed.model).__name__
     if not sizes:
@@ -171,10 +210,15 @@ def smaller_config(streamed: StreamedModel, plan: PruningPlan) -> tuple[dict[str
         raise UserError(
             f"structured pruning at sparsity {next(iter(plan.goals.values()))} would remove no neuron of {min(sizes.values())} (multiples of {plan.multiple} stay); raise --sparsity"
         )
+    return sizes, _rebuilt(streamed, sizes)
+
+
+def _rebuilt(streamed: StreamedModel, sizes: Mapping[str, int]) -> dict[str, torch.Size]:
+    """The shapes of all parameters of a model whose config says ``sizes``."""
     config = copy.deepcopy(streamed.model.config)
     inner = config.get_text_config(decoder=True)
     for key, size in sizes.items():
         setattr(inner, key, size)
     with torch.device("meta"):
         rebuilt = type(streamed.model)(config)
-    return sizes, {key: parameter.shape for key, parameter in rebuilt.named_parameters(remove_duplicate=False)}
+    return {key: parameter.shape for key, parameter in rebuilt.named_parameters(remove_duplicate=False)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +34,13 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import block_streams, starting_at
 from prunescope.progress import console, progress
 from prunescope.prune.select import Choice, DropTarget, spec_of
+from prunescope.runs.workers import Compute, Make, Workers, alone, sharing
 
 __all__ = ["OFFSPRING", "Judge", "choose_jointly", "mutated"]
 
 OFFSPRING = 8
 _STAGES = ((1 / 8, 3), (1 / 2, 1), (1.0, 1))  # of a generation: share of the text, and how many are left after it
+_PIECES = 4  # groups of candidates that a worker gets of a step, about
 _ROWS = 256  # places whose logits are in memory at a time
 _KEPT_LOGITS = 2**28  # numbers: the dense model's logits of a batch are kept if there are at most so many
 
@@ -52,9 +54,13 @@ class Judge:
     Args:
         loaded: the dense model; it is left as it was.
         batch_size: samples at a time; changes nothing but speed and rounding.
+        workers: who share the candidates, each with a model of its own; None is this process alone.
     """
 
-    def __init__(self, loaded: LoadedModel, calibration: Calibration, batch_size: int = 8) -> None:
+    def __init__(
+        self, loaded: LoadedModel, calibration: Calibration, batch_size: int = 8, workers: Workers | None = None
+    ) -> None:
+        self.workers, self.make = workers, partial(_judging, calibration=calibration, batch_size=batch_size)
         self.loaded, self.tokens, self.batch_size = loaded, calibration.tokens, batch_size
         self.places = calibration.predicting()
         self.options = {"use_cache": False, **forward_options(loaded.model)}
@@ -73,7 +79,6 @@ class Judge:
             self.loaded.model(input_ids=self.tokens[list(chosen)].to(self.loaded.device), **self.options)
         return streams
 
-    @torch.no_grad()
     def divergences(
         self,
         base: DropSpec,
@@ -88,6 +93,29 @@ class Judge:
             UserError: a divergence that is not a number.
         """
         chosen = list(range(len(self.tokens)) if samples is None else samples)
+        if self.workers is None:
+            return self.alone(base, specs, chosen, advance)
+        size = max(1, len(specs) // (_PIECES * self.workers.count))
+        groups = [list(specs[i : i + size]) for i in range(0, len(specs), size)]
+        found: dict[int, list[float]] = {}
+
+        def done(place: int, values: list[float]) -> None:
+            found[place] = values
+            advance(len(values) * -(-len(chosen) // self.batch_size))
+
+        items = [(base, group, chosen) for group in groups]
+        sharing(self.workers, self.make)(items, lambda item: self.alone(*item), done)
+        return [value for place in range(len(groups)) for value in found[place]]
+
+    @torch.no_grad()
+    def alone(
+        self,
+        base: DropSpec,
+        specs: Sequence[DropSpec],
+        chosen: Sequence[int],
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[float]:
+        """`divergences` by this process; what it gives of one candidate does not depend on the others."""
         dense = self._dense
         firsts = [min((layer for _, layer in _differing(base, spec)), default=0) for spec in specs]
         totals = [0.0] * len(specs)
@@ -129,6 +157,12 @@ class Judge:
         return total
 
 
+def _judging(loaded: LoadedModel, *, calibration: Calibration, batch_size: int) -> Compute:
+    """What the candidates of a group diverge by, for a worker."""
+    judge = Judge(loaded, calibration, batch_size)
+    return lambda item: judge.alone(*item)
+
+
 def choose_jointly(
     loaded: LoadedModel,
     calibration: Calibration,
@@ -142,6 +176,8 @@ def choose_jointly(
     batch_size: int = 8,
     cache: Path | None = None,
     what: str = "",
+    workers: Workers | None = None,
+    scoring: Make | None = None,
 ) -> Choice:
     """Choose ``n`` sublayers (or blocks) to drop, see the text at the top. What it costs is printed first.
 
@@ -152,12 +188,13 @@ def choose_jointly(
         score: of a task, for ``task``.
         generations: of ``search``, each of `OFFSPRING` sets.
         seed: of the mutations.
+        workers: who share the candidates; ``scoring`` gives ``score`` in their processes, of the model there.
         what: names the task and its settings, for the cache.
     Returns:
         The choice; its rows' ``score`` is the divergence (or the task's score) without the candidate, and without what had gone before it,
         when it was chosen or last seen.
     """
-    judge = Judge(loaded, calibration, batch_size)
+    judge = Judge(loaded, calibration, batch_size, workers)
     candidates: list[Candidate] = [
         (name, layer) for layer in range(len(loaded.anatomy)) for name in (KINDS if target == "all" else (target,))
     ]
@@ -171,7 +208,7 @@ def choose_jointly(
     }
     kept = cache if loaded.pinned else None
     _say_cost(loaded, judge, candidates, n, select, generations)
-    chosen, table = _greedy(judge, candidates, n, score, key, kept)
+    chosen, table = _greedy(judge, candidates, n, score, key, kept, scoring)
     if select == "search":
         divergence = table[chosen[-1]]
         for generation in range(generations):
@@ -195,7 +232,13 @@ def choose_jointly(
 
 
 def _greedy(
-    judge: Judge, candidates: Sequence[Candidate], n: int, score: Score | None, key: dict[str, Any], cache: Path | None
+    judge: Judge,
+    candidates: Sequence[Candidate],
+    n: int,
+    score: Score | None,
+    key: dict[str, Any],
+    cache: Path | None,
+    scoring: Make | None = None,
 ) -> tuple[list[Candidate], dict[Candidate, float]]:
     """Candidates in the order in which they go, and the value of each when it went or was last seen."""
     gone: list[Candidate] = []
@@ -209,7 +252,7 @@ def _greedy(
             with progress(f"drop {step + 1} of {n}: {len(specs)} candidates", len(specs) * times) as advance:
                 if score is None:
                     return judge.divergences(base, specs, advance=advance)
-                return [_told(score(spec), advance) for spec in specs]
+                return _scores(specs, score, judge.workers, scoring, advance)
 
         found: list[float] = remembered(cache, {**key, "gone": str(base)}, values)
         best = min(found) if score is None else max(found)
@@ -222,9 +265,23 @@ def _greedy(
     return gone, table
 
 
-def _told(value: float, advance: Callable[[int], None]) -> float:
-    advance(1)
-    return value
+def _scores(
+    specs: Sequence[DropSpec],
+    score: Score,
+    workers: Workers | None,
+    scoring: Make | None,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """The task's score without each of ``specs``."""
+    found: dict[int, float] = {}
+
+    def done(place: int, value: float) -> None:
+        found[place] = value
+        advance(1)
+
+    share = alone if scoring is None else sharing(workers, scoring)
+    share(specs, score, done)
+    return [found[place] for place in range(len(specs))]
 
 
 def _generation(

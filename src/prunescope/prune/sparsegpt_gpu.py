@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunescope.prune.factor import factorise
+from prunescope.prune.factor import factorise, split_product
 from prunescope.prune.masks import Goal
 
 __all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
 
 _WIDEST = 256  # columns of a block that a kernel holds
+_SPAN = 1024  # columns after which those far ahead hear of what was lost
 _LOOP_ROWS, _LOOP_WARPS = 16, 4  # of a tile in the column loop
 _SCAN_ROWS, _SCAN_WARPS = 32, 4  # of a tile in the histograms
 
@@ -89,17 +90,33 @@ def sparsegpt_on_gpu(
         stacked = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (in, rows)
         carried = torch.zeros_like(stacked)  # D R of the columns done
         parts = _parts(weights, goals, n, starts, block_size)
+        span = max(1, _SPAN // block_size) * block_size
+        lost = torch.empty(min(span, n), stacked.shape[1], dtype=torch.float32, device=lower.device)
         for b, start in enumerate(starts):
             here = slice(start, min(start + block_size, n))
+            first = start - start % span
+            stop = min(first + span, n)
             count = here.stop - start
             values = torch.addmm(stacked[here], inverses[b, :count, :count].T, carried[here])
-            dropped = torch.empty_like(values)
+            dropped = lost[start - first : here.stop - first]
             for part in parts:
                 _solve_block(part, b, values, stacked[here], dropped, above[b], scale[b], weighting[b])
-            if here.stop < n:
-                ahead = lower[n - here.stop : n - start, : n - here.stop].flip(0, 1)  # R, rows here, columns to come
-                carried[here.stop :].addmm_(ahead.T, dropped)
+            if here.stop < stop:  # R, rows here, the columns of the span that are to come
+                ahead = lower[n - here.stop : n - start, n - stop : n - here.stop].flip(0, 1)
+                carried[here.stop : stop].addmm_(ahead.T, dropped)
+            elif stop < n:
+                _carry(carried[stop:], lower[n - stop : n - first, : n - stop].flip(0, 1), lost[: stop - first])
     return [part.contiguous() for part in stacked.T.split([len(weight) for weight in weights])], used
+
+
+def _carry(carried: Tensor, ahead: Tensor, lost: Tensor) -> None:
+    """``carried += ahead^T lost``; on a GPU on its tensor cores, both sides as the sum of two bfloat16 numbers (16 bits), the product of the small
+    parts left out. What that rounds moves weights that later columns choose freely; the objective does not feel it."""
+    if carried.device.type != "cuda":
+        carried.addmm_(ahead.T, lost)
+        return
+    left, right = split_product(ahead.T, lost.T, 2)
+    torch.addmm(carried, left, right.T, out_dtype=torch.float32, out=carried)
 
 
 def _parts(

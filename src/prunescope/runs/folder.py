@@ -241,7 +241,7 @@ def check_free(out: str | os.PathLike[str], *, overwrite: bool = False, resume: 
         raise UserError(f"{final} was not written by prunescope, so --overwrite leaves it alone; choose another --out")
     if not overwrite and not resume and any(partial.glob("part-*")):
         raise UserError(
-            f"{partial} holds the finished part of an interrupted run; continue it with --resume or start anew with --overwrite"
+            f"{partial} holds the finished part of an interrupted run; continue it with --resume or start over with --overwrite"
         )
 
 

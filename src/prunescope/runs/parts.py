@@ -13,8 +13,18 @@ import pyarrow.parquet as pq
 
 from prunescope.errors import UserError
 from prunescope.files import replacing
+from prunescope.runs.workers import Share, alone
 
-__all__ = ["begin", "computed", "notes_of", "part", "resume_state", "save_state", "with_notes"]
+__all__ = [
+    "begin",
+    "computed",
+    "notes_of",
+    "read_part",
+    "resume_state",
+    "save_state",
+    "with_notes",
+    "write_part",
+]
 
 
 def with_notes(table: pa.Table, notes: Any) -> pa.Table:
@@ -33,32 +43,54 @@ def computed(
     batch_size: int,
     compute: Callable[[Sequence[int]], pa.Table],
     advance: Callable[[Sequence[int]], None],
+    share: Share = alone,
 ) -> list[pa.Table]:
     """The tables of ``count`` items, ``batch_size`` at a time; batches that ``parts`` holds already are read.
 
     Args:
         compute: the numbers of a batch's items -> its table.
         advance: told the numbers of every batch that is done.
+        share: who computes them, see `prunescope.runs.workers.sharing`.
     """
-    tables = []
-    for number, start in enumerate(range(0, count, batch_size)):
-        batch = range(start, min(start + batch_size, count))
-        tables.append(part(parts, number, lambda batch=batch: compute(batch)))  # type: ignore[misc]
-        advance(batch)
-    return tables
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    tables: dict[int, pa.Table] = {}
+
+    def have(number: int, table: pa.Table) -> None:
+        tables[number] = table
+        advance(batches[number])
+
+    for number in range(len(batches)):
+        if (table := read_part(parts, number)) is not None:
+            have(number, table)
+    missing = [number for number in range(len(batches)) if number not in tables]
+
+    def done(place: int, table: pa.Table) -> None:
+        write_part(parts, missing[place], table)
+        have(missing[place], table)
+
+    share([batches[number] for number in missing], compute, done)
+    return [tables[number] for number in range(len(batches))]
 
 
-def part(parts: Path | None, number: int, compute: Callable[[], pa.Table]) -> pa.Table:
-    """The table of a batch: read if it is there, else computed and written beside and renamed."""
-    path = parts / f"part-{number:05d}.parquet" if parts else None
+def read_part(parts: Path | None, number: int) -> pa.Table | None:
+    """The table of a batch if it is there; a damaged one is computed again."""
+    path = _part(parts, number)
     if path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError):  # a damaged part is computed again
+        with contextlib.suppress(OSError, ValueError):
             return pq.read_table(path)
-    table = compute()
+    return None
+
+
+def write_part(parts: Path | None, number: int, table: pa.Table) -> None:
+    """Keep the table of a batch, written beside and renamed."""
+    path = _part(parts, number)
     if path is not None:
         with replacing(path) as beside:
             pq.write_table(table, beside)
-    return table
+
+
+def _part(parts: Path | None, number: int) -> Path | None:
+    return parts / f"part-{number:05d}.parquet" if parts else None
 
 
 def resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
@@ -73,7 +105,7 @@ def resume_state(parts: Path | None, key: str) -> list[list[int]] | None:
         return None
     if state["key"] != key:
         raise UserError(
-            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts anew"
+            f"{parts} was started with other models, prompts or options; --resume needs the same ones, --overwrite starts over"
         )
     return texts
 

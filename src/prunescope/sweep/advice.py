@@ -22,7 +22,7 @@ from prunescope.stats import Z95
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.tables import Tables
 
-__all__ = ["USES", "Advised", "advised", "best", "held_out", "tasks_of"]
+__all__ = ["USES", "Advised", "advised", "best", "fastest", "held_out", "tasks_of"]
 
 USES = {  # use -> what a task's name, or its kind, must hold
     "writing": ("kind", ("generative",)),
@@ -118,6 +118,23 @@ def best(found: Sequence[Advised], budget: str) -> Advised | None:
             if budget == "bytes":
                 return min(able, key=lambda one: (one.bytes or math.inf, -one.fitted))
             return max(able, key=lambda one: (one.low, one.fitted, one.saved or 0))
+    return None
+
+
+def fastest(found: Sequence[Advised], rates: Mapping[str, Mapping[str, Any]]) -> Advised | None:
+    """Of the safe points, or else of the likely ones, that are faster than the dense model by more than the spread of the repeats: the fastest.
+
+    Args:
+        rates: point -> ``speedup`` and ``faster``, of the points that were timed.
+    """
+    for verdict in ("safe", "likely"):
+        able = [
+            one
+            for one in found
+            if one.verdict == verdict and (rate := rates.get(one.point)) and rate["faster"] and rate["speedup"] > 1
+        ]
+        if able:
+            return max(able, key=lambda one: (rates[one.point]["speedup"], one.low))
     return None
 
 

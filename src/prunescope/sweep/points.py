@@ -205,6 +205,7 @@ def _listed(text: str, option: str, known: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in str(text).split(",")))
     wrong = [name for name in names if name not in known]
     if wrong:
-        more = "; structured pruning changes shapes and is not swept, use sparsify" if "structured" in wrong else ""
+        reshaping = next((name for name in ("structured", "experts") if name in wrong), None)
+        more = f"; {reshaping} pruning changes shapes and is not swept, use sparsify" if reshaping else ""
         raise UserError(f"{option} {text}: {wrong[0]!r} is unknown; choose among {', '.join(known)}{more}")
     return names

@@ -27,9 +27,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from prunescope.cache import cache_folder
-from prunescope.compare.kernels.sums import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, prepare, segments
+from prunescope.compare.kernels.sums import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, Prepared, prepare, segments
 
-__all__ = ["hidden_change", "pair_sums", "prepare", "row_sums"]
+__all__ = ["hidden_change", "pair_sums", "prepare", "row_sums", "sweep"]
 
 _BLOCK = 1024  # tokens of one float32 accumulation
 _GLANCE = 128  # tokens of which only the largest is looked at, to see whether one is among the most likely
@@ -493,6 +493,11 @@ def row_sums(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         flat, scale = _flat(z), np.float32(1 / temperature) * _LOG2_E
         _share(rows, lambda start, stop: _rows(flat, z.stride(0), vocab, start, stop, scale, out, top))
     return torch.from_numpy(out), torch.from_numpy(top)
+
+
+def sweep(z: Tensor, pairs: Tensor, known: Prepared, temperature: float) -> Tensor:
+    """See `sums.Backend`."""
+    return pair_sums(z, pairs, known.guess, temperature).sum(1, dtype=torch.float64)
 
 
 def pair_sums(z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> Tensor:

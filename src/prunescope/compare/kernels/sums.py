@@ -40,6 +40,8 @@ __all__ = [
     "Prepared",
     "RowStats",
     "backend",
+    "check_finite",
+    "columns_of",
     "finish",
     "gather",
     "merged",
@@ -112,6 +114,7 @@ class Prepared(NamedTuple):
     guess: Tensor  # (pairs, len(PILOTS)) float32
     top_z: Tensor  # (pairs, <= TOP) float64, z' at the dense row's most likely tokens
     next_z: Tensor  # (pairs, 3) float64: z at the token that follows, z' at the one that follows there, z' at the former; NaN where none does
+    coarse: Tensor | None = None  # a backend's own guesses
 
 
 class Backend(Protocol):
@@ -133,8 +136,8 @@ class Backend(Protocol):
     ) -> Prepared:
         """`prepare`, or kernels that do the same."""
 
-    def pair_sums(self, z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> Tensor:
-        """``(pairs, segments, len(PAIR_SUMS))``, float32 or float64, for ``pairs`` (m, 2) rows of z and ``pilots`` (m, len(PILOTS)) float32."""
+    def sweep(self, z: Tensor, pairs: Tensor, known: Prepared, temperature: float) -> Tensor:
+        """``(pairs, len(PAIR_SUMS))`` float64 for ``pairs`` (m, 2) rows of z."""
 
     def hidden_change(self, h: Tensor, pairs: Tensor) -> Tensor:
         """``(pairs, 3)`` float64: alpha, along and orth of `metrics.relative_change` for pairs of rows of h ``(rows, d)``."""
@@ -271,7 +274,7 @@ def gather(
     """
     sums, top = backend.row_sums(z, temperature)
     known = backend.prepare(z, pairs, sums, top, temperature, next_token, next_token_target)
-    swept = backend.pair_sums(z, pairs, known.guess, temperature).sum(1, dtype=torch.float64)
+    swept = backend.sweep(z, pairs, known, temperature)
     return Gathered(known.rows, pairs, known.guess, swept, known.top_z, known.next_z)
 
 
@@ -320,8 +323,20 @@ def finish(
     Raises:
         FloatingPointError: a NaN or infinite logit.
     """
-    if not bool(found.rows.finite.all()):
+    check_finite(found.rows.finite)
+    return columns_of(found, vocab, temperature, change)
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raise FloatingPointError where not all are."""
+    if not bool(finite.all()):
         raise FloatingPointError("a logit is NaN or infinite")
+
+
+def columns_of(
+    found: Gathered, vocab: int, temperature: float, change: Callable[[Tensor, Tensor, Tensor], object]
+) -> dict[str, Tensor]:
+    """`finish` without its check, so that nothing waits for the device."""
     t = temperature
     i, j = found.pairs.unbind(1)
     a, b = found.rows.take(i), found.rows.take(j)

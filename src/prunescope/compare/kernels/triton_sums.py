@@ -4,8 +4,8 @@ Every program handles one segment of one row or pair. Sums are kept lane by lane
 reduced as a tree at the end, so that nothing depends on how many rows there are or on the order in which programs run: results are
 the same to the bit from run to run and from batch to batch.
 
-The ten most likely tokens need no second sweep: the row kernel leaves the maximum of every 64 tokens, the ten largest of these name
-the only places where the ten largest logits can be (also with ties, which go to the lower id).
+The ten most likely tokens need no second sweep: the row kernel leaves the largest logit of every lane of a segment, with its token, and the ten
+largest of these name the only lanes in which the ten largest logits can be (also with ties, which go to the lower id).
 """
 
 # mypy: ignore-errors
@@ -16,35 +16,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunescope.compare.kernels.sums import PAIR_SUMS, PILOTS, ROW_SUMS, SEGMENT, TOP, Prepared, RowStats, segments
+from prunescope.compare.kernels.sums import PILOTS, ROW_SUMS, SEGMENT, TOP, Prepared, RowStats, segments
+from prunescope.compare.kernels.triton_pairs import COARSE, binary, swept
 
-__all__ = ["hidden_change", "pair_sums", "prepare", "row_sums"]
+__all__ = ["hidden_change", "prepare", "row_sums", "sweep"]
 
-_SUB = 64  # tokens that share a maximum
-_ROW_GROUPS, _ROW_WARPS = 8, 4
-_PAIR_BLOCK, _PAIR_WARPS = 128, 2
+_LANES, _ROW_WARPS = 256, 2
 _LOW = tl.constexpr(-1e25)  # stands for minus infinity, but 0 times it is 0
 
 
 @triton.jit
 def _row_kernel(
-    z_ptr, stride, vocab, inv_t, sums_ptr, maxima_ptr, n_maxima,
-    SEG: tl.constexpr, GROUPS: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
+    z_ptr, stride, vocab, binary_t, sums_ptr, maxima_ptr,
+    SEG: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     row, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = row * tl.num_programs(1) + seg
     first = seg * SEG
     base = z_ptr + row * stride + first
     count = tl.minimum(vocab - first, SEG)
-    lane = tl.arange(0, GROUPS)[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    group = first // SUB + tl.arange(0, GROUPS)
+    lane = tl.arange(0, LANES)
     seen = tl.load(base + lane, mask=lane < count, other=0.0)
-    shift = tl.sum(tl.sum(seen, 1), 0) / tl.minimum(count, GROUPS * SUB)
-    m = tl.full([GROUPS, SUB], _LOW, tl.float32)
-    s = tl.zeros([GROUPS, SUB], tl.float32)
-    u = tl.zeros([GROUPS, SUB], tl.float32)
-    off = tl.zeros([GROUPS, SUB], tl.float32)
-    off2 = tl.zeros([GROUPS, SUB], tl.float32)
-    for start in range(0, count, GROUPS * SUB):
+    shift = tl.sum(seen, 0) / tl.minimum(count, LANES)
+    m = tl.full([LANES], _LOW, tl.float32)
+    at = tl.zeros([LANES], tl.int32)
+    s = tl.zeros([LANES], tl.float32)
+    u = tl.zeros([LANES], tl.float32)
+    off = tl.zeros([LANES], tl.float32)
+    off2 = tl.zeros([LANES], tl.float32)
+    for start in range(0, count, LANES):
         if EVEN:
             x = tl.load(base + start + lane)
             c = x - shift
@@ -53,27 +53,28 @@ def _row_kernel(
             x = tl.load(base + start + lane, mask=inside, other=_LOW)
             c = tl.where(inside, x - shift, 0.0)
         # a running softmax of every lane, its largest token left out: one exponential whichever of the two is larger
-        d = (x - m) * inv_t
-        e = tl.exp(-tl.abs(d))
+        d = (x - m) * binary_t
+        e = tl.exp2(-tl.abs(d))
         up = d > 0
         u = tl.where(up, (u - (s + 1.0) * d) * e, u + e * d)
         s = tl.where(up, (s + 1.0) * e, s + e)
+        at = tl.where(up, start, at)
         m = tl.maximum(m, x)
         off += c
         off2 += c * c
-        place = group + start // SUB
-        tl.store(maxima_ptr + row * n_maxima + place, tl.max(x, 1) + 0.0, mask=place < n_maxima)
-    peak = tl.max(tl.max(m, 1), 0)
-    below = (m - peak) * inv_t
-    w = tl.exp(below)
-    out = sums_ptr + (row * tl.num_programs(1) + seg) * N
+    out = maxima_ptr + place * LANES + lane
+    tl.store(out, _ordered(m, first + at + lane))
+    peak = tl.max(m, 0)
+    below = (m - peak) * binary_t
+    w = tl.exp2(below)
+    out = sums_ptr + place * N
     tl.store(out, peak)
-    peaks = tl.sum(tl.sum(tl.where(m == peak, 1.0, 0.0), 1), 0)
-    tl.store(out + 1, tl.sum(tl.sum(tl.where(m == peak, s, (s + 1.0) * w), 1), 0) + (peaks - 1.0))
-    tl.store(out + 2, tl.sum(tl.sum((u + (s + 1.0) * below) * w, 1), 0))
+    peaks = tl.sum(tl.where(m == peak, 1.0, 0.0), 0)
+    tl.store(out + 1, tl.sum(tl.where(m == peak, s, (s + 1.0) * w), 0) + (peaks - 1.0))
+    tl.store(out + 2, tl.sum((u + (s + 1.0) * below) * w, 0) * 0.6931471805599453)
     tl.store(out + 3, shift)
-    tl.store(out + 4, tl.sum(tl.sum(off, 1), 0))
-    tl.store(out + 5, tl.sum(tl.sum(off2, 1), 0))
+    tl.store(out + 4, tl.sum(off, 0))
+    tl.store(out + 5, tl.sum(off2, 0))
 
 
 @triton.jit
@@ -87,185 +88,28 @@ def _ordered(x, index):
 @triton.jit
 def _top_kernel(
     z_ptr, stride, vocab, maxima_ptr, n_maxima, top_ptr,
-    SUB: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
+    SEG: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, WIDE)
-    key = _ordered(tl.load(maxima_ptr + row * n_maxima + group, mask=group < n_maxima, other=_LOW), group)
-    place = tl.arange(0, K2)
-    chosen = tl.full([K2], n_maxima, tl.int32)
     lowest = tl.full([1], -(2**63), tl.int64)
+    group = tl.arange(0, WIDE)
+    key = tl.load(maxima_ptr + row * n_maxima + group, mask=group < n_maxima, other=-(2**63))
+    place = tl.arange(0, K2)
+    chosen = tl.full([K2], vocab, tl.int32)  # the largest token of a lane stands for all of the lane
     for k in range(K):
         best = tl.max(key, 0)
         chosen = tl.where(place == k, (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32), chosen)
         key = tl.where(key == best, lowest, key)
-    token = chosen[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    key2 = _ordered(tl.load(z_ptr + row * stride + token, mask=token < vocab, other=_LOW), token)
+    start = (chosen // SEG) * SEG
+    token = (start + chosen % LANES)[:, None] + LANES * tl.arange(0, SEG // LANES)[None, :]
+    own = (token < vocab) & (place < K)[:, None]
+    key2 = tl.where(own, _ordered(tl.load(z_ptr + row * stride + token, mask=own, other=0.0), token), lowest[:, None])
     found = tl.zeros([K2], tl.int32)
     for k in range(K):
         best = tl.max(tl.max(key2, 1), 0)
         found = tl.where(place == k, (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32), found)
         key2 = tl.where(key2 == best, lowest[:, None], key2)
     tl.store(top_ptr + row * K + place, found.to(tl.int64), mask=place < K)
-
-
-@triton.jit
-def _pair_kernel(
-    z_ptr, stride, vocab, inv_t, pairs_ptr, pilots_ptr, sums_ptr,
-    SEG: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    pair, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x_ptr = z_ptr + tl.load(pairs_ptr + 2 * pair) * stride
-    y_ptr = z_ptr + tl.load(pairs_ptr + 2 * pair + 1) * stride
-    first = seg * SEG
-    count = tl.minimum(vocab - first, SEG)
-    guess = pilots_ptr + pair * P
-    z_coef, z_far = tl.load(guess), tl.load(guess + 1) > 0
-    mean, mean_y, mean_d = tl.load(guess + 2), tl.load(guess + 3), tl.load(guess + 4)
-    peak, mass, peak_y, mass_y = tl.load(guess + 5), tl.load(guess + 6), tl.load(guess + 7), tl.load(guess + 8)
-    anchor_p, anchor_q = tl.load(guess + 9), tl.load(guess + 10)
-    anchor_r, anchor_t, offset = tl.load(guess + 11), tl.load(guess + 12), tl.load(guess + 13)
-    p_coef, p_far, best_y = tl.load(guess + 14), tl.load(guess + 15) > 0, tl.load(guess + 16)
-
-    rz2 = tl.zeros([BLOCK], tl.float32)
-    rzz = tl.zeros([BLOCK], tl.float32)
-    dz1 = tl.zeros([BLOCK], tl.float32)
-    dc1 = tl.zeros([BLOCK], tl.float32)
-    dc2 = tl.zeros([BLOCK], tl.float32)
-    zc = tl.zeros([BLOCK], tl.float32)
-    p_v = tl.zeros([BLOCK], tl.float32)
-    p_v2 = tl.zeros([BLOCK], tl.float32)
-    q_v = tl.zeros([BLOCK], tl.float32)
-    q_v2 = tl.zeros([BLOCK], tl.float32)
-    r_v = tl.zeros([BLOCK], tl.float32)
-    r_v2 = tl.zeros([BLOCK], tl.float32)
-    t_v = tl.zeros([BLOCK], tl.float32)
-    t_v2 = tl.zeros([BLOCK], tl.float32)
-    p2 = tl.zeros([BLOCK], tl.float32)
-    q2 = tl.zeros([BLOCK], tl.float32)
-    m = tl.zeros([BLOCK], tl.float32)
-    g = tl.zeros([BLOCK], tl.float32)
-    g_rev = tl.zeros([BLOCK], tl.float32)
-    js = tl.zeros([BLOCK], tl.float32)
-    dp1 = tl.zeros([BLOCK], tl.float32)
-    sq = tl.zeros([BLOCK], tl.float32)
-    rp2 = tl.zeros([BLOCK], tl.float32)
-    rpp = tl.zeros([BLOCK], tl.float32)
-    rank = tl.zeros([BLOCK], tl.float32)
-    lane = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        if EVEN:
-            x = tl.load(x_ptr + first + start + lane)
-            y = tl.load(y_ptr + first + start + lane)
-            d = y - x
-            c = d - mean_d
-            cy = tl.where(z_far, y - mean_y, c)
-            p = tl.exp((x - peak) * inv_t - mass)
-            q = tl.exp((y - peak_y) * inv_t - mass_y)
-            rank += tl.where(y > best_y, 1.0, 0.0)
-        else:  # a lane outside has x = y = d = c = p = q = 0
-            inside = start + lane < count
-            x = tl.load(x_ptr + first + start + lane, mask=inside, other=0.0)
-            y = tl.load(y_ptr + first + start + lane, mask=inside, other=0.0)
-            d = y - x
-            c = tl.where(inside, d - mean_d, 0.0)
-            cy = tl.where(inside, tl.where(z_far, y - mean_y, c), 0.0)
-            p = tl.where(inside, tl.exp((x - peak) * inv_t - mass), 0.0)
-            q = tl.where(inside, tl.exp((y - peak_y) * inv_t - mass_y), 0.0)
-            rank += tl.where(inside & (y > best_y), 1.0, 0.0)
-
-        # logits
-        r = tl.where(z_far, y, d) - z_coef * x
-        rz2 += r * r
-        rzz += r * x
-        dz1 += tl.abs(d)
-        dc1 += c
-        dc2 += c * c
-        zc += (x - mean) * cy
-
-        # variances
-        pp = p * p
-        qq = q * q
-        p2 += pp
-        q2 += qq
-        v = d - anchor_p
-        f = p * v
-        p_v += f
-        p_v2 += f * v
-        w = d - anchor_q
-        f = q * w
-        q_v += f
-        q_v2 += f * w
-        w = d - anchor_r
-        f = pp * w
-        r_v += f
-        r_v2 += f * w
-        w = d - anchor_t
-        f = qq * w
-        t_v += f
-        t_v2 += f * w
-
-        # log(q / p), and e^L - 1 = L + L^2 phi where it is near 0
-        ratio = v * inv_t - offset
-        size = tl.abs(ratio)
-        near = size < 0.5
-        n = tl.where(near, ratio, 0.0)
-        phi = n * (1 / 40320) + 1 / 5040
-        phi = phi * n + 1 / 720
-        phi = phi * n + 1 / 120
-        phi = phi * n + 1 / 24
-        phi = phi * n + 1 / 6
-        phi = phi * n + 1 / 2
-        n2 = n * n
-        pn2 = p * n2
-        dp = tl.where(near, p * n + pn2 * phi, q - p)
-        m += dp
-        term = tl.where(near, pn2 * phi, dp - p * ratio)
-        g += term
-        g_rev += dp * ratio - term
-        h2 = n2 * 0.25
-        cosh = h2 * (0.5 + h2 * (-1 / 12 + h2 * (1 / 45 - h2 * (17 / 2520))))
-        # ln 2 - log1p(e) for e up to 0.6066: a polynomial through Chebyshev nodes, off by 3e-8
-        e = tl.exp(-size)
-        flat = e * -0.024371725889860578 + 0.08868821370235341
-        flat = flat * e - 0.16738308814122885
-        flat = flat * e + 0.24173531858239167
-        flat = flat * e - 0.3321417967354594
-        flat = flat * e + 0.4999132363300796
-        flat = flat * e - 0.999997545300844
-        flat = flat * e + 0.6931471689746629
-        js += tl.where(near, dp * n * 0.5 - (p + p + dp) * cosh, (p + q) * flat - tl.minimum(p, q) * size)
-        dp1 += tl.abs(dp)
-        sq += tl.where(dp < 0, -q, q)
-        rp = tl.where(p_far, q, dp) - p_coef * p
-        rp2 += rp * rp
-        rpp += rp * p
-    out = sums_ptr + (pair * tl.num_programs(1) + seg) * N
-    tl.store(out, tl.sum(rz2, 0))
-    tl.store(out + 1, tl.sum(rzz, 0))
-    tl.store(out + 2, tl.sum(dz1, 0))
-    tl.store(out + 3, tl.sum(dc1, 0))
-    tl.store(out + 4, tl.sum(dc2, 0))
-    tl.store(out + 5, tl.sum(zc, 0))
-    tl.store(out + 6, tl.sum(p_v, 0))
-    tl.store(out + 7, tl.sum(p_v2, 0))
-    tl.store(out + 8, tl.sum(q_v, 0))
-    tl.store(out + 9, tl.sum(q_v2, 0))
-    tl.store(out + 10, tl.sum(r_v, 0))
-    tl.store(out + 11, tl.sum(r_v2, 0))
-    tl.store(out + 12, tl.sum(t_v, 0))
-    tl.store(out + 13, tl.sum(t_v2, 0))
-    tl.store(out + 14, tl.sum(p2, 0))
-    tl.store(out + 15, tl.sum(q2, 0))
-    tl.store(out + 16, tl.sum(m, 0))
-    tl.store(out + 17, tl.sum(g, 0))
-    tl.store(out + 18, tl.sum(g_rev, 0))
-    tl.store(out + 19, tl.sum(js, 0) * 0.5)
-    tl.store(out + 20, tl.sum(dp1, 0))
-    tl.store(out + 21, tl.sum(sq, 0))
-    tl.store(out + 22, tl.sum(rp2, 0))
-    tl.store(out + 23, tl.sum(rpp, 0))
-    tl.store(out + 24, tl.sum(rank, 0))
 
 
 @triton.jit
@@ -311,10 +155,10 @@ def _stats_kernel(
 
 @triton.jit
 def _pilot_kernel(
-    z_ptr, stride, vocab, inv_t, pairs_ptr, stats_ptr, top_ptr, top_z_ptr, next_ptr, pilots_ptr, other_z_ptr, next_z_ptr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    z_ptr, stride, vocab, inv_t, binary_t, pairs_ptr, stats_ptr, top_ptr, top_z_ptr, next_ptr, pilots_ptr, coarse_ptr, other_z_ptr, next_z_ptr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, S: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`fused.prepare`, a pair a program; the sample of the vocabulary is PIECES runs of PIECE tokens."""
+    """`fused.prepare`, a pair a program, and `triton_pairs.COARSE`; the sample of the vocabulary is PIECES runs of PIECE tokens."""
     pair = tl.program_id(0).to(tl.int64)
     i, j = tl.load(pairs_ptr + 2 * pair), tl.load(pairs_ptr + 2 * pair + 1)
     x_ptr, y_ptr = z_ptr + i * stride, z_ptr + j * stride
@@ -371,6 +215,31 @@ def _pilot_kernel(
     tl.store(out + 15, p_far.to(tl.float32))
     tl.store(out + 16, best_y)
 
+    # for the coarse kernel: the slope of d along z without means, constants of p and q in binary digits, and whether to try it
+    own = token < vocab
+    x_off = tl.where(own, x - mean.to(tl.float32), 0.0)
+    d_off = tl.where(own, (y - x) - mean_d.to(tl.float32), 0.0)
+    x_off2 = tl.sum(x_off * x_off, 0)
+    slope = tl.where(x_off2 > 0, tl.sum(x_off * d_off, 0) / tl.where(x_off2 > 0, x_off2, 1.0), 0.0)
+    slope = tl.where(tl.abs(slope) < 1e30, slope, 0.0) + z_far
+    d_off2 = (tl.sum(d_off * d_off, 0) / tl.sum(tl.where(own, 1.0, 0.0), 0)).to(tl.float64)
+    rest_p, rest_q = tl.maximum(1 - tl.sum(p, 0), 0.0), tl.maximum(1 - tl.sum(q, 0), 0.0)
+    miss, miss_q = delta - anchor_p.to(tl.float64), delta_y - anchor_q
+    spread = tl.sum(p * miss * miss, 0) + rest_p * (d_off2 + (mean_d - anchor_p) * (mean_d - anchor_p))
+    spread_q = tl.sum(q * miss_q * miss_q, 0) + rest_q * (d_off2 + (mean_d - anchor_q) * (mean_d - anchor_q))
+    far = (tl.minimum(spread, spread_q) * inv_t * inv_t > 0.04) & (z_far == 0)
+    log_p, log_q = -(peak * binary_t + mass * 1.4426950408889634), -(peak_y * binary_t + mass_y * 1.4426950408889634)
+    held_p, held_q = log_p.to(tl.float32), log_q.to(tl.float32)
+    ratio = tl.exp(((log_q - held_q.to(tl.float64)) - (log_p - held_p.to(tl.float64))) * 0.6931471805599453)
+    out = coarse_ptr + pair * C
+    tl.store(out, tl.where(far, 1.0, 0.0))
+    tl.store(out + 1, slope)
+    tl.store(out + 2, (mean_d + z_far * mean - slope.to(tl.float64) * mean).to(tl.float32))
+    tl.store(out + 3, held_p)
+    tl.store(out + 4, held_q)
+    tl.store(out + 5, ratio.to(tl.float32))
+    tl.store(out + 6, ((p_alpha + 1) / ratio).to(tl.float32))
+
     # logits of the tokens that follow
     ours, theirs = tl.load(next_ptr + 2 * pair), tl.load(next_ptr + 2 * pair + 1)
     nan = float("nan")
@@ -414,18 +283,18 @@ def row_sums(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """See `fused.Backend`."""
     rows, vocab = z.shape
     _check(z)
-    n_maxima = -(-vocab // _SUB)
-    sums = z.new_empty(rows, segments(vocab), len(ROW_SUMS))
-    maxima = z.new_empty(rows, n_maxima)
+    n = segments(vocab)
+    sums = z.new_empty(rows, n, len(ROW_SUMS))
+    maxima = torch.empty(rows, n * _LANES, dtype=torch.int64, device=z.device)
     top = torch.empty(rows, TOP, dtype=torch.int64, device=z.device)
-    _row_kernel[(rows, segments(vocab))](
-        z, z.stride(0), vocab, 1 / temperature, sums, maxima, n_maxima,
-        SEG=SEGMENT, GROUPS=_ROW_GROUPS, SUB=_SUB, N=len(ROW_SUMS), EVEN=vocab % (_ROW_GROUPS * _SUB) == 0, num_warps=_ROW_WARPS,
+    _row_kernel[(rows, n)](
+        z, z.stride(0), vocab, binary(temperature), sums, maxima,
+        SEG=SEGMENT, LANES=_LANES, N=len(ROW_SUMS), EVEN=vocab % _LANES == 0, num_warps=_ROW_WARPS,
     )  # fmt: skip
-    wide = max(16, triton.next_power_of_2(n_maxima))  # at least TOP, so that none is chosen twice
+    wide = triton.next_power_of_2(n * _LANES)
     _top_kernel[(rows,)](
-        z, z.stride(0), vocab, maxima, n_maxima, top,
-        SUB=_SUB, WIDE=wide, K=TOP, K2=16, num_warps=4 if wide <= 2048 else 8,
+        z, z.stride(0), vocab, maxima, n * _LANES, top,
+        SEG=SEGMENT, LANES=_LANES, WIDE=wide, K=TOP, K2=16, num_warps=4,
     )  # fmt: skip
     return sums, top
 
@@ -450,7 +319,7 @@ def prepare(
         SEG=SEGMENT, WIDE=wide, N=len(ROW_SUMS), K=TOP, K2=16, S=7, num_warps=1,
     )  # fmt: skip
     count = len(pairs)
-    guess = z.new_empty(count, len(PILOTS))
+    guess, coarse = z.new_empty(count, len(PILOTS)), z.new_empty(count, len(COARSE))
     other_z = torch.empty(count, TOP, dtype=torch.float64, device=z.device)
     next_z = torch.empty(count, 3, dtype=torch.float64, device=z.device)
     if next_token is None:
@@ -458,24 +327,18 @@ def prepare(
     else:
         following = torch.stack([next_token, next_token if next_token_target is None else next_token_target], 1)
     _pilot_kernel[(count,)](
-        z, z.stride(0), vocab, 1 / temperature, pairs.contiguous(), stats, top, top_z, following, guess, other_z, next_z,
-        PIECE=128, PIECES=16, K=TOP, K2=16, S=7, P=len(PILOTS), num_warps=4,
+        z, z.stride(0), vocab, 1 / temperature, binary(temperature), pairs.contiguous(), stats, top, top_z, following, guess, coarse, other_z, next_z,
+        PIECE=128, PIECES=16, K=TOP, K2=16, S=7, P=len(PILOTS), C=len(COARSE), num_warps=4,
     )  # fmt: skip
     k = min(TOP, vocab)
     found = RowStats(*stats[:, :6].unbind(1), top[:, :k], top_z[:, :k], torch.isfinite(stats[:, 6]))
-    return Prepared(found, guess, other_z[:, :k], next_z)
+    return Prepared(found, guess, other_z[:, :k], next_z, coarse)
 
 
-def pair_sums(z: Tensor, pairs: Tensor, pilots: Tensor, temperature: float) -> Tensor:
+def sweep(z: Tensor, pairs: Tensor, known: Prepared, temperature: float) -> Tensor:
     """See `fused.Backend`."""
-    vocab = z.shape[1]
     _check(z)
-    sums = z.new_empty(len(pairs), segments(vocab), len(PAIR_SUMS))
-    _pair_kernel[(len(pairs), segments(vocab))](
-        z, z.stride(0), vocab, 1 / temperature, pairs.contiguous(), pilots.contiguous(), sums,
-        SEG=SEGMENT, BLOCK=_PAIR_BLOCK, P=pilots.shape[1], N=len(PAIR_SUMS), EVEN=vocab % _PAIR_BLOCK == 0, num_warps=_PAIR_WARPS,
-    )  # fmt: skip
-    return sums
+    return swept(z, pairs, known, temperature)
 
 
 def hidden_change(h: Tensor, pairs: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import sqrt
 from typing import Any
 
 from prunescope.report.figures.divergence import draw_divergence
 from prunescope.report.names import short
-from prunescope.report.page.payload import TOKEN_CHARACTERS, clipped
+from prunescope.report.page.passages import shown, worst_of_passages
+from prunescope.report.page.payload import clipped
 from prunescope.report.page.pictures import images
 from prunescope.report.terminal.divergence import kl_lines
 from prunescope.runs.folder import Run
@@ -16,14 +16,14 @@ from prunescope.runs.folder import Run
 __all__ = ["divergence_section"]
 
 CHUNKS = 200  # rows of the table by chunk; the figure has them all
-_TOP_CHARACTERS, _BEFORE_CHARACTERS = 60, 800
+_NAME_CHARACTERS = 60
 
 
 def divergence_section(run: Run) -> dict[str, Any]:
     """What the page shows of a finished divergence run."""
     info = run.info
     config, names = info["config"], [piece["name"] for piece in info["slices"]]
-    stats = info["summary"]["p"]["kl_dense_target"]
+    stats, samples = info["summary"]["p"]["kl_dense_target"], run.samples()
     return {
         "dense": short(config["dense"]),
         "target": short(config["target"]),
@@ -41,11 +41,12 @@ def divergence_section(run: Run) -> dict[str, Any]:
         "ladder": _ladder(info),
         "groups": list(_groups(info["by"], len(names) > 1)),
         "more_chunks": max(0, len(info["by"]["chunk"]) - CHUNKS),
-        "passages": [_passage(found) for found in run.samples()],
+        "passages": [shown(found) for found in samples],
+        "worst": worst_of_passages(samples),
         "images": images(
             run,
             f"{short(config['dense'])} against {short(config['target'])}",
-            lambda folder: draw_divergence(run.table(), info, run.samples(), folder),
+            lambda folder: draw_divergence(run.table(), info, samples, folder),
         ),
     }
 
@@ -84,43 +85,9 @@ def _groups(by: Mapping[str, Any], several: bool) -> Iterator[dict[str, Any]]:
 
 def _label(key: str, group: Mapping[str, Any], several: bool) -> str:
     if key == "slice":
-        return clipped(short(group["slice"]), _TOP_CHARACTERS)
+        return clipped(short(group["slice"]), _NAME_CHARACTERS)
     if key == "chunk":
-        name = f", {clipped(short(group['slice']), _TOP_CHARACTERS)}" if several else ""
+        name = f", {clipped(short(group['slice']), _NAME_CHARACTERS)}" if several else ""
         return f"{group['chunk']}{name}"
     low, high = group["from"], group["to"]
     return f"{low:g} to {high - 1:g}" if key == "position" else f"{low:g} to {high:g}"
-
-
-def _passage(found: Mapping[str, Any]) -> dict[str, Any]:
-    largest = max(token["kl_dense_target"] for token in found["tokens"]) or 1.0
-    before = found["before"]
-    return {
-        "slice": clipped(short(found["slice"]), _TOP_CHARACTERS),
-        "chunk": found["chunk"],
-        "position": found["position"],
-        "kl": found["kl_dense_target"],
-        "before": before if len(before) <= _BEFORE_CHARACTERS else f"…{before[-_BEFORE_CHARACTERS:]}",
-        "text": clipped(_visible(found["text"]), _TOP_CHARACTERS),
-        "tokens": [
-            {
-                "text": clipped(_visible(token["text"]), TOKEN_CHARACTERS),
-                "kl": token["kl_dense_target"],
-                "dp": token["dp"],
-                "strength": round(0.5 * sqrt(max(0.0, token["kl_dense_target"]) / largest), 3),
-                **{
-                    side: [
-                        {"text": clipped(_visible(top["text"]), _TOP_CHARACTERS), "p": top["p"]}
-                        for top in token[f"top_{side}"]
-                    ]
-                    for side in ("dense", "target")
-                },
-            }
-            for token in found["tokens"]
-        ],
-    }
-
-
-def _visible(text: str) -> str:
-    """Blanks and ends of lines as signs, as the rest of the page shows single tokens."""
-    return text.translate({ord(" "): "\u2423", ord("\n"): "\u21b5", ord("\t"): "\u21e5"}) or "(empty)"

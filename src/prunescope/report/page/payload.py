@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from prunescope.report import KIND_NAMES
 from prunescope.runs.folder import Columns
+from prunescope.runs.recovery import of_questions
 
 __all__ = ["CELL_COLUMNS", "checkpoint_view", "generation_view", "layerwise_view", "mcq_view", "metric_columns", "pack"]
 
@@ -270,6 +271,7 @@ def mcq_view(
     flipped = [row["question"] for row in rows if row["choice_dense"] != row["choice_target"]]
     order = np.argsort(-whole["kl_dense_target"].to_numpy(), kind="stable")
     shown = sorted({*flipped[: TOP_QUESTIONS // share], *(int(i) for i in order[: TOP_QUESTIONS // share])})
+    standing = {one.number: one for one in of_questions(table, "target")}
     points = {
         name: [row[name] for row in rows[::stride]]
         for name in ("question", "margin_dense", "margin_target", "gold", "choice_dense", "choice_target")
@@ -282,7 +284,11 @@ def mcq_view(
         "global": {name: pack(whole[name].to_numpy().astype(float)[::stride]) for name in columns},
         "options": {name: pack(option_values[::stride, number]) for number, name in enumerate(columns)},
         "flip_count": len(flipped),
-        "flips": [_question(rows[number], samples[number]) for number in flipped[:QUESTIONS]],
+        "flips": [
+            _question(rows[number], samples[number])
+            | ({"place": one.place, "q": one.p} if (one := standing.get(number)) else {})
+            for number in flipped[:QUESTIONS]
+        ],
         "tops": [
             _question(rows[number], samples[number])
             | {

@@ -97,7 +97,7 @@ def _speed(run: Run) -> dict[str, Any]:
 
 
 def _advise(run: Run) -> dict[str, Any]:
-    summary = run.info["summary"]
+    summary, table = run.info["summary"], run.table().to_pylist()
     rows = [
         [
             row["point"],
@@ -109,9 +109,23 @@ def _advise(run: Run) -> dict[str, Any]:
             f"{row['fitted']:.2f}",
             f"{row['low']:.2f} to {row['high']:.2f}",
         ]
-        for row in run.table().to_pylist()
+        for row in table
     ]
-    headings = ("point", "series", "verdict", "weights gone", "bytes saved", "kept", "fit", "95 % of it")
+    timed = any(row.get("tokens_per_s") is not None for row in table)
+    if timed:
+        for cells, row in zip(rows, table, strict=True):
+            cells.append("-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f} ({row['speedup']:.2f}x)")
+    headings = (
+        "point",
+        "series",
+        "verdict",
+        "weights gone",
+        "bytes saved",
+        "kept",
+        "fit",
+        "95 % of it",
+        *(["tokens a second"] if timed else []),
+    )
     made = [f"To make it: {summary['command']}"] if summary["command"] else []
     return {
         "models": [short(str(run.info["models"]["dense"]["source"]))],

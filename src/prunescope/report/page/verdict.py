@@ -1,7 +1,7 @@
 """What the figures of a target mean for each use, in plain words, with the rule behind each.
 
 The uses are those of the paper's discussion (section 8): retrieval reads the hidden state h; multiple choice reads a few option tokens; generation
-reads the full distribution p, again and again. The thresholds are this project's, stated with every verdict, and no law of nature.
+reads the full distribution p, again and again. The thresholds are this project's, a choice, and stated with every verdict.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _choice(info: Mapping[str, Any] | None) -> Verdict:
     words = {
         KEPT: "Among the options the target chooses as the dense model does.",
         RISK: "The target changes some choices.",
-        BROKEN: "The target answers many questions otherwise than the dense model.",
+        BROKEN: "The target answers many questions differently from the dense model.",
     }[level]
     if accuracy["dense"]["ci95"][0] <= info["chance"]:
         words += " The dense accuracy is not above chance, so accuracies say nothing here; only agreement does."

@@ -20,12 +20,26 @@ def show_advice(rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any], cons
     title = f"{info['models']['dense']['source']} for {summary['use']}: {', '.join(summary['tasks'])}"
     console.print(Text(title, style="bold"))
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading in ("point", "weights gone", "bytes saved", "kept", "fit (95 %)", "verdict"):
+    timed = any(row.get("tokens_per_s") is not None for row in rows)
+    for heading in (
+        "point",
+        "weights gone",
+        "bytes saved",
+        "kept",
+        "fit (95 %)",
+        *(["tokens/s"] if timed else []),
+        "verdict",
+    ):
         table.add_column(heading, justify="left" if heading in ("point", "verdict") else "right", overflow="fold")
     for row in rows:
         saved = "-" if row["saved"] is None else f"{100 * row['saved']:.1f} %"
         fit = f"{row['fitted']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
-        cells = (row["point"], f"{100 * row['removed']:.1f} %", saved, f"{row['kept']:.2f}", fit, row["verdict"])
+        rate = (
+            [f"{row['tokens_per_s']:,.0f} {row['speedup']:.2f}x" if row["tokens_per_s"] is not None else "-"]
+            if timed
+            else []
+        )
+        cells = (row["point"], f"{100 * row['removed']:.1f} %", saved, f"{row['kept']:.2f}", fit, *rate, row["verdict"])
         table.add_row(*map(Text, cells))
     console.print(table)
     for line in summary["says"]:

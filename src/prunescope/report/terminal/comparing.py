@@ -12,6 +12,7 @@ from rich.text import Text
 
 from prunescope.report import KIND_NAMES
 from prunescope.report.names import measure_name, short
+from prunescope.report.terminal.recovery import show_recovery
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,6 +102,7 @@ def show_generation(info: Mapping[str, Any], console: Console | None = None) -> 
     if first := info.get("first_difference"):
         median = "" if first["median"] is None else f"; the others differ first at step {first['median']:g} (median)"
         console.print(Text(f"same text to the end: {first['same_texts']} of {len(first['by_prompt'])} prompts{median}"))
+    show_recovery(info, console)
     if parts := info.get("divergence"):
         console.print(
             Text(
@@ -173,6 +175,7 @@ def show_mcq(info: Mapping[str, Any], console: Console | None = None) -> None:
             f"flips: {flips['right_to_wrong']} right to wrong, {flips['wrong_to_right']} wrong to right, {flips['wrong_to_wrong']} between wrong ones; McNemar p = {flips['mcnemar_p']:.3g}; same choice {info['agreement']['same_choice']:.3f}"
         )
     )
+    show_recovery(info, console)
     if info["scored_by_sequence"]:
         console.print(
             Text(

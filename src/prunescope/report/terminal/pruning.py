@@ -63,6 +63,10 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
         console.print(
             Text(f"refined ({record['config']['refine']}): mean relative error {was:.4f} before, {now:.4f} after")
         )
+    if record["method"] == "experts":
+        console.print(Text("experts removed by block, by mean router weight x norm of the output"))
+        for row in modules:
+            console.print(Text(f"  {row['layer']}: {', '.join(map(str, row['removed_experts']))} of {row['experts']}"))
     dead = [row for row in modules if row["dead_inputs"]]
     few = [row for row in modules if row["few_tokens"] or row["tokens"] == 0]
     if dead:
@@ -132,5 +136,5 @@ def _short(name: str) -> str:
 def _sparsified_title(record: dict[str, Any]) -> str:
     config = record["config"]
     asked = config["pattern"] if config["pattern"] not in (None, "unstructured") else f"sparsity {config['sparsity']:g}"
-    what = "neurons" if record["method"] == "structured" else "weights"
+    what = {"structured": "neurons", "experts": "experts"}.get(record["method"], "weights")
     return f"{config['model']}: {record['method']}, {asked}, {100 * record['sparsity']:.2f} % of the {what} of {len(record['modules'])} matrices"

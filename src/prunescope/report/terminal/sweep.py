@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["show_sweep"]
 
+_SHORT = {"generative": "writing", "choice": "choosing"}
+
 
 def show_sweep(
     info: Mapping[str, Any], sweep: pa.Table, summary: Mapping[str, Any], console: Console | None = None
@@ -28,22 +30,22 @@ def show_sweep(
     rows = sweep.to_pylist()
     says = [row for row in rows if row["informative"]] or rows
     kinds = [kind for kind in ("generative", "choice") if any(row["kind"] == kind for row in says)]
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1), title=Text(str(info["config"]["model"])), title_justify="left")
-    shown.add_column("point", no_wrap=True)
+    console.print(Text(str(info["config"]["model"]), style="bold"))
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    shown.add_column("point", overflow="fold")
     sizes = {row["point"]: row["bytes"] for row in rows if row.get("bytes") is not None}
     kls, like = summary.get("kl", {}), summary.get("like", {})
-    shown.add_column("weights\nremoved", justify="right")
+    shown.add_column("gone", justify="right", no_wrap=True)
     if sizes:
-        shown.add_column("MB", justify="right")
+        shown.add_column("MB", justify="right", no_wrap=True)
     for kind in kinds:
-        count = len({row["task"] for row in says if row["kind"] == kind})
-        shown.add_column(f"{kind}, mean\nof {count} tasks", justify="right")
-        shown.add_column("share\nkept", justify="right")
+        shown.add_column(_SHORT[kind], justify="right", no_wrap=True)
+        shown.add_column("kept", justify="right", no_wrap=True)
     more = {row["point"]: row for row in summary["discrepancy"]}
     if more:
-        shown.add_column("choice keeps\nmore by", justify="right")
+        shown.add_column("more", justify="right", no_wrap=True)
     if kls:
-        shown.add_column("KL", justify="right")
+        shown.add_column("KL", justify="right", no_wrap=True)
     for point in dict.fromkeys(row["point"] for row in rows):
         cells = []
         for kind in kinds:
@@ -59,15 +61,18 @@ def show_sweep(
         removed = next(row["weights_removed"] for row in rows if row["point"] == point)
         shown.add_row(point, f"{100 * removed:.1f} %", *size, *cells)
     console.print(shown)
+    counts = {kind: len({row["task"] for row in says if row["kind"] == kind}) for kind in kinds}
+    means = " and ".join(f"{_SHORT[kind]}, of {count} task{'s' * (count > 1)}" for kind, count in counts.items())
+    differs = "; more: how much more of it choosing keeps than writing" if more else ""
+    note = f"gone: share of the weights; mean scores: {means}; kept: share of the dense model's score above chance{differs}"
+    console.print(Text(note, style="dim"))
     left_out = list(dict.fromkeys(row["task"] for row in rows if not row["informative"]))
     if left_out:
-        console.print(
-            Text(f"at floor in the dense model, alone or as a pair, so of no say here: {', '.join(left_out)}")
-        )
+        console.print(Text(f"at floor in the dense model, alone or as a pair, so left out here: {', '.join(left_out)}"))
     for point, words in like.items():
         console.print(Text(f"KL of {point}, {kls[point]:.3g}: {words}"))
     for name, points in summary.get("front", {}).items():
-        what = {"generative": "what is written", "choice": "what is chosen", "kl": "KL"}[name]
+        what = {"generative": "writing", "choice": "choosing", "kl": "KL"}[name]
         console.print(Text(f"Pareto front of bytes and {what}: {', '.join(points)}"))
     for outcome, best in summary["predicts"].items():
         names = ", ".join(f"{row['column']} {row['spearman']:+.3f}" for row in best)
@@ -77,5 +82,5 @@ def show_sweep(
 def _more(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
-    half = "" if row["ci95"] is None else f" \u00b1 {(row['ci95'][1] - row['ci95'][0]) / 2:.2f}"
+    half = "" if row["ci95"] is None else f"\u00b1{(row['ci95'][1] - row['ci95'][0]) / 2:.2f}"
     return f"{row['choice_keeps_more']:+.2f}{half}"

@@ -1,0 +1,41 @@
+"""The dense model's texts, written by one process or by several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from prunescope.compare.context import TargetModel
+from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.loaded import LoadedModel
+from prunescope.progress import progress
+from prunescope.runs.workers import Compute, Workers, sharing
+
+__all__ = ["written_texts"]
+
+
+def written_texts(
+    dense: LoadedModel, prompts: Sequence[list[int]], steps: int, sampling: Sampling, stop: bool, batch_size: int, workers: Workers | None
+) -> list[list[int]]:  # fmt: skip
+    """What the dense model writes after each prompt."""
+    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    texts: list[list[int]] = [[] for _ in prompts]
+    make = partial(_writer, prompts=prompts, steps=steps, sampling=sampling, stop=stop)
+    with progress(f"{dense.ref} writes {len(prompts)} continuations of up to {steps} tokens", len(prompts)) as advance:
+
+        def done(place: int, found: list[list[int]]) -> None:
+            for number, text in zip(batches[place], found, strict=True):
+                texts[number] = text
+            advance(len(found))
+
+        sharing(workers, make)(batches, make(dense, None), done)
+    return texts
+
+
+def _writer(
+    dense: LoadedModel, _: TargetModel, *, prompts: Sequence[list[int]], steps: int, sampling: Sampling, stop: bool
+) -> Compute:
+    """Numbers of prompts -> their continuations."""
+    return lambda batch: continue_texts(
+        dense, [prompts[i] for i in batch], steps, batch_size=len(batch), sampling=sampling, stop=stop, first=batch[0]
+    )

@@ -1,0 +1,184 @@
+"""The next block's weights while the one before it runs: read by threads, and on a GPU copied there from pinned memory.
+
+On a GPU several threads read pieces of the files into small pinned buffers, from where the copies run on a stream of their own. On a CPU weights
+stay in their mapped files, so that a thread only asks the system to read what is not in its cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunescope.errors import UserError
+from prunescope.models.shards import DTYPES, Stored, read_header
+
+__all__ = ["Ahead"]
+
+_PIECE = 2**24  # bytes that are read at a time
+_THREADS = 8
+_SLOTS = 2  # pinned buffers of a thread: one is filled while the other is copied
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the bytes of a weight are."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Ahead:
+    """Fetches weights of one block ahead.
+
+    Args:
+        weights: accelerate's map of weights on disk; what it holds otherwise than as plain bytes of a file is left to it.
+        device: where the weights shall be.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self.weights, self.device, self.copying = weights, device, device.type == "cuda"
+        self.begun: int | None = None
+        self._headers: dict[str, dict[str, Stored]] = {}
+        self._found: dict[str, Tensor] = {}
+        self._tasks: list[Future[None]] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._copies: Any = None  # the stream of the copies to a GPU
+        self._rings: list[Any] = []
+
+    def begin(self, layer: int, names: Sequence[str]) -> None:
+        """Start to fetch the weights of block ``layer``; returns at once."""
+        self.discard()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS if self.copying else 1, "prunescope-ahead")
+        places = {name: place for name in names if (place := self._place(name)) is not None}
+        self.begun = layer
+        if self.copying:
+            self._begin_copies(places)
+        else:
+            self._tasks = [self._pool.submit(_warm, list(places.values()))]
+
+    def take(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """What was fetched of block ``layer`` by the model's names, in the dtypes of the file; nothing on a CPU, where weights stay in their files.
+
+        Args:
+            names: what is fetched now, if the block was not begun.
+        """
+        if self.begun != layer:
+            if not self.copying:
+                self.discard()
+                return {}
+            self.begin(layer, names)
+        for task in self._tasks:
+            task.result()
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        found, self._found, self._tasks, self.begun = self._found, {}, [], None
+        return found
+
+    def discard(self) -> None:
+        """Forget what was begun."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(Exception):
+                if not task.cancelled():
+                    task.result()
+        if self._copies is not None and self._found:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        self._found, self._tasks, self.begun = {}, [], None
+
+    def _place(self, name: str) -> _Place | None:
+        entry = getattr(self.weights, "index", {}).get(name)
+        if not isinstance(entry, Mapping):
+            return None
+        file = entry.get("safetensors_file")
+        if file is None:
+            return None
+        if file not in self._headers:
+            try:
+                self._headers[file] = read_header(Path(file), str(file))
+            except UserError:
+                self._headers[file] = {}
+        stored = self._headers[file].get(entry.get("weight_name", name))
+        if stored is None or stored.dtype not in DTYPES:
+            return None
+        return _Place(stored.file, stored.offset, DTYPES[stored.dtype], stored.shape)
+
+    def _begin_copies(self, places: Mapping[str, _Place]) -> None:
+        assert self._pool is not None
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+            self._rings = [_Ring(self._copies) for _ in range(_THREADS)]
+        # the buffers may stand where tensors stood that work on the current stream still reads
+        self._found = {n: torch.empty(p.shape, dtype=p.dtype, device=self.device) for n, p in places.items()}
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        work: list[tuple[Path, int, Tensor]] = []
+        for name, place in places.items():
+            whole = self._found[name].view(-1).view(torch.uint8)
+            work += [(place.file, place.offset + low, whole[low:high]) for low, high in _pieces(place.nbytes)]
+        self._tasks = [self._pool.submit(ring.copy, work[i :: len(self._rings)]) for i, ring in enumerate(self._rings)]
+
+
+class _Ring:
+    """The pinned buffers of a thread."""
+
+    def __init__(self, copies: Any) -> None:
+        self.copies = copies
+        self.slots = [_pinned(_PIECE) for _ in range(_SLOTS)]
+        self.done = [torch.cuda.Event() for _ in range(_SLOTS)]
+        self.next = 0
+
+    def copy(self, work: Sequence[tuple[Path, int, Tensor]]) -> None:
+        """Read pieces of files from where they begin, and start to copy each to where it shall be."""
+        with torch.cuda.stream(self.copies):
+            for file, offset, into in work:
+                slot, event = self.slots[self.next], self.done[self.next]
+                self.next = (self.next + 1) % _SLOTS
+                event.synchronize()  # what was there before is copied
+                _read(file, offset, memoryview(slot.numpy())[: len(into)])  # type: ignore[arg-type]
+                into.copy_(slot[: len(into)], non_blocking=True)
+                event.record(self.copies)
+
+
+def _pinned(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    return ((low, min(low + _PIECE, nbytes)) for low in range(0, nbytes, _PIECE))
+
+
+def _read(file: Path, offset: int, into: memoryview) -> None:
+    with file.open("rb", buffering=0) as bare:
+        bare.seek(offset)
+        done = 0
+        while done < len(into):
+            count = bare.readinto(into[done:])
+            if not count:
+                raise UserError(f"{file} became shorter while it was read; fetch the model again")
+            done += count
+
+
+def _warm(places: Sequence[_Place]) -> None:
+    """Ask the system to read these bytes into its cache, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in places:
+        with suppress(OSError), place.file.open("rb", buffering=0) as bare:
+            for low, high in _pieces(place.nbytes):
+                os.posix_fadvise(bare.fileno(), place.offset + low, high - low, os.POSIX_FADV_WILLNEED)
