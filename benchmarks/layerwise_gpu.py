@@ -30,6 +30,7 @@ from prunescope.compare.metrics import ERROR_BOUND, compare_hidden, compare_logi
 from prunescope.compare.streams import Ahead, forward_stream, streams_of
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.loaded import LoadedModel
+from prunescope.runs.workers import alone
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
@@ -187,11 +188,9 @@ def main() -> None:
         order = [range(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
         rows = Ahead(
             lambda batch: begin_batch(dense, target, [sequences[i] for i in batch], head, 1.0, memory, 0, forward),
-            order,
             forward is not None,
         )
-        for batch in order:
-            rows(batch)
+        alone(order, rows, lambda _, table: None)
 
     def report(name: str, taken: float, floor: float) -> None:
         print(f"{name:58s} {taken * 1e3:9.4f} ms a step, floor {floor * 1e3:.4f} = {taken / floor:.2f} x")

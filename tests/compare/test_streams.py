@@ -12,6 +12,14 @@ from families import tiny_folder
 from prunescope.compare.streams import Ahead
 from prunescope.models.loading import load_model
 from prunescope.models.residual import Passage, headless, watching
+from prunescope.runs.workers import alone
+
+
+def in_order(rows: Ahead, batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """As one process computes them."""
+    found: list[list[int]] = []
+    alone(batches, rows, lambda _, table: found.append(table))
+    return found
 
 
 def test_a_batch_is_begun_before_the_one_before_is_waited_for() -> None:
@@ -28,15 +36,16 @@ def test_a_batch_is_begun_before_the_one_before_is_waited_for() -> None:
         return wait
 
     batches = [range(0, 2), range(2, 4), range(4, 5)]
-    rows = Ahead(begin, batches, True)
-    assert [rows(batch) for batch in batches] == [[0, 1], [2, 3], [4]]
+    rows = Ahead(begin, True)
+    assert in_order(rows, batches) == [[0, 1], [2, 3], [4]]
     assert told == ["begin 0", "begin 2", "wait 0", "begin 4", "wait 2", "wait 4"]
     told.clear()
-    rows = Ahead(begin, batches, True)  # the second is there from an interrupted run
-    assert [rows(batches[0]), rows(batches[2])] == [[0, 1], [4]]
+    rows = Ahead(begin, True)  # the second is there from an interrupted run
+    assert in_order(rows, [batches[0], batches[2]]) == [[0, 1], [4]]
+    assert told == ["begin 0", "begin 4", "wait 0", "wait 4"]
     told.clear()
-    alone = Ahead(begin, batches, False)
-    assert [alone(batch) for batch in batches] == [[0, 1], [2, 3], [4]]
+    single = Ahead(begin, False)
+    assert in_order(single, batches) == [[0, 1], [2, 3], [4]]
     assert told == ["begin 0", "wait 0", "begin 2", "wait 2", "begin 4", "wait 4"]
 
 

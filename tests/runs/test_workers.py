@@ -160,6 +160,34 @@ def test_what_a_killed_worker_was_at_is_done_again(
     assert pid_of(warm) != first and given[0] not in slow_here[:2]
 
 
+class _Told:
+    """Computes nothing, and keeps what it heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str]] = []
+
+    def expect(self, item: str) -> None:
+        self.heard.append(("expect", item))
+
+    def __call__(self, item: str) -> str:
+        self.heard.append(("asked", item))
+        return item.upper()
+
+
+def test_a_worker_is_asked_for_what_it_was_told_to_expect() -> None:
+    """Would catch a batch that two workers begin, and one that nobody computes since another was told of it."""
+    told, found = [_Told(), _Told()], {}
+    workers = Workers(2, lambda number: module._Here(told[number]), helps=False)
+    workers.sharing(len)(list("abcdefg"), _Told(), found.__setitem__)
+    assert found == dict(enumerate("ABCDEFG"))
+    for one in told:
+        asked = [item for what, item in one.heard if what == "asked"]
+        expected = [item for what, item in one.heard if what == "expect"]
+        assert asked[1 : 1 + len(expected)] == expected
+    assert sorted(item for one in told for what, item in one.heard if what == "asked") == list("abcdefg")
+    workers.stop()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
