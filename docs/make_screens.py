@@ -23,7 +23,7 @@ WIDTH, LINES = 80, 44  # columns, and lines of a picture; the middle of what is 
 COMMANDS = {
     "drop": "drop smollm2-135m --target attn --n 8 --out smollm2-drop",
     "sparsify": "sparsify smollm2-135m --method wanda --sparsity 0.5 --samples 8 --seq-len 128 --out smollm2-50",
-    "export": 'export smollm2-135m --for transformers --drop "attn=3,7" --check --out smollm2-export',
+    "export": 'export smollm2-135m --for transformers --drop "attn=3,7" --out smollm2-export',
     "generate": "generate smollm2-135m ./smollm2-drop --prompts prompts.txt --chat --max-new-tokens 12 --out runs/text",
     "divergence": "divergence smollm2-135m ./smollm2-drop --text README.md --context 256 --chunks 2 --out runs/kl",
     "evaluate": "evaluate smollm2-135m ./smollm2-drop --tasks arithmetic-gen,arithmetic-mc --limit 10 --out runs/tasks",

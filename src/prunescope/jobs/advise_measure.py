@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from prunescope.data.prompts import read_prompts
+from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.jobs import speed as speed_job
 from prunescope.jobs import sweep as sweep_job
@@ -15,6 +17,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console
 from prunescope.results import SweepResult
 from prunescope.sweep.advice import Advised
+from prunescope.sweep.comparison import DenseReference, write_texts
 from prunescope.sweep.points import read_points
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
@@ -25,6 +28,7 @@ _TARGETS, _FORMATS = "attn,mlp,block", "int8,int4-g128"
 _SHARES = (1 / 15, 2 / 15, 4 / 15)  # of the blocks: 2, 4 and 8 of 30
 _BATCH = 8
 _REPEATS = 5
+_STEPS = 16  # of each prompt, on which h, z and p are compared
 
 
 def tasks_for(use: str) -> str:
@@ -69,18 +73,21 @@ def measure_sweep(
         sweep_job.SweepOptions(
             model=loaded, target=_TARGETS, n=n, method=None, sparsity=None, pattern=None, quant=_FORMATS, join=None, sparse_bytes=False,
             ladder=None, tasks=tasks, limit=limit, shots=None, data=None, allow_code_execution=False, prompts=None, chat=False,
-            max_new_tokens=16, metric_temperature=1.0, calibration="self", samples=None, seq_len=None, batch_size=_BATCH,
+            max_new_tokens=_STEPS, metric_temperature=1.0, calibration="self", samples=None, seq_len=None, batch_size=_BATCH,
             seed=seed, cache=True, spread=SpreadOptions(1, None), loading=loading, output=output,
         )
     )  # fmt: skip
 
 
 def _seconds(loaded: LoadedModel, tasks: Sequence[str], limit: int, seed: int) -> float:
-    """Of one point, from one batch of each task."""
-    few = min(limit, _BATCH)
+    """Of one point: one batch of each task, times the batches, and the comparison of h, z and p on the shipped prompts."""
+    texts = write_texts(loaded, encode(loaded, read_prompts(None), _STEPS), _STEPS, batch_size=_BATCH)
+    reference = DenseReference(loaded, texts)
     started = time.monotonic()
-    evaluate_model(loaded, tasks, limit=few, batch_size=_BATCH, seed=seed)
-    return (time.monotonic() - started) * -(-limit // _BATCH)
+    evaluate_model(loaded, tasks, limit=min(limit, _BATCH), batch_size=_BATCH, seed=seed)
+    scored = time.monotonic()
+    reference.measure(loaded)
+    return (scored - started) * -(-limit // _BATCH) + time.monotonic() - scored
 
 
 def _duration(seconds: float) -> str:

@@ -152,8 +152,8 @@ def show_speed(rows: list[dict[str, Any]], info: Mapping[str, Any], console: Con
             style="bold",
         )
     )
-    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    sizes.add_column("model", min_width=16)
+    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    sizes.add_column("model", min_width=16, overflow="fold")
     for heading in ("para-\nmeters", "not\nzero", "dropped", "on disk", "in\nmemory", "read\na step", "cache\na token"):
         sizes.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
