@@ -393,7 +393,7 @@ def test_mistakes_are_one_line(
         (["--corpus", str(tmp_path / "none")], "is no folder; give a folder with corpus.jsonl"),
         ([*beir, "--split", "dev"], "dev.tsv: no such file; --split can be test"),
         ([*beir, "--recall-at", "5,2000"], "cut-offs go from 1 to --depth, 1000"),
-        ([*beir, "--recall-at", "five"], "write whole numbers"),
+        ([*beir, "--recall-at", "five"], "write comma-separated whole numbers, such as 10,100"),
         ([*beir, "--max-length", "0"], "--max-length 0: it must be at least 1"),
         ([*beir, "--depth", "0"], "--depth 0: it must be at least 1"),
     ):

@@ -244,6 +244,10 @@ def advise(
     seed: int = 0,
     dtype: DType = "auto",
     device: str = "auto",
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    dequantise: bool = False,
     out: str | None = None,
     overwrite: bool = False,
 ) -> AdviseResult:
@@ -263,6 +267,10 @@ def advise(
         seed: seed of the draws for intervals
         dtype: dtype of measurements; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: where measurements run; auto is cuda if there is one, else cpu
+        revision: revision of a Hugging Face id
+        adapter: LoRA adapter to merge into the model, a folder or a Hugging Face id
+        trust_remote_code: run code that comes with the model
+        dequantise: load the packed weights of a quantised checkpoint as dense floats, so that they can be pruned
         out: run folder to write
         overwrite: replace an existing run folder
 
@@ -274,7 +282,7 @@ def advise(
     return job.run(
         job.AdviseOptions(
             model=model, sweep=sweep, speed=speed, use=use, budget=budget, loss=loss, limit=limit, seed=seed,
-            loading=LoadOptions(dtype, device, None, False), output=OutputOptions(out, overwrite),
+            loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip
 

@@ -131,10 +131,13 @@ def test_sizes_of_models_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "huggingface_hub.try_to_load_from_cache",
         lambda ref, name, revision: answers.get(ref) if name == "model.safetensors" else None,
     )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     counts = SimpleNamespace(parameter_count={"BF16": 10, "F32": 3, "U8": 7})
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda ref, revision: counts)
     assert fitting.weight_bytes("some/model", device="cpu") == taken(folder)
     assert fitting.weight_bytes("other/model", device="cpu") == 4 * 13 + 7
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fitting.weight_bytes("other/model", device="cpu") is None
 
 
 def test_free_memory_within_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
