@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from prunescope.compare.context import TargetModel
-from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.generating import Sampling, batches, continue_texts
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.runs.workers import Compute, Workers, sharing
+from prunescope.runs.workers import Compute, Workers, gathered, sharing
 
 __all__ = ["written_texts"]
 
@@ -18,18 +18,11 @@ def written_texts(
     dense: LoadedModel, prompts: Sequence[list[int]], steps: int, sampling: Sampling, stop: bool, batch_size: int, workers: Workers | None
 ) -> list[list[int]]:  # fmt: skip
     """What the dense model writes after each prompt."""
-    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
-    texts: list[list[int]] = [[] for _ in prompts]
     make = partial(_writer, prompts=prompts, steps=steps, sampling=sampling, stop=stop)
     with progress(f"{dense.ref} writes {len(prompts)} continuations of up to {steps} tokens", len(prompts)) as advance:
-
-        def done(place: int, found: list[list[int]]) -> None:
-            for number, text in zip(batches[place], found, strict=True):
-                texts[number] = text
-            advance(len(found))
-
-        sharing(workers, make)(batches, make(dense, None), done)
-    return texts
+        numbers = list(batches(range(len(prompts)), batch_size))
+        found = gathered(sharing(workers, make), numbers, make(dense, None), lambda texts: advance(len(texts)))
+    return [text for texts in found for text in texts]
 
 
 def _writer(

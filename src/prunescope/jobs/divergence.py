@@ -10,10 +10,9 @@ from prunescope.cache import cache_folder
 from prunescope.compare.divergence import divergence_key, divergence_passes, divergence_rows, read_slices
 from prunescope.compare.divergence_summary import divergence_summary, worst_passages
 from prunescope.compare.familiar import like_rung, measure_ladder, usual_ladder
-from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
 from prunescope.jobs.pair import load_pair
-from prunescope.jobs.streaming import Sides, place, sides
+from prunescope.jobs.streaming import Sides, refuse_stream, sides
 from prunescope.models import ggml
 from prunescope.models.quantised import QuantSpec
 from prunescope.report.terminal.divergence import show_divergence
@@ -48,8 +47,7 @@ class DivergenceOptions(Options):
 
     def check(self) -> None:
         super().check()
-        if self.stream is True and self.hindrance is not None:
-            raise UserError(f"--stream: {self.hindrance}")
+        refuse_stream(self.stream, self.hindrance)
         for name in self.rungs:
             ggml.check(QuantSpec.parse(name).scheme)
 
@@ -74,10 +72,9 @@ class DivergenceOptions(Options):
 def run(options: DivergenceOptions) -> DivergenceResult:
     started = time.monotonic()
     options.check()
-    placement = place(
-        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.hindrance
-    )
-    with sides(options.dense, options.target, options.loading, options.output, placement) as found:
+    with sides(
+        options.dense, options.target, options.loading, options.output, options.stream, options.memory_mb, options.hindrance
+    ) as found:  # fmt: skip
         result, complete = _measured(options, found, started)
     if complete:
         options.output.say_complete()

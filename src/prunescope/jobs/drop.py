@@ -16,7 +16,7 @@ from prunescope.data.calibration import Calibration, calibration_tokens, is_samp
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
 from prunescope.jobs.pair import load_dense
-from prunescope.jobs.streaming import Placement, place
+from prunescope.jobs.streaming import Placement, place, refuse_stream
 from prunescope.models.anatomy import KINDS
 from prunescope.models.blockwise import stream_model
 from prunescope.models.dropping import DropSpec
@@ -65,8 +65,7 @@ def run(options: DropOptions) -> DropResult:
     if options.output.out is not None:
         check_format(options.compensate, options.format)
     hindrance = _hindrance(options)
-    if options.stream is True and hindrance is not None:
-        raise UserError(f"--stream: {hindrance}")
+    refuse_stream(options.stream, hindrance)
     placement = place(options.stream, options.model, None, options.loading, 0, hindrance)
     if not placement.streamed:
         return _drop(options, options.loading.load(options.model), placement, select, task)

@@ -27,7 +27,7 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
 from prunescope.jobs.pair import Pair, load_pair
-from prunescope.jobs.streaming import UNWRITTEN, Sides, place, sides
+from prunescope.jobs.streaming import UNWRITTEN, Sides, refuse_stream, sides
 from prunescope.models.generating import Sampling, end_tokens
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import console
@@ -74,8 +74,7 @@ class GenerateOptions(Options):
             raise UserError(
                 "--continuations: both models read these texts, which is teacher-forced; free-running, each writes its own, so leave --regime or --continuations out"
             )
-        if self.stream is True and self.hindrance is not None:
-            raise UserError(f"--stream: {self.hindrance}")
+        refuse_stream(self.stream, self.hindrance)
 
     @property
     def hindrance(self) -> str | None:
@@ -97,10 +96,9 @@ def run(options: GenerateOptions) -> GenerateResult:
     options.sampling.check()
     if given is not None and options.regime == "both":
         console.print("free-running rows are left out: both models read the texts of --continuations", markup=False)
-    placement = place(
-        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.hindrance
-    )
-    with sides(options.dense, options.target, options.loading, options.output, placement) as both:
+    with sides(
+        options.dense, options.target, options.loading, options.output, options.stream, options.memory_mb, options.hindrance
+    ) as both:  # fmt: skip
         result, complete = _compared(options, both, given, prompts, started)
     if complete:
         options.output.say_complete()

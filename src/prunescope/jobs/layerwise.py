@@ -18,7 +18,7 @@ from prunescope.data.tokens import encode
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream
 from prunescope.jobs.pair import Pair, load_pair
-from prunescope.jobs.streaming import Placement, StreamedPair, place, stream_folder, write_texts
+from prunescope.jobs.streaming import Placement, StreamedPair, place, refuse_stream, stream_folder, write_texts
 from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
 from prunescope.report.terminal.comparing import show_layerwise
@@ -57,8 +57,7 @@ class LayerwiseOptions(Options):
         super().check()
         if self.continuations is not None and self.prompts is not None:
             raise UserError("--continuations holds the prompts too; leave --prompts out")
-        if self.stream is True and self.spread.hindrance is not None:
-            raise UserError(f"--stream: {self.spread.hindrance}")
+        refuse_stream(self.stream, self.spread.hindrance)
 
     def settings(self) -> tuple[Any, ...]:
         """What decides the rows beside models and texts."""

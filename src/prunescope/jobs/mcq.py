@@ -20,7 +20,7 @@ from prunescope.data.questions import Question, Template, read_questions
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, SpreadOptions, Stream, listed
 from prunescope.jobs.pair import Pair, load_pair
-from prunescope.jobs.streaming import Sides, place, sides
+from prunescope.jobs.streaming import Sides, refuse_stream, sides
 from prunescope.models.variants import Variant
 from prunescope.report.terminal.comparing import show_mcq
 from prunescope.results import McqResult
@@ -56,8 +56,7 @@ class McqOptions(Options):
             raise UserError(f"--limit {self.limit}: at least one question is needed")
         super().check()
         check_rungs(self.ladder)
-        if self.stream is True and self.hindrance is not None:
-            raise UserError(f"--stream: {self.hindrance}")
+        refuse_stream(self.stream, self.hindrance)
         if self.shots and self.template != "cue":
             raise UserError(f"--shots {self.shots} go with --template cue, not with {self.template}")
 
@@ -74,10 +73,9 @@ def run(options: McqOptions) -> McqResult:
     subjects = listed(options.subjects) if options.subjects else []
     questions, shots = read_questions(options.questions, shots=options.shots, subjects=subjects)
     questions = questions[: options.limit]
-    placement = place(
-        options.stream, options.dense, options.target, options.loading, options.memory_mb, options.hindrance
-    )
-    with sides(options.dense, options.target, options.loading, options.output, placement) as found:
+    with sides(
+        options.dense, options.target, options.loading, options.output, options.stream, options.memory_mb, options.hindrance
+    ) as found:  # fmt: skip
         result, complete = _asked(options, found, questions, shots, started)
     if complete:
         options.output.say_complete()

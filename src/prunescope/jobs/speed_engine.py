@@ -21,6 +21,7 @@ from prunescope.export.vllm_engine import Vllm, require_vllm
 from prunescope.jobs.options import LoadOptions, Model, OutputOptions
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.shards import stored_tensors
 from prunescope.models.variants import read_variant
 from prunescope.progress import progress
 from prunescope.report.terminal.scoring import show_engine_speed
@@ -158,8 +159,6 @@ def _write_for_vllm(loaded: LoadedModel, _: str, folder: Path) -> None:
 
 def _in_vllm(folder: Path, dtype: str, context: int, python: str | None, stack: ExitStack) -> _Running:
     """Not compiled: compiling takes minutes of a CPU."""
-    from safetensors import safe_open
-
     engine = stack.enter_context(Vllm(python, threads=torch.get_num_threads()))
     told = engine.load(folder, dtype=dtype, context=context)
 
@@ -167,11 +166,9 @@ def _in_vllm(folder: Path, dtype: str, context: int, python: str | None, stack: 
         written = engine.write([ids], steps)[0]
         return written.prefill_s, written.decode_s
 
-    files, weights = list(folder.glob("*.safetensors")), 0
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            weights += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118 (not a dict)
-    return _Running(weights, sum(file.stat().st_size for file in files), told.cache_bytes, told.cache_dtype, write)
+    weights = sum(tensor.nbytes for tensor in stored_tensors(folder, str(folder)).values())
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return _Running(weights, files, told.cache_bytes, told.cache_dtype, write)
 
 
 ENGINES: dict[str, tuple[Callable[[LoadedModel, str, Path], None], Callable[..., _Running]]] = {

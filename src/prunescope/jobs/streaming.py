@@ -26,7 +26,7 @@ from prunescope.models.variants import VariantSpec, read_variant
 from prunescope.progress import console, progress
 from prunescope.runs.parts import begin
 
-__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "sides", "stream_folder", "write_texts"]
+__all__ = ["UNWRITTEN", "Placement", "Sides", "StreamedPair", "place", "refuse_stream", "sides", "stream_folder", "write_texts"]  # fmt: skip
 
 CPU = torch.device("cpu")
 UNWRITTEN = "both models would be read again for every token that they write; give texts with --continuations FILE"
@@ -45,6 +45,12 @@ class Placement:
         """What `run.json` says of it."""
         why = {} if self.needed is None else {"needed_bytes": self.needed, "free_bytes": self.free}
         return {"streamed": self.streamed, **why}
+
+
+def refuse_stream(stream: Stream, hindrance: str | None) -> None:
+    """Raise UserError where streaming is asked for and something is in its way."""
+    if stream is True and hindrance is not None:
+        raise UserError(f"--stream: {hindrance}")
 
 
 def place(
@@ -218,9 +224,16 @@ class Sides:
 
 @contextmanager
 def sides(
-    dense: Model, target: Model, loading: LoadOptions, output: OutputOptions, placement: Placement
+    dense: Model,
+    target: Model,
+    loading: LoadOptions,
+    output: OutputOptions,
+    stream: Stream,
+    memory_mb: int,
+    hindrance: str | None,
 ) -> Iterator[Sides]:
-    """Open both models. Raises UserError as `Pair.load`, or as `StreamedPair.open`."""
+    """Open both models, where `place` says. Raises UserError as `Pair.load`, or as `StreamedPair.open`."""
+    placement = place(stream, dense, target, loading, memory_mb, hindrance)
     if not placement.streamed:
         yield Sides(Pair.load(dense, target, loading))
         return

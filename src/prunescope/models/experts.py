@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunescope.errors import UserError
 from prunescope.models.anatomy import Block
-from prunescope.models.finding import hooks
+from prunescope.models.finding import hooks, other_forwards
 
 __all__ = ["Experts", "count_fields", "find_experts", "remove_experts", "routed", "without"]
 
@@ -183,12 +183,11 @@ def without(experts: Experts, removed: Sequence[int]) -> Iterator[None]:
             return forward(*args, **kwargs)
 
     try:
-        router.forward = masked
         for module, leaf, value in held:
             getattr(module, leaf).data.index_fill_(-1, torch.tensor(removed, device=value.device), -torch.inf)
-        yield
+        with other_forwards({router: masked}):
+            yield
     finally:
-        router.__dict__.pop("forward", None)
         for module, leaf, value in held:
             getattr(module, leaf).data.copy_(value)
 

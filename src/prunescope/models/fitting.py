@@ -12,11 +12,12 @@ import torch
 
 from prunescope.errors import UserError
 from prunescope.models.adapters import with_adapter
+from prunescope.models.gguf_reading import parsed_once
 from prunescope.models.loading import choose_device, choose_dtype
 from prunescope.models.placing import placement
 from prunescope.models.record import read_record
 from prunescope.models.references import BUNDLED, bundled_file, expand_user
-from prunescope.models.shards import DTYPES, INDEX, read_header
+from prunescope.models.shards import DTYPES, INDEX, stored_tensors
 
 __all__ = ["free_bytes", "unstreamable", "weight_bytes"]
 
@@ -55,17 +56,11 @@ def _base(ref: str, adapter: str | None) -> str:
 
 
 def _folder_bytes(folder: Path, dtype: torch.dtype | str) -> int:
-    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model")]
-    if (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
-        named = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
-        files = [path for path in files if path.name in named]
-    headers = [read_header(path, str(folder)) for path in files]
     return sum(
         prod(tensor.shape) * dtype.itemsize
         if isinstance(dtype, torch.dtype) and tensor.dtype in DTYPES
         else tensor.nbytes
-        for header in headers
-        for tensor in header.values()
+        for tensor in stored_tensors(folder, str(folder)).values()
     )
 
 
@@ -76,7 +71,8 @@ def _gguf_bytes(path: Path, dtype: torch.dtype | str, enough: int) -> int:
     size = path.stat().st_size
     if size * 8 / _LEAST_BITS * width <= enough:
         return size
-    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors) * width
+    with parsed_once():
+        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors) * width
 
 
 def _hub_bytes(ref: str, revision: str | None, dtype: torch.dtype | str) -> int | None:

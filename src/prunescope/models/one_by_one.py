@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.errors import UserError
+from prunescope.models.finding import other_forwards
 from prunescope.models.shards import Tiles
 
 __all__ = ["large_experts", "one_at_a_time", "slices"]
@@ -81,8 +82,5 @@ def one_at_a_time(
             module.num_experts = count
         return total
 
-    module.forward = run
-    try:
+    with other_forwards({module: run}):
         yield
-    finally:
-        del module.forward

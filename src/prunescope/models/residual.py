@@ -11,7 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunescope.models.anatomy import Block, Kind, Sublayer
-from prunescope.models.finding import first_output, first_tensor, given_residual, hooks, sum_of, swap_first_tensor
+from prunescope.models.finding import (
+    first_output,
+    first_tensor,
+    given_residual,
+    hooks,
+    other_forwards,
+    sum_of,
+    swap_first_tensor,
+)
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import homeward
 
@@ -104,18 +112,12 @@ def _scaled(scale: float, branch: Tensor) -> Tensor:
 @contextmanager
 def headless(loaded: LoadedModel) -> Iterator[None]:
     """Forward passes inside the block give zeros for logits: where only the stream is wanted, a head is read for nothing."""
-    head, own = loaded.anatomy.head, loaded.anatomy.head.__dict__.get("forward")
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], loaded.anatomy.vocab_size)
 
-    head.forward = forward
-    try:
+    with other_forwards({loaded.anatomy.head: forward}):
         yield
-    finally:
-        head.__dict__.pop("forward", None)
-        if own is not None:
-            head.forward = own
 
 
 @contextmanager
@@ -207,24 +209,14 @@ def block_streams(loaded: LoadedModel, first: int = 0) -> Iterator[list[Tensor]]
 def starting_at(loaded: LoadedModel, layer: int, stream: Tensor) -> Iterator[None]:
     """Forward passes inside the block begin at block ``layer`` with ``stream`` (batch, tokens, d): the blocks before it pass on what they are
     given, unseen. Masks and positions are the model's own."""
-    before = [block.module for block in loaded.anatomy.blocks[:layer]]
-    returns = [block.returns for block in loaded.anatomy.blocks[:layer]]
-    own = [module.__dict__.get("forward") for module in before]  # accelerate's, where the model lies on several devices
+    before = {block.module: _passing_on(block.returns) for block in loaded.anatomy.blocks[:layer]}
 
     def swap(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return swap_first_tensor(args, kwargs, stream)
 
-    try:
-        for module, count in zip(before, returns, strict=True):
-            module.forward = _passing_on(count)
-        with hooks() as handles:
-            handles.append(loaded.anatomy.blocks[layer].module.register_forward_pre_hook(swap, with_kwargs=True))
-            yield
-    finally:
-        for module, forward in zip(before, own, strict=True):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+    with other_forwards(before), hooks() as handles:
+        handles.append(loaded.anatomy.blocks[layer].module.register_forward_pre_hook(swap, with_kwargs=True))
+        yield
 
 
 def _passing_on(returns: int) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
-from prunescope.models.finding import first_output, swap_first_tensor
+from prunescope.models.finding import first_output, other_forwards, swap_first_tensor
 from prunescope.progress import progress
 
 __all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
@@ -102,14 +102,9 @@ def recording(streamed: StreamedModel, into: Recorded) -> Iterator[Callable[...,
         into.add(calls)
         return calls[0][2]
 
-    try:
-        for layer, block in enumerate(blocks):
-            block.module.forward = _passer(calls, layer, block.returns, len(blocks))
-        with streamed.outside(skip=() if tied else (head,)):
-            yield record
-    finally:
-        for block in blocks:
-            block.module.__dict__.pop("forward", None)
+    passers = {block.module: _passer(calls, layer, block.returns, len(blocks)) for layer, block in enumerate(blocks)}
+    with other_forwards(passers), streamed.outside(skip=() if tied else (head,)):
+        yield record
 
 
 class _EndOfBlocksError(Exception):

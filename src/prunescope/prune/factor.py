@@ -8,11 +8,8 @@ from torch import Tensor
 __all__ = ["NotPositiveDefiniteError", "factorise", "inverse_factor", "split_product"]
 
 _PANEL = 256
-_BLOCKED, _BLOCK, _UPDATED = (
-    8192,
-    1024,
-    4096,
-)  # columns from which a GPU factorises by blocks; of a block; of what one product updates
+_BLOCKED = 8192  # columns from which a GPU factorises by blocks
+_BLOCK, _UPDATED = 1024, 4096  # columns of a block, and of what one product updates
 _DAMPING_STEPS = 3  # each ten times the one before
 
 

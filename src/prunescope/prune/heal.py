@@ -24,7 +24,7 @@ from torch import Tensor
 from prunescope.data.traces import padded
 from prunescope.errors import UserError
 from prunescope.files import replacing
-from prunescope.models.generating import Sampling, continue_texts
+from prunescope.models.generating import Sampling, continue_texts, texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import Advance, console
@@ -34,9 +34,7 @@ from prunescope.prune.trainable import Trainable
 
 __all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order"]
 
-_AHEAD = (
-    4  # steps on the student's own text that are written at a time: a batch of so many takes hardly longer than one
-)
+_AHEAD = 4  # steps on the student's own text that are written at a time, which takes hardly longer than one
 _STATE, _BEST = "part-state.safetensors", "part-best.safetensors"
 Text = tuple[Sequence[int], Sequence[int]]  # prompt, continuation; the tokens of the continuation count
 
@@ -113,9 +111,10 @@ def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step
     flat = [text for group in asked for text in group]
     most = max(len(continuation) for _, continuation in flat)
     draws = Sampling(1.0, seed=plan.seed + 1)
-    first = step * plan.batch_size
+    first, longest = step * plan.batch_size, max(len(prompt) for prompt, _ in flat) + most
+    at_a_time = min(len(flat), texts_at_a_time(student, longest))
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
-        found = iter(continue_texts(student, [list(p) for p, _ in flat], most, batch_size=len(flat), sampling=draws, first=first))  # fmt: skip
+        found = iter(continue_texts(student, [list(p) for p, _ in flat], most, batch_size=at_a_time, sampling=draws, first=first))  # fmt: skip
     return [[(prompt, own) for (prompt, _), own in zip(group, found, strict=False) if own] for group in asked]
 
 
@@ -236,11 +235,12 @@ def heal(
             break
         if step == plan.reconstruct:  # gradients of another size: its means begin anew
             optimiser.state.clear()
-        chosen = [texts[number] for number in order(len(texts), plan, step)]
         own = step >= plan.reconstruct and _is_own(plan, step - plan.reconstruct)
         if own:
             done.written = done.written or _own_texts(student, texts, plan, step)
             chosen = done.written.pop(0)
+        else:
+            chosen = [texts[number] for number in order(len(texts), plan, step)]
         row = _step(student, teacher, trained, optimiser, chosen, plan, step)
         done.tokens += row["tokens"]
         done.seconds = time.monotonic() - started

@@ -34,7 +34,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import block_streams, starting_at
 from prunescope.progress import console, progress
 from prunescope.prune.select import Choice, DropTarget, spec_of
-from prunescope.runs.workers import Compute, Make, Workers, alone, sharing
+from prunescope.runs.workers import Compute, Make, Workers, alone, gathered, sharing
 
 __all__ = ["OFFSPRING", "Judge", "choose_jointly", "mutated"]
 
@@ -96,16 +96,11 @@ class Judge:
         if self.workers is None:
             return self.alone(base, specs, chosen, advance)
         size = max(1, len(specs) // (_PIECES * self.workers.count))
-        groups = [list(specs[i : i + size]) for i in range(0, len(specs), size)]
-        found: dict[int, list[float]] = {}
-
-        def done(place: int, values: list[float]) -> None:
-            found[place] = values
-            advance(len(values) * -(-len(chosen) // self.batch_size))
-
-        items = [(base, group, chosen) for group in groups]
-        sharing(self.workers, self.make)(items, lambda item: self.alone(*item), done)
-        return [value for place in range(len(groups)) for value in found[place]]
+        items = [(base, list(specs[i : i + size]), chosen) for i in range(0, len(specs), size)]
+        passes = -(-len(chosen) // self.batch_size)
+        share = sharing(self.workers, self.make)
+        found = gathered(share, items, lambda item: self.alone(*item), lambda values: advance(len(values) * passes))
+        return [value for values in found for value in values]
 
     @torch.no_grad()
     def alone(
@@ -273,15 +268,8 @@ def _scores(
     advance: Callable[[int], None],
 ) -> list[float]:
     """The task's score without each of ``specs``."""
-    found: dict[int, float] = {}
-
-    def done(place: int, value: float) -> None:
-        found[place] = value
-        advance(1)
-
     share = alone if scoring is None else sharing(workers, scoring)
-    share(specs, score, done)
-    return [found[place] for place in range(len(specs))]
+    return gathered(share, specs, score, lambda value: advance(1))
 
 
 def _generation(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from prunescope.errors import UserError, first_line
 
-__all__ = ["Compute", "Load", "Make", "Share", "Workers", "alone", "processes", "ray_actors", "sharing"]
+__all__ = ["Compute", "Load", "Make", "Share", "Workers", "alone", "gathered", "processes", "ray_actors", "sharing"]
 
 Compute = Callable[[Any], Any]  # an item -> what it gives
 Load = Callable[[], tuple[Any, ...]]  # gives the models, in the process of a worker
@@ -48,6 +48,18 @@ def expect(compute: Compute, following: Any) -> None:
 def sharing(workers: Workers | None, make: Make) -> Share:
     """How items are computed: `alone`, or by ``workers``, each with what ``make`` gives of its models."""
     return alone if workers is None else workers.sharing(make)
+
+
+def gathered(share: Share, items: Sequence[Any], here: Compute, tell: Callable[[Any], None]) -> list[Any]:
+    """What every item gave, in their order, whoever computed it; ``tell`` is told each as it comes."""
+    found: dict[int, Any] = {}
+
+    def done(place: int, value: Any) -> None:
+        found[place] = value
+        tell(value)
+
+    share(items, here, done)
+    return [found[place] for place in range(len(items))]
 
 
 class _Worker:
