@@ -16,7 +16,7 @@ from prunescope.tasks.own import begins_with, evaluate_own, own_tasks
 
 WRITTEN = [
     {"prompt": "The capital of France is", "answer": "Paris"},
-    {"prompt": "Monday, Tuesday, Wednesday,", "answer": "thursday"},
+    {"prompt": "The capital of Italy is", "answer": "rome"},
     {"question": "What is the colour of the sky?", "answer": "a very unlikely answer"},
 ]
 CHOSEN = [
