@@ -14,7 +14,7 @@ from typing import Literal
 from prunescope.data.jsonl import check_new, quoted, read_rows, read_text
 from prunescope.errors import UserError
 
-__all__ = ["Question", "Template", "cue_prompt", "option_strings", "question_of", "question_text", "read_questions"]
+__all__ = ["Question", "Template", "cue_prompt", "option_strings", "question_text", "read_questions"]
 
 Template = Literal["cue", "paper", "chat"]
 _WHAT, _FORM = "questions file", "give JSONL or MMLU CSV in UTF-8"
@@ -136,7 +136,7 @@ def _csv_rows(path: Path, subject: str) -> Iterator[Question]:
         where = f"{path}, row {number + 1}"
         if len(row) < 4:
             raise UserError(f"{where}: {len(row)} columns; write question, at least two choices and the answer")
-        yield question_of(where, f"{subject}-{number}", row[0], row[1:-1], row[-1], subject, published=True)
+        yield _question(where, f"{subject}-{number}", row[0], row[1:-1], row[-1], subject, published=True)
 
 
 def _json_questions(file: Traversable) -> list[Question]:
@@ -149,11 +149,11 @@ def _json_questions(file: Traversable) -> list[Question]:
             raise UserError(f"{place}: no {missing[0]!r}; write question, choices and answer")
         name, subject = str(row.get("id", number)), str(row.get("subject") or "")
         check_new(place, name, found)
-        found[name] = question_of(place, name, row["question"], row["choices"], row["answer"], subject)
+        found[name] = _question(place, name, row["question"], row["choices"], row["answer"], subject)
     return list(found.values())
 
 
-def question_of(
+def _question(
     where: str, name: str, text: object, choices: object, answer: object, subject: str, published: bool = False
 ) -> Question:
     """Checked. MMLU, as published, has questions with an option twice; they are asked as they stand, as everybody does."""

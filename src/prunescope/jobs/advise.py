@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from prunescope.data.asked import is_file_of_rows, read_asked, sha256_of
+from prunescope.data.asked import is_file_of_rows, rows_hold, sha256_of
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Options, OutputOptions, listed
 from prunescope.report.terminal.advice import show_advice
@@ -44,7 +44,7 @@ class AdviseOptions(Options):
         if not 0 < self.loss < 1:
             raise UserError(f"--loss {self.loss}: give the share that may be lost, between 0 and 1, for example 0.05")
         if is_file_of_rows(self.use):
-            read_asked(self.use)
+            rows_hold(self.use)
         if self.speed is not None and self.budget != "speed":
             raise UserError(f"--speed goes with --budget speed, not with --budget {self.budget}")
         if self.heal and not self.sweeps:
@@ -79,9 +79,13 @@ class AdviseOptions(Options):
         """Tasks that a sweep made of the rows of ``--use``; none where that is no file. Raises UserError if it was not asked that file."""
         if not is_file_of_rows(self.use):
             return []
-        found: list[str] | None = (info.get("own_files") or {}).get(sha256_of(self.use))
+        found: list[str] | None = (info.get("own_files") or {}).get(sha256_of(Path(self.use)))
         if found is None:
-            how = f"--tasks {AGREEMENT} --prompts {self.use}" if read_asked(self.use).prompts else f"--tasks {self.use}"
+            how = (
+                f"--tasks {AGREEMENT} --prompts {self.use}"
+                if rows_hold(self.use)[0] == "prompts"
+                else f"--tasks {self.use}"
+            )
             raise UserError(f"--use {self.use}: {folder} was not asked these rows; sweep with {how}")
         return found
 
@@ -117,6 +121,7 @@ def run(options: AdviseOptions) -> AdviseResult:
     tasks: list[str] = []
     points: list[Advised] = []
     items: list[int] = []
+    kinds: dict[str, str] = {}
     for one in runs:
         scores = one.tables.sweep.to_pylist()
         of_file = options.tasks_of_file(one.info, one.folder)
@@ -124,6 +129,7 @@ def run(options: AdviseOptions) -> AdviseResult:
         found = advised(one.tables, mine, loss=options.loss, seed=options.seed)
         tasks += [task for task in mine if task not in tasks]
         items += [row["items"] for row in scores if row["task"] in mine]
+        kinds |= {row["task"]: row["kind"] for row in scores if row["task"] in mine}
         points += found
         how = {row["point"]: row for row in scores}
         rows += [
@@ -149,7 +155,7 @@ def run(options: AdviseOptions) -> AdviseResult:
         "summary": {
             "use": options.use,
             "tasks": tasks,
-            "judged": judged(options.use, tasks),
+            "judged": judged(options.use, kinds),
             "items": min(items),
             "loss": options.loss,
             "best": None if chosen is None else asdict(chosen),
@@ -217,21 +223,17 @@ def command(row: dict[str, Any], info: dict[str, Any]) -> str:
     return line + (f", then quantise; measured with quant:{row['quant']}" if row["quant"] else "")
 
 
-def judged(use: str, tasks: Sequence[str]) -> str | None:
-    """How the rows of a file are judged; None where the use is no file."""
+def judged(use: str, kinds: Mapping[str, str]) -> str | None:
+    """How the rows of a file are judged, by the kinds of its tasks; None where the use is no file."""
     if not is_file_of_rows(use):
         return None
-    if AGREEMENT in tasks:
+    if AGREEMENT in kinds:
         return (
             f"{use} holds prompts without answers. Judged is agreement: the share of the tokens which the dense model writes after each prompt "
             "that is the most likely one to the point too. It says how far the writing moves, not whether it is still good."
         )
-    ways = {
-        "-chosen": "questions are scored by the option chosen",
-        "-written": "prompts by whether the answer is written",
-    }
-    found = [how for end, how in ways.items() if any(task.endswith(end) for task in tasks)]
-    return f"{use}: {', '.join(found)}."
+    how = "the option chosen" if "choice" in kinds.values() else "the answer written, which must be the one given"
+    return f"{use} holds questions with answers. Judged is {how}."
 
 
 def says(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunescope.data.asked import is_file_of_rows, read_asked
+from prunescope.data.asked import is_file_of_rows, rows_hold
 from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
 from prunescope.errors import UserError
@@ -59,16 +59,14 @@ def asked_for(use: str) -> _Asked:
     """The built-in tasks that measure a use, or the user's own rows.
 
     Raises:
-        UserError: there are none, or a file that is not as `read_asked` says.
+        UserError: there are none, or a file that is not as `rows_hold` says.
     """
     known = {"writing": "quick-gen", "choice": "quick-mc", "maths": "arithmetic-gen,arithmetic-mc"}
     if use in known or use in quick.QUICK:
         return _Asked(known.get(use, use))
     if is_file_of_rows(use):
-        found = read_asked(use)
-        if found.prompts:
-            return _Asked(AGREEMENT, use, _OWN_STEPS, len(found.prompts))
-        return _Asked(use, rows=max(len(found.chosen), len(found.written)))
+        kind, count = rows_hold(use)
+        return _Asked(AGREEMENT, use, _OWN_STEPS, count) if kind == "prompts" else _Asked(use, rows=count)
     raise UserError(
         f"--use {use}: no built-in task measures it; give a file of your own prompts, or sweep with tasks of lm-evaluation-harness (`prunescope sweep MODEL --tasks ...`) and give --sweep"
     )
@@ -165,8 +163,12 @@ def _say_cost(
     point, read, write = _seconds(loaded, names, asked, limit, seed)
     drops, kinds = len(_TARGETS.split(",")), len({p.series for p in points if p.dropped or p.method})
     pruning = sum(p.method is not None for p in points) * 2 * 32 * read  # two passes of 32 texts of 256 tokens
-    seconds = point * (len(points) + kinds) + 1.5 * pruning + (drops * (_healing(read, write) + point) if heal else 0)
-    what = "; ".join([f"{_TARGETS} n = {n}", *([", ".join(weights.values())] if weights else []), _FORMATS])
+    seconds = (
+        point * (len(points) + kinds) + 1.5 * pruning + (_healing(read, write, drops) + drops * point if heal else 0)
+    )
+    what = "; ".join(
+        [f"{_TARGETS} n = {n}", *([f"wanda {weights['sparsity']}, {weights['pattern']}"] if weights else []), _FORMATS]
+    )
     more = f", then up to {kinds} joined with a format" + (f" and up to {drops} healed" if heal else "")
     items = limit if asked.rows is None else min(limit, asked.rows)
     kept = f"; it is kept in {output.out} and continues from there if interrupted" if output.out else "; --out keeps it"
@@ -204,13 +206,13 @@ def _seconds(
     return point, read, wrote / max(len(text.continuation) for text in texts)
 
 
-def _healing(read: float, write: float) -> float:
-    """Seconds of healing one point: the teacher writes, both models read the held-out texts at every check, and a step is three passes of the
-    student and one of the teacher."""
+def _healing(read: float, write: float, points: int) -> float:
+    """Seconds of healing so many points: the teacher writes once, both models read the held-out texts at every check, and a step is three passes
+    of the student and one of the teacher."""
     length = HEALING["new_tokens"] + 64  # with the prompts that it writes too
     step = 4 * HEALING["batch_size"] * length / _READ * read
     checks = (1 + HEALING["steps"] // _CHECK_EVERY) * 2 * HEALING["held_out"] * length / _READ * read
-    return HEALING["steps"] * step + checks + HEALING["samples"] / _BATCH * length * write / 2
+    return points * (HEALING["steps"] * step + checks) + HEALING["samples"] / _BATCH * length * write / 2
 
 
 def _duration(seconds: float) -> str:

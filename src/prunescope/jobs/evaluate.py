@@ -33,8 +33,7 @@ from prunescope.runs.workers import Compute, sharing
 from prunescope.sweep.comparison import DenseReference, ladder_of, write_texts
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
-from prunescope.tasks.harness import check_tasks, file_name, write_harness
-from prunescope.tasks.own import own_files, own_rows
+from prunescope.tasks.harness import check_tasks, file_name, own_files, write_harness
 from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["EvaluateOptions", "run"]
@@ -88,15 +87,12 @@ def run(options: EvaluateOptions) -> EvaluateResult:
     options.check()
     names = expand_tasks(listed(options.tasks))
     data = None if options.data is None else Path(options.data).expanduser()
-    files = own_files(names)
-    for source in files:
-        own_rows(source)
-    harness = [name for name in names if name not in quick.QUICK and name not in files]
+    harness = [name for name in names if name not in quick.QUICK]
     if harness:
         check_tasks(harness, data, options.allow_code_execution)
     labels = _labels(options.models)
     dense = options.loading.load(options.models[0])
-    key = _key(dense, labels, names, options, files)
+    key = _key(dense, labels, names, options, own_files(harness, data))
     if done := options.output.complete(key, "other models, tasks or options"):
         options.output.say_complete()
         return EvaluateResult.of_run(done)

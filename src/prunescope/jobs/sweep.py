@@ -44,7 +44,7 @@ from prunescope.sweep.comparison import ladder_of, write_texts
 from prunescope.sweep.points import Point, read_points
 from prunescope.sweep.tables import Measured, assemble, kl_of, split
 from prunescope.tasks.evaluate import expand_tasks
-from prunescope.tasks.own import own_files, own_rows, own_tasks
+from prunescope.tasks.harness import own_files
 
 __all__ = ["SweepOptions", "run"]
 
@@ -114,12 +114,12 @@ def run(
     )
     prompts = read_prompts(options.prompts)
     tasks = expand_tasks(listed(options.tasks))
-    files = own_files(tasks)
-    own = {sha: list(own_tasks(source, own_rows(source))) for source, sha in files.items()}
+    files = own_files(tasks, None if options.data is None else Path(options.data).expanduser())
+    own = {sha: [task] for task, sha in files.items()}
     if AGREEMENT in tasks:
         prompts = prompts[: options.limit]  # they are its items
         if options.prompts is not None:
-            own[sha256_of(options.prompts)] = [AGREEMENT]
+            own[sha256_of(Path(options.prompts))] = [AGREEMENT]
     dense = options.loading.load(options.model)
     _check_model(dense, points)
     encoded = encode(dense, prompts, options.max_new_tokens, chat=options.chat)

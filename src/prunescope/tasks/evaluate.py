@@ -22,7 +22,6 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer
-from prunescope.tasks.own import evaluate_own, is_own
 from prunescope.tasks.scores import ITEMS_SCHEMA, score
 
 __all__ = ["Evaluation", "evaluate_model", "expand_tasks"]
@@ -66,7 +65,7 @@ def evaluate_model(
     """Score a model as it stands.
 
     Args:
-        tasks: quick tasks and groups of them, see `quick`; files of the user's own rows, see `own`; any other name is one of lm-evaluation-harness.
+        tasks: quick tasks and groups of them, see `quick`; any other name is one of lm-evaluation-harness.
         limit: only the first so many items of each task; None is all, and 100 of a quick task.
         shots: solved examples before each item; None is the task's own number.
         batch_size: items at a time; changes nothing but speed and rounding.
@@ -88,8 +87,7 @@ def evaluate_model(
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: it must be at least {least}")
     builtin = [name for name in names if name in quick.QUICK]
-    files = [name for name in names if is_own(name)]
-    others = [name for name in names if name not in quick.QUICK and name not in files]
+    others = [name for name in names if name not in quick.QUICK]
     tables, scores = [], {}
     for pair in dict.fromkeys(map(quick.pair_of, builtin)):
         chosen = [name for name in builtin if quick.pair_of(name) == pair]
@@ -102,11 +100,6 @@ def evaluate_model(
             guess = 0.0 if quick.kind_of(name) == "generative" else 1 / quick.OPTIONS
             used = quick.DEFAULT_SHOTS if shots is None else shots
             scores[name] = score([row["score"] for row in rows], rows[0]["metric"], quick.kind_of(name), guess, used)
-    for name in files:
-        with _advancing(name, limit or 0, advance) as tell:
-            table, found = evaluate_own(loaded, name, limit=limit, batch_size=batch_size, advance=tell)
-        tables.append(table)
-        scores |= found
     harness: dict[str, Any] = {}
     for name in others:
         from prunescope.tasks.harness import evaluate_harness
