@@ -134,7 +134,7 @@ def sweep(
         join: formats in which every dropped or pruned point is measured too, such as int4-g128
         ladder: GGUF types to place every KL among, such as q8_0,q4_k,q2_k, measured once on the same texts; default: those measured before
         sparse_bytes: do not count the zeros of pruned weights in a point's bytes, as a sparse format would
-        tasks: comma-separated names; quick is all built-in pairs, quick-gen and quick-mc one half of them
+        tasks: comma-separated names; quick is all built-in pairs, quick-gen and quick-mc one half of them; agreement: share of the dense tokens after --prompts that stay the most likely
         limit: items per task
         shots: solved examples before each item; default: the task's own number
         data: folder of local task files
