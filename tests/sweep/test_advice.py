@@ -223,7 +223,8 @@ def test_what_is_joined_and_healed() -> None:
         one("quant-int8", "quant", "quant", 50, "safe"), one("quant-int4", "quant", "quant", 30, "breaks"),
     ]  # fmt: skip
     assert to_join(found) == (["attn-004", "wanda-0.3"], "quant-int8")
-    assert to_heal(found) == ["attn-004", "mlp-002"]
+    dropped = {"attn-004": "attn=3", "mlp-002": "mlp=1", "all-002": "attn=3"}
+    assert to_heal([*found, one("all-002", "all", "drop", 80, "breaks")], dropped) == ["attn-004", "mlp-002"]
     assert to_join([one for one in found if one.change != "quant"])[1] is None
     kinds = by_kind(found)
     assert list(kinds) == ["attention", "MLP", "weights", "bits"]

@@ -28,6 +28,7 @@ from prunescope.compare.metrics import COLUMNS
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import Prompt
 from prunescope.data.tokens import encode
+from prunescope.jobs.sweep import _twins
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.paper.recipes import NOT_AT_HAND, _scores, read_recipe
@@ -555,6 +556,31 @@ def test_advise_without_a_sweep_runs_one(
         )
         assert ("dense (1 of 3)" in err) == first and (not first or cost < err.index("dense (1 of 3)"))
     assert prunescope.open(tmp_path / "advice-sweep").info["complete"]
+
+
+def test_points_that_are_one_model_are_measured_once(chars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a twin that keeps the other's name or series, and points in another format, or healed, taken for twins."""
+    specs = {"attn-001": DropSpec(attn=(1,)), "mlp-001": DropSpec(mlp=(1,)), "all-001": DropSpec(attn=(1,))}
+    points = [DENSE, *(Point(name.removesuffix("-001"), n=1) for name in specs)]
+    more = [points[1].with_quant("int8"), points[3].with_quant("int4"), points[1].with_healing()]
+    plan = SweepPlan([], {}, [], {}, specs | {point.name: DropSpec(attn=(1,)) for point in more})
+    assert _twins([*points, *more], plan) == {"all-001": "attn-001"}
+    monkeypatch.setattr(
+        "prunescope.jobs.sweep.drop_orders", lambda *_, **__: {"attn": [("attn", 1)], "all": [("attn", 1)]}
+    )
+    calls: list[str] = []
+    real = Bench.measure
+    monkeypatch.setattr(
+        Bench, "measure", lambda self, point, stage="": calls.append(point.name) or real(self, point, stage)
+    )
+    found = prunescope.sweep(
+        str(chars), target="attn,all", n="1", tasks="agreement", prompts=str(chars.parent / "prompts.txt"), max_new_tokens=4,
+        calibration=str(chars.parent / "prompts.txt"), samples=1, seq_len=8,
+    )  # fmt: skip
+    rows = {row["point"]: row for row in found.table().to_pylist()}
+    assert calls == ["dense", "attn-001"] and rows["all-001"]["series"] == "all"
+    same = rows["all-001"].keys() - {"point", "series"}
+    assert all(rows["all-001"][name] == rows["attn-001"][name] for name in same)
 
 
 def test_advise_on_own_prompts_joins_and_heals(

@@ -114,7 +114,7 @@ def measure_sweep(
         dropped = {row["point"]: row["dropped"] for row in found.table().to_pylist()}
         healed = {
             by_name[name].with_healing(): _healed(loaded, name, dropped[name], seed, loading, str(kept.out))
-            for name in (to_heal(single) if heal else ())
+            for name in (to_heal(single, dropped) if heal else ())
         }
         folders = {point.name: folder for point, folder in healed.items()}
         return sweep_job.run(options, [*points, *joined, *healed], folders)

@@ -176,8 +176,12 @@ def run(
                 so_far = result(complete=False)
                 write_run(staging, so_far.info, so_far.tables())
 
-        todo = [point for point in points if point.name not in kept]
-        _measure(options, bench, plan, todo, add, len(points))
+        twins = _twins(points, plan)
+        todo = [point for point in points if point.name not in kept and point.name not in twins]
+        _measure(options, bench, plan, todo, add, len(points) - len(twins))
+        for point in points:
+            if point.name in twins and point.name not in kept:
+                add(point, kept.as_of(twins[point.name], point))
         found = result(complete=True)
         if staging is not None:
             found.write(staging)
@@ -243,6 +247,18 @@ def _plan(
         calibration=calibration.tokens if any(point.method for point in points) else None,
         sparse_bytes=options.sparse_bytes,
     )
+
+
+def _twins(points: Sequence[Point], plan: SweepPlan) -> dict[str, str]:
+    """Points that drop the very sublayers that an earlier one drops, and its name: `all` often drops what `attn` does. They are measured once."""
+    seen: dict[tuple[str, str | None], str] = {}
+    found = {}
+    for point in points:
+        if point.dropped and not point.healed:
+            first = seen.setdefault((str(plan.specs[point.name]), point.quant), point.name)
+            if first != point.name:
+                found[point.name] = first
+    return found
 
 
 def _measure(
@@ -325,6 +341,11 @@ class _Kept:
     def add(self, point: Point, found: Measured) -> None:
         self._found[point.name] = found
         self._write(found)
+
+    def as_of(self, twin: str, point: Point) -> Measured:
+        """What was measured at ``twin``, under the name of a point that is the same model."""
+        found = self._found[twin]
+        return Measured(found.info | point.columns(), found.items)
 
     def weigh(self, points: Sequence[Point], bench: Bench) -> None:
         """Give points of an earlier run their bytes, which depend on nothing that was measured."""

@@ -168,13 +168,20 @@ def to_join(found: Sequence[Advised]) -> tuple[list[str], str | None]:
     return [_smallest(points).point for points in series.values()], _smallest(formats).point if formats else None
 
 
-def to_heal(found: Sequence[Advised]) -> list[str]:
-    """Of every series of dropped sublayers the first point that may lose the use: there healing can change the verdict."""
+def to_heal(found: Sequence[Advised], dropped: Mapping[str, str]) -> list[str]:
+    """Of every series of dropped sublayers the first point that may lose the use: there healing can change the verdict. The same sublayers once.
+
+    Args:
+        dropped: point -> its sublayers.
+    """
     lost: dict[str, str] = {}
     for one in found:
         if one.change == "drop" and one.verdict in ("unclear", "breaks"):
             lost.setdefault(one.series, one.point)
-    return list(lost.values())
+    once: dict[str, str] = {}
+    for point in lost.values():
+        once.setdefault(dropped[point], point)
+    return list(once.values())
 
 
 def _smallest(points: Sequence[Advised]) -> Advised:
