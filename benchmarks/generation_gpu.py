@@ -19,16 +19,18 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 
 from prunescope.errors import first_line
-from prunescope.models import capturing, generating
+from prunescope.models import capturing, decoding, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
@@ -308,6 +310,9 @@ def run(args: Namespace) -> None:
     middle = median(found)
     say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
         f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
+    with patch.object(decoding, "fused", lambda model: nullcontext()):
+        unfused, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
+    say(f"norms and rotations as transformers runs them: {median(unfused):.2f} ms ({min(unfused):.2f} .. {max(unfused):.2f}), ratio {median(unfused) / floor:.2f}")  # fmt: skip
     if args.profile and device.type == "cuda":
         profile_step(models[0], prompts)
     plain = []

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.qwen2 import modeling_qwen2
 
 from families import EXPERTS, FAMILIES, tiny_model
 from prunescope.compare.columns import compare, compare_final
@@ -24,6 +25,7 @@ from prunescope.compare.metrics import COLUMNS, ERROR_BOUND, compare_hidden, com
 from prunescope.models import generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.dropping import DropSpec
+from prunescope.models.fusing import norm_way, rotates_plainly
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.prune.masks import Goal
@@ -237,6 +239,8 @@ def test_a_real_shape_in_bfloat16_takes_the_graph() -> None:
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     loaded = LoadedModel("random", model, TOKENIZER, find_anatomy(model), {}, (0, 1, 2, 3), 4)
+    assert norm_way(model.model.norm) == 0  # one kernel each, see fusing.py
+    assert rotates_plainly(modeling_qwen2.apply_rotary_pos_emb, torch.bfloat16, model.device)
     assert decoding_way(loaded) == "fixed cache, CUDA graph"
     ids, mask = generating._left_padded(PROMPTS, 0, loaded.device)
     how: Any = (loaded, ids, mask, 16, Sampling(), torch.zeros(3, 16), [], 0, True)

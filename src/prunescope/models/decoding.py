@@ -24,6 +24,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prunescope.models.capturing import on_the_device
+from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
@@ -153,8 +154,8 @@ def _grouped_attention() -> Iterator[None]:
 
 @contextmanager
 def stepping(model: Any) -> Iterator[None]:
-    """How a step is run, and captured: `_grouped_attention`, and nothing that copies from the host or waits for it."""
-    with _grouped_attention(), on_the_device(model):
+    """How a step is run, and captured: `_grouped_attention`, norms and rotations of one kernel, nothing that the host is needed for."""
+    with _grouped_attention(), on_the_device(model), fused(model):
         yield
 
 
