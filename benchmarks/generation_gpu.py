@@ -6,7 +6,7 @@ CUDA events, so that reading the prompts and capturing the graph are left out; t
 models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
 token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
 
-`--family moe` and `--family mixtral` take one model with experts instead (8.1 and 7.5 thousand million parameters, bfloat16), 32 texts and one:
+`--family moe` and `--family mixtral` take one model with experts instead (8.1 and 7.5 thousand million parameters, bfloat16), 32 texts, 8 and one:
 a step in the graph by the way the experts are computed, against `generate()` and against reading the weights that a step needs, which are
 those of the experts that some text chose, counted in the same run, and all others but the table of the tokens.
 
@@ -268,7 +268,7 @@ def run_experts(args: Namespace, device: torch.device, rates: Any) -> None:
     rest = sum(p.numel() * p.element_size() for p in loaded.model.parameters()) - held - table.numel() * table.element_size()  # fmt: skip
     say(f"{args.family}: {held / 1e9:.2f} GB of {experts[0].num_experts} experts in {len(experts)} blocks, {rest / 1e9:.2f} GB of other weights; {rates.bytes_per_s / 1e9:.0f} GB/s; {decoding_way(loaded)}")  # fmt: skip
     generator, clock, plain = torch.Generator().manual_seed(7), Clock(device), capturing._experts
-    for batch in (args.batch, 1):
+    for batch in dict.fromkeys((args.batch, min(args.batch, 8), 1)):
         prompts = [torch.randint(shape["vocab_size"], (args.length - i % 8,), generator=generator).tolist() for i in range(batch)]  # fmt: skip
         hit = chosen_of(loaded, prompts, 8)
         floor = 1000 * (rest + held * hit / experts[0].num_experts) / rates.bytes_per_s
