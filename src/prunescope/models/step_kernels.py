@@ -1,4 +1,5 @@
-"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code. The launch code is in `fusing`."""
+"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code, and products of experts with the rows that
+chose them. The launch code is in `fusing` and `capturing`."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["norm_kernel", "rotary_kernel"]
+__all__ = ["grouped_kernel", "norm_kernel", "rotary_kernel"]
 
 
 @triton.jit
@@ -57,3 +58,32 @@ def rotary_kernel(
     plain = (second * cos_2.to(tl.float32)).to(kind).to(tl.float32)
     turned = (first * sin_2.to(tl.float32)).to(kind).to(tl.float32)
     tl.store(goal + HALF, (plain + turned).to(kind), mask=own)
+
+
+@triton.jit
+def grouped_kernel(
+    x_ptr, weight_ptr, out_ptr, row_ptr, bound_ptr, x_stride, of_expert, of_out, of_in, outs, ins,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of one expert a program, for the rows that chose it: ``out[s] = weight[expert] x[row[s]]`` for s from its bound to the next.
+
+    Its weights are read once for every ``ROWS`` rows, and not at all where no row chose it.
+    """
+    expert = tl.program_id(1).to(tl.int64)
+    start, stop = tl.load(bound_ptr + expert), tl.load(bound_ptr + expert + 1)
+    outer = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    within = outer < outs
+    weights = weight_ptr + expert * of_expert + outer[None, :].to(tl.int64) * of_out
+    for first in range(start, stop, ROWS):
+        at = first + tl.arange(0, ROWS)
+        there = at < stop
+        x = x_ptr + tl.load(row_ptr + at, mask=there, other=0).to(tl.int64)[:, None] * x_stride
+        total = tl.zeros((ROWS, OUTS), tl.float32)
+        for begin in range(0, ins, INS):
+            inner = begin + tl.arange(0, INS)
+            own = inner < ins
+            left = tl.load(x + inner[None, :], mask=there[:, None] & own[None, :], other=0.0)
+            right = tl.load(weights + inner[:, None] * of_in, mask=own[:, None] & within[None, :], other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        goal = out_ptr + at[:, None].to(tl.int64) * outs + outer[None, :]
+        tl.store(goal, total.to(out_ptr.dtype.element_ty), mask=there[:, None] & within[None, :])
