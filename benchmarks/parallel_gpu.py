@@ -251,8 +251,8 @@ def heal_steps(folder: Path, options: argparse.Namespace) -> None:
 
 
 def heal(folder: Path, options: argparse.Namespace) -> None:
-    more = [w for name in ("device", "texts", "text_length", "steps_heal", "micro_batch") if (value := getattr(options, name)) is not None
-            for w in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    names = ("device", "texts", "text_length", "steps_heal", "micro_batch")
+    more = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     found = by_torchrun("heal", folder, [*more, "--heal-steps"])
     if found is not None:
         one, two = found
@@ -317,7 +317,9 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32, help="of heal, a step")
     parser.add_argument("--text-length", type=int, default=512, help="of heal")
     parser.add_argument("--steps-heal", type=int, default=12)
-    parser.add_argument("--micro-batch", type=int, help="of heal")
+    parser.add_argument(
+        "--micro-batch", type=int, default=16, help="of heal; the products of both runs have then the same sizes"
+    )
     parser.add_argument("--folder", help="of a model that is there already; left out, a random one is made")
     parser.add_argument("--heal-steps", action="store_true", help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--block", type=int, default=0, help=argparse.SUPPRESS)  # how this script calls itself
