@@ -152,6 +152,7 @@ def _help(options: HealOptions, team: Team) -> HealResult:
 
 
 def _run(options: HealOptions, team: Team, started: float) -> HealResult:
+    team.awaited = True
     options.check()
     if options.batch_size < team.world:
         raise UserError(

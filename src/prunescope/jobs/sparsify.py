@@ -150,6 +150,7 @@ def _help(options: SparsifyOptions, team: Team) -> SparsifyResult:
 
 
 def _run(options: SparsifyOptions, team: Team, started: float) -> SparsifyResult:
+    team.awaited = True
     options.check()
     overrides = _overrides(options.sparsity_map)
     if options.dry_run:

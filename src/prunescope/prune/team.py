@@ -41,7 +41,7 @@ class Team:
 
     def __init__(self, rank: int = 0, world: int = 1, shares: int | None = None) -> None:
         self.rank, self.world, self.shares = rank, world, shares or world
-        self.awaited = True  # whether the others wait for what the first process has to tell
+        self.awaited = False  # whether the others wait for what the first process has to tell
         if self.shares % world or (each := self.shares // world) & (each - 1):
             raise UserError(
                 f"--shares {self.shares}: the text cannot be shared so among {world} processes; give {world}, or {world} times 2, 4 or 8"
@@ -66,7 +66,7 @@ class Team:
         """What the first process has; the others give None. They exit with 2 where it has failed, for it says why.
 
         Args:
-            last: nobody waits here for anything after it, until ``awaited`` is set again.
+            last: nobody waits for anything after it, until ``awaited`` is set again.
         """
         self.awaited = not last
         if self.world == 1:
