@@ -23,6 +23,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prunescope.models.capturing import on_the_device
+from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
@@ -150,6 +152,13 @@ def _grouped_attention() -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
+@contextmanager
+def stepping(model: Any) -> Iterator[None]:
+    """How a step is run, and captured: `_grouped_attention`, norms and rotations of one kernel, nothing that the host is needed for."""
+    with _grouped_attention(), on_the_device(model), fused(model):
+        yield
+
+
 class _Loop:
     """The buffers of one batch and one step over them."""
 
@@ -254,7 +263,7 @@ def decode(
         if keep_states:
             stack.enter_context(final_states(loaded, loop.found.append))
         loop.prompt()
-        stack.enter_context(_grouped_attention())
+        stack.enter_context(stepping(loaded.model))
         if graph and steps > 2:
             loop_stream = torch.cuda.Stream(ids.device)
             loop_stream.wait_stream(torch.cuda.current_stream(ids.device))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prunescope.errors import UserError, first_line
+from prunescope.models.capturing import trial_rows
 from prunescope.models.decoding import decode, foreign_cache
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import is_sharded
@@ -240,10 +241,17 @@ def try_static(loaded: LoadedModel) -> str | None:
         return f"its cache has a layer of kind {kind}"
     if sum(len(drop.spec.attn) for drop in loaded._drops) == len(loaded.anatomy):
         return "no attention is left, so that nothing is cached"
+    for rows in sorted({2, max(2, trial_rows(loaded.model))}):  # few texts and many may be other operations
+        if problem := _differing(loaded, rows):
+            return problem
+    return None
+
+
+def _differing(loaded: LoadedModel, rows: int) -> str | None:
     vocab = loaded.anatomy.vocab_size
-    prompts = [[(17 + 31 * i) % vocab for i in range(length)] for length in (3, 7)]
+    prompts = [[(17 + 31 * i + 7 * row) % vocab for i in range(7 if row else 3)] for row in range(rows)]
     ids, mask = _left_padded(prompts, 0, loaded.device)
-    how: Any = (ids, mask, _TRIAL_STEPS, Sampling(), torch.zeros(2, _TRIAL_STEPS), [], 0, True)
+    how: Any = (ids, mask, _TRIAL_STEPS, Sampling(), torch.zeros(rows, _TRIAL_STEPS), [], 0, True)
     try:
         tokens, states = _write_static(loaded, *how)
     except Exception as error:  # whatever a model or a capture refuses
