@@ -52,7 +52,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--device cpu --dtype float32 --layers 2 --width 64 --inner 96 --heads 4 --kv-heads 2 --vocab 512 --prompts 2 --steps 4 --prompt-length 4 --target",
         ("two runs equal to the bit: True", "drop of every sublayer", "against a target model"),
     ),
-    "parallel_gpu.py": (  # sweep and sparsegpt: make test-workers
+    "parallel_gpu.py": (  # sweep, sparsegpt and heal: make test-workers
         "--shape tiny --device cpu --parts layerwise,generate,sharded --prompts 4 --steps 3 --batch 1",
         ("layerwise: ", "ratio", "the same bits: True", "sharded: left out"),
     ),
