@@ -114,8 +114,9 @@ class HealOptions(Options):
         if self.lora is not None and self.embeddings:
             raise UserError("--lora changes matrices of the blocks only; leave --embeddings out")
         out = self.output.out
-        if out is not None and Path(out).expanduser().absolute() == Path(str(self.target)).expanduser().absolute():
-            raise UserError(f"--out {out} is the target itself; choose another folder")
+        for role, ref in (("target", self.target), ("teacher", self.teacher)):
+            if out is not None and isinstance(ref, str) and _place(out) == _place(ref):
+                raise UserError(f"--out {out} is the {role} itself; choose another folder")
         if out is None and self.output.resume:
             raise UserError("--resume continues an interrupted run; say where with --out")
         read_variant(self.target)
@@ -162,6 +163,7 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     """Everything into ``staging``; gives the record and the curves that are written there."""
     student, teacher = _load(options)
     check_pair(teacher, student)
+    _check_roles(options, student, teacher)
     options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
@@ -217,6 +219,23 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         return student, options.teacher
     half = student.device.type == "cuda" and loading.dtype == "auto"
     return student, load_model(options.teacher, dtype="bfloat16" if half else dtype, **of_teacher, **common)
+
+
+def _place(ref: str) -> Path:
+    return Path(ref).expanduser().resolve()
+
+
+def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedModel) -> None:
+    """Raise UserError where nothing was pruned, or where the first stage cannot compare the streams."""
+    if student.pinned and student.identity == teacher.identity and not student.dropped:
+        raise UserError(
+            f"{student.ref} is the teacher itself, nothing of it was pruned; give the folder of drop or sparsify"
+        )
+    shapes = [(model.dense_layers, model.anatomy.hidden_size) for model in (student, teacher)]
+    if options.reconstruct and shapes[0] != shapes[1]:
+        raise UserError(
+            f"--reconstruct {options.reconstruct}: {student.ref} has {shapes[0][0]} blocks of width {shapes[0][1]}, {teacher.ref} {shapes[1][0]} of {shapes[1][1]}, so that their streams cannot be compared; leave it out, or give the model that was pruned as --teacher"
+        )
 
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:
