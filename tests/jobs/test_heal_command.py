@@ -200,6 +200,31 @@ def test_target_and_teacher_must_go_together(
         assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("more", [{"embeddings": True}, {"lora": 16}])
+def test_the_disk_is_asked_for_all_that_lies_there_at_a_time(
+    more: dict[str, Any], dense_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two states beside each other are more than twice what was asked for: a disk that filled up at a check took the run with it."""
+    import prunescope.jobs.options as jobs
+    import prunescope.prune.heal as engine
+
+    asked: list[int] = []
+    seen: list[int] = []
+    save = engine.save_file
+
+    def watched(tensors: Any, file: Path, **how: Any) -> None:
+        save(tensors, file, **how)
+        seen.append(sum(path.stat().st_size for path in (tmp_path / "out.partial").iterdir()))
+
+    monkeypatch.setattr(jobs, "require_space", lambda out, needed: asked.append(needed))
+    monkeypatch.setattr(engine, "save_file", watched)
+    monkeypatch.setattr(
+        "prunescope.jobs.heal.checkpoint_bytes", lambda *_: 0
+    )  # with room for a tokenizer, more than all of this
+    prunescope.heal("drop:attn=1", teacher=str(dense_path), out=str(tmp_path / "out"), **(SMALL | more))
+    assert len(seen) > 4 and asked[0] == pytest.approx(max(seen), rel=0.2)
+
+
 def test_out_is_asked_for_and_the_record_says_how(dense_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["heal", "drop:attn=1", "--teacher", str(dense_path)]) == 2
     assert "--out DIR" in capfd.readouterr().err

@@ -164,7 +164,7 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     student, teacher = _load(options)
     check_pair(teacher, student)
     _check_roles(options, student, teacher)
-    options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
+    options.output.require_space(_disk(options, student))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
@@ -236,6 +236,19 @@ def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedMode
         raise UserError(
             f"--reconstruct {options.reconstruct}: {student.ref} has {shapes[0][0]} blocks of width {shapes[0][1]}, {teacher.ref} {shapes[1][0]} of {shapes[1][1]}, so that their streams cannot be compared; leave it out, or give the model that was pruned as --teacher"
         )
+
+
+def _disk(options: HealOptions, student: LoadedModel) -> int:
+    """Bytes on the disk at the most: the best weights, the state (weights and AdamW's two means) and the next one beside it; then the checkpoint in
+    place of that."""
+    model = student.model
+    places = [block.module for block in student.anatomy.blocks] if options.lora or not options.embeddings else [model]
+    own = {id(p): p for place in places for p in place.parameters() if p.dim() == 2 or not options.lora}.values()
+    trained = (
+        sum(min(options.lora, *p.shape) * sum(p.shape) if options.lora else p.numel() for p in own)
+        * student.dtype.itemsize
+    )
+    return max(7 * trained, 4 * trained + checkpoint_bytes(student, "zeroed"))
 
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:
