@@ -198,6 +198,10 @@ def test_target_and_teacher_must_go_together(
         assert main(["heal", str(target), *words(options)]) == 2
         assert said in capfd.readouterr().err.strip().split("\n")[-1]
         assert sorted(tmp_path.iterdir()) == before
+    changed = load_model(dense_path, device="cpu")
+    changed.identity["adapter"] = "merged in memory"  # the target would be without it
+    with pytest.raises(prunescope.UserError, match="the teacher in memory is another model"):
+        prunescope.heal("drop:attn=1", teacher=changed, **SMALL)
 
 
 @pytest.mark.parametrize("more", [{"embeddings": True}, {"lora": 16}])

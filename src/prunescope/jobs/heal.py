@@ -226,10 +226,16 @@ def _place(ref: str) -> Path:
 
 
 def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedModel) -> None:
-    """Raise UserError where nothing was pruned, or where the first stage cannot compare the streams."""
+    """Raise UserError where nothing was pruned, where the target is of another model than the teacher in memory, or where the first stage cannot
+    compare the streams."""
     if student.pinned and student.identity == teacher.identity and not student.dropped:
         raise UserError(
             f"{student.ref} is the teacher itself, nothing of it was pruned; give the folder of drop or sparsify"
+        )
+    taken = isinstance(options.teacher, LoadedModel) and read_variant(options.target) is not None
+    if taken and student.identity != teacher.identity:
+        raise UserError(
+            f"{options.target} would be taken from {teacher.ref} as it lies on the disk, and the teacher in memory is another model; save what was pruned, and give its folder"
         )
     shapes = [(model.dense_layers, model.anatomy.hidden_size) for model in (student, teacher)]
     if options.reconstruct and shapes[0] != shapes[1]:
