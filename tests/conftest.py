@@ -14,6 +14,10 @@ if not Path(
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+
+if "PRUNESCOPE_LINES" in os.environ:  # before the package is imported
+    import lines
+
 import torch
 
 from families import tiny_folder
@@ -29,6 +33,11 @@ torch.set_num_threads(1)  # tests run side by side
 
 _LONGEST = ("test_sparsify_real", "test_sparsify", "test_layerwise", "test_evaluate", "test_cli", "test_sweep")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PRUNESCOPE_LINES" in os.environ:
+        config.pluginmanager.register(lines.LINES)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
