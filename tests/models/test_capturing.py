@@ -152,8 +152,9 @@ def test_experts_against_the_loop_of_transformers(family: str) -> None:
 )
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe", "granitemoe"])
 def test_the_kernel_of_the_experts_against_the_loop(family: str) -> None:
-    """Evenly spread, and all tokens at two of the experts, so that a program takes several rounds of rows. One expert is not a number and is not
-    chosen. Would catch a bound that is off by one, rows given back in the order of their experts, and inputs and outputs exchanged."""
+    """Evenly spread, and more tokens than a tile holds, whose experts are others in the second tile. One expert is not a number and is not chosen.
+    Would catch the second tile left out where nothing of the first is an expert's, a result in the place of another choice, and inputs and outputs
+    exchanged."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_model(family)
     module = stacked_experts(model)[0].to(device)
@@ -164,7 +165,8 @@ def test_the_kernel_of_the_experts_against_the_loop(family: str) -> None:
             parameter[1] = torch.nan
     spread = torch.stack([others[torch.randperm(len(others), generator=generator)[:2]] for _ in range(40)])
     model.set_experts_implementation("eager")
-    for index in (spread, spread[:1], torch.tensor([[0, 2]]).expand(40, 2)):
+    tiles = torch.cat([torch.tensor([[0, 2]]).expand(64, 2), torch.tensor([[3, 2]]).expand(6, 2)])
+    for index in (spread, spread[:1], tiles):
         tokens = torch.randn(len(index), 32, generator=generator).to(device)
         weights, chosen = torch.rand(len(index), 2, generator=generator).to(device), index.contiguous().to(device)
         with torch.no_grad():

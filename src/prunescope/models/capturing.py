@@ -97,37 +97,32 @@ def all_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> 
 
 
 def grouped_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The same with a Triton kernel that reads each chosen expert once, and no other. Arguments as in `chosen_experts`."""
-    count, k = module.num_experts, index.shape[1]
-    chosen, order = index.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(chosen, torch.arange(count + 1, device=tokens.device))
-    between = _grouped(module, tokens, order // k, bounds, chosen, _first(module))
+    """The same with a Triton kernel that reads each chosen expert once, and no other. Arguments as in `chosen_experts`; the experts of a
+    token must differ."""
+    between = _grouped(module, tokens, index, _first(module), slots=False)
     between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
-    rows = torch.arange(len(order), device=tokens.device)
-    found = _grouped(module, between.contiguous(), rows, bounds, chosen, "down_proj")
+    found = _grouped(module, between, index, "down_proj", slots=True)
     if getattr(module, "has_post_expert_norm", False):
         found = module.post_expert_norm(found)
-    back = torch.empty_like(order).scatter_(0, order, rows)
-    return _summed(found[back].view(*index.shape, -1), weights, tokens.dtype)
+    return _summed(found.view(*index.shape, -1), weights, tokens.dtype)
 
 
-def _grouped(module: Any, x: Tensor, rows: Tensor, bounds: Tensor, chosen: Tensor, name: str) -> Tensor:
-    """``(s, outs)``: row ``rows[s]`` of x through the expert ``chosen[s]``, which is ascending; an expert's begin at ``bounds``."""
+def _grouped(module: Any, x: Tensor, index: Tensor, name: str, slots: bool) -> Tensor:
+    """``(n k, outs)``, of each token and choice: row n of x, with ``slots`` row n k, through the expert that was chosen."""
     from prunescope.models.step_kernels import grouped_kernel
 
-    weight = getattr(module, name)
+    weight, (count, k), index = getattr(module, name), index.shape, index.contiguous()
     ins, outs = weight.shape[1:] if module.is_transposed else weight.shape[:0:-1]
     of_expert, *of = weight.stride()
     of_in, of_out = of if module.is_transposed else of[::-1]
     x = x if x.stride(-1) == 1 else x.contiguous()
-    found = x.new_empty(len(rows), outs)
-    mean = 2 * len(rows) // len(weight)
-    tile = {"ROWS": min(64, max(16, 1 << mean.bit_length())), "OUTS": 64, "INS": 256 // x.element_size()}
-    grid = (-(-outs // tile["OUTS"]), len(weight))
-    grouped_kernel[grid](
-        x, weight, found, rows, bounds, x.stride(0), of_expert, of_out, of_in, outs, ins, **tile, num_warps=4, num_stages=4
+    found = x.new_empty(count * k, outs)
+    tile = {"ROWS": min(64, max(16, 1 << (count - 1).bit_length())), "OUTS": 64, "INS": 256 // x.element_size()}
+    grouped_kernel[-(-outs // tile["OUTS"]), len(weight)](
+        x, weight, found, index, count, x.stride(0), of_expert, of_out, of_in, outs, ins,
+        K=k, K2=1 << (k - 1).bit_length(), SLOTS=slots, **tile, num_warps=4, num_stages=4,
     )  # fmt: skip
-    return found + getattr(module, f"{name}_bias")[chosen] if module.has_bias else found
+    return found + getattr(module, f"{name}_bias")[index.flatten()] if module.has_bias else found
 
 
 def _branch(module: Any, rows: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
