@@ -320,7 +320,11 @@ def test_experts_at_real_size_against_float64(texts: int, dtype: torch.dtype) ->
     ).cuda()
     tokens, weights = normal(texts, 2048, seed=2, dtype=dtype), normal(texts, 8, seed=3, dtype=dtype).abs()
     with torch.no_grad():
-        found = [way(module, tokens, index, weights).double() for way in (chosen_experts, all_experts, grouped_experts)]
+        ways = (all_experts, grouped_experts, *([chosen_experts] if texts <= 32 else []))  # which gathers 30 GB for 200
+        found = [way(module, tokens, index, weights).double() for way in ways]
         expected = copy.deepcopy(module).double()(tokens.double(), index, weights.double())
     for one in found:
-        assert float((one - expected).norm() / expected.norm()) < 4 * torch.finfo(dtype).eps
+        assert (
+            float((one - expected).norm() / expected.norm())
+            < (4 if dtype == torch.bfloat16 else 32) * torch.finfo(dtype).eps
+        )
