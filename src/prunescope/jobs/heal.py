@@ -32,8 +32,9 @@ from prunescope.models.placing import refuse_sharded
 from prunescope.models.record import RECORD
 from prunescope.models.saving import checkpoint_bytes, save_changed
 from prunescope.models.variants import read_variant
-from prunescope.progress import progress
+from prunescope.progress import console, progress
 from prunescope.prune.heal import Healed, HealPlan, Text, heal, held_out_kl
+from prunescope.prune.team import Team, joined
 from prunescope.prune.trainable import Trainable, make_trainable
 from prunescope.report.figures.healing import draw_healing
 from prunescope.report.terminal.pruning import show_healed
@@ -114,8 +115,9 @@ class HealOptions(Options):
         if self.lora is not None and self.embeddings:
             raise UserError("--lora changes matrices of the blocks only; leave --embeddings out")
         out = self.output.out
-        if out is not None and Path(out).expanduser().absolute() == Path(str(self.target)).expanduser().absolute():
-            raise UserError(f"--out {out} is the target itself; choose another folder")
+        for role, ref in (("target", self.target), ("teacher", self.teacher)):
+            if out is not None and isinstance(ref, str) and _place(out) == _place(ref):
+                raise UserError(f"--out {out} is the {role} itself; choose another folder")
         if out is None and self.output.resume:
             raise UserError("--resume continues an interrupted run; say where with --out")
         read_variant(self.target)
@@ -125,26 +127,51 @@ class HealOptions(Options):
         logits = 2**27 if student.device.type == "cuda" else 2**24
         return HealPlan(
             steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch, warmup=self.warmup, decay=self.decay,
-            learning_rate=self.learning_rate or (1e-4 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
+            learning_rate=self.learning_rate or (2e-5 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
             on_policy=self.on_policy, reconstruct=self.reconstruct, compile=self.compile, check_every=self.check_every, patience=self.patience, seed=self.seed,
             chunk=max(16, logits // student.anatomy.vocab_size),
         )  # fmt: skip
 
 
 def run(options: HealOptions) -> HealResult:
+    """As one process, or as one of those that torchrun has started: the first checks, writes and prints, all train."""
     started = time.monotonic()
+    with joined(options.loading.device, None) as team:
+        return _help(options, team) if team.rank else team.told(_run(options, team, started))
+
+
+def _help(options: HealOptions, team: Team) -> HealResult:
+    """What the processes do that torchrun started beside the first. Gives what the first does, whose folder it is."""
+    console.quiet = True
+    wanted: bool = team.told(None)
+    if wanted:
+        student, teacher = _load(options, team)
+        traces: Traces = team.told(None)
+        _train(options, student, teacher, traces, None, team)
+    result: HealResult = team.told(None)
+    return result
+
+
+def _run(options: HealOptions, team: Team, started: float) -> HealResult:
+    team.awaited = True
     options.check()
+    if options.batch_size < team.world:
+        raise UserError(
+            f"--batch-size {options.batch_size}: {team.world} processes share the texts of a step; give at least as many, or torchrun fewer processes"
+        )
     output = options.output
     if output.exists():
         folder = Path(str(output.out)).expanduser()
         record = _same(options, folder)
         output.say_complete()
+        team.told(False)
         return HealResult(record, folder, pq.read_table(folder / CURVES))
     held = tempfile.mkdtemp(prefix="prunescope-") if output.out is None else None
     out = str(Path(held) / "checkpoint") if held is not None else str(output.out)
     try:
         with staged(out, overwrite=output.overwrite, resume=bool(output.resume)) as staging:
-            record, curves = _heal(options, out, staging, started)
+            team.told(True)
+            record, curves = _heal(options, staging, team, started)
             remove_parts(staging)
     except BaseException:
         if held is not None:
@@ -158,30 +185,21 @@ def run(options: HealOptions) -> HealResult:
     return result
 
 
-def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tuple[dict[str, Any], pa.Table]:
+def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tuple[dict[str, Any], pa.Table]:
     """Everything into ``staging``; gives the record and the curves that are written there."""
-    student, teacher = _load(options)
+    student, teacher = _load(options, team)
     check_pair(teacher, student)
-    options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
+    _check_roles(options, student, teacher)
+    options.output.require_space(_disk(options, student))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
-    texts, held_out = _apart(traces, options)
-    plan = options.plan(student)
-    trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
-    count = sum(p.numel() for p in trained.parameters.values())
-    key = _key(options, plan, student, teacher, traces)
-    if student.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(student.device)
-    with progress("healing", plan.reconstruct + plan.steps) as advance, _blaming(options):
-        healed = heal(student, teacher, trained, texts, held_out, plan, folder=staging, key=key, advance=advance)
-    trained.merge()
-    student.model.requires_grad_(True)
-    record = _record(options, student, teacher, traces, healed, key) | {
-        "trained_parameters": count,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if student.device.type == "cuda" else None,
-    }
+    _, held_out = _apart(traces, options)
+    team.told(traces, last=True)
+    trained, healed, more = _train(options, student, teacher, traces, staging, team)
+    team.awaited, plan = True, options.plan(student)
+    record = _record(options, student, teacher, traces, healed) | more
     record = save_changed(student, staging, record)
     record["kl"]["written"] = _checked(staging, student, teacher, trained, held_out, plan)
     record["wall_time_s"] = round(time.monotonic() - started, 3)
@@ -195,7 +213,28 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     return record, curves
 
 
-def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
+def _train(
+    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, staging: Path | None, team: Team
+) -> tuple[Trainable, Healed, dict[str, Any]]:
+    """What every process does; ``staging`` is the first one's. Gives what was trained, how it went, and what the record says of it besides."""
+    texts, held_out = _apart(traces, options)
+    plan = options.plan(student)
+    trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
+    count = sum(p.numel() for p in trained.parameters.values())
+    key = _key(options, plan, student, teacher, traces)
+    if student.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(student.device)
+    with progress("healing", plan.reconstruct + plan.steps) as advance, _blaming(options):
+        healed = heal(
+            student, teacher, trained, texts, held_out, plan, folder=staging, key=key, advance=advance, team=team
+        )
+    trained.merge()
+    student.model.requires_grad_(True)
+    peak = torch.cuda.max_memory_allocated() if student.device.type == "cuda" else None
+    return trained, healed, {"key": key, "trained_parameters": count, "peak_gpu_bytes": peak, "processes": team.world}
+
+
+def _load(options: HealOptions, team: Team) -> tuple[LoadedModel, LoadedModel]:
     """Student and teacher. The student's weights are float32 or better; on a GPU the teacher's are bfloat16, as its products are."""
     spec = read_variant(options.target)
     loading = options.loading
@@ -205,7 +244,10 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         raise UserError("heal changes the weights of its target; give its folder or drop: and a list of sublayers")
     dtype = "float64" if loading.dtype == "float64" else "float32"
     of_teacher: dict[str, Any] = {"revision": loading.revision, "adapter": loading.adapter}
-    common: dict[str, Any] = {"device": loading.device, "trust_remote_code": loading.trust_remote_code}
+    device = loading.device
+    if team.world > 1 and device == "auto" and torch.cuda.is_available():
+        device = "cuda"  # this process's own, where auto might spread a model over all
+    common: dict[str, Any] = {"device": device, "trust_remote_code": loading.trust_remote_code}
     if spec is None:
         student = load_model(options.target, dtype=dtype, **common)
     else:
@@ -217,6 +259,42 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         return student, options.teacher
     half = student.device.type == "cuda" and loading.dtype == "auto"
     return student, load_model(options.teacher, dtype="bfloat16" if half else dtype, **of_teacher, **common)
+
+
+def _place(ref: str) -> Path:
+    return Path(ref).expanduser().resolve()
+
+
+def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedModel) -> None:
+    """Raise UserError where nothing was pruned, where the target is of another model than the teacher in memory, or where the first stage cannot
+    compare the streams."""
+    if student.pinned and student.identity == teacher.identity and not student.dropped:
+        raise UserError(
+            f"{student.ref} is the teacher itself, nothing of it was pruned; give the folder of drop or sparsify"
+        )
+    taken = isinstance(options.teacher, LoadedModel) and read_variant(options.target) is not None
+    if taken and student.identity != teacher.identity:
+        raise UserError(
+            f"{options.target} would be taken from {teacher.ref} as it lies on the disk, and the teacher in memory is another model; save what was pruned, and give its folder"
+        )
+    shapes = [(model.dense_layers, model.anatomy.hidden_size) for model in (student, teacher)]
+    if options.reconstruct and shapes[0] != shapes[1]:
+        raise UserError(
+            f"--reconstruct {options.reconstruct}: {student.ref} has {shapes[0][0]} blocks of width {shapes[0][1]}, {teacher.ref} {shapes[1][0]} of {shapes[1][1]}, so that their streams cannot be compared; leave it out, or give the model that was pruned as --teacher"
+        )
+
+
+def _disk(options: HealOptions, student: LoadedModel) -> int:
+    """Bytes on the disk at the most: the best weights, the state (weights and AdamW's two means) and the next one beside it; then the checkpoint in
+    place of that."""
+    model = student.model
+    places = [block.module for block in student.anatomy.blocks] if options.lora or not options.embeddings else [model]
+    own = {id(p): p for place in places for p in place.parameters() if p.dim() == 2 or not options.lora}.values()
+    trained = (
+        sum(min(options.lora, *p.shape) * sum(p.shape) if options.lora else p.numel() for p in own)
+        * student.dtype.itemsize
+    )
+    return max(7 * trained, 4 * trained + checkpoint_bytes(student, "zeroed"))
 
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:
@@ -282,7 +360,7 @@ def _key(options: HealOptions, plan: HealPlan, student: LoadedModel, teacher: Lo
 
 
 def _record(
-    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, healed: Healed, key: str
+    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, healed: Healed
 ) -> dict[str, Any]:
     before = student.record or {}
     earlier = list(before.get("pruned_before", []))
@@ -303,7 +381,6 @@ def _record(
         "tokens": healed.tokens,
         "seconds": round(healed.seconds, 3),
         "config": options.config(),
-        "key": key,
         "versions": versions(),
         "device": device_name(student.device),
     }
