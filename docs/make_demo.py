@@ -20,6 +20,7 @@ def draw(stages: list[dict[str, Any]]) -> Figure:
         names, seconds = [row["stage"] for row in stages], [row["cpu_seconds"] for row in stages]
         bars = axes.barh(names, seconds, color=TRUTH, height=0.7)
         axes.bar_label(bars, [f"{value:.0f} s" for value in seconds], padding=3, fontsize=7.5)
+        axes.margins(x=0.08)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
