@@ -323,8 +323,9 @@ def _say(plan: HealPlan, done: Healed, step: int, loss: float | None, kl: float)
         return short
     left = done.seconds / step * (plan.reconstruct + plan.steps - step)
     rate = done.tokens / max(done.seconds, 1e-9)
+    worse = f"; above the {done.kl_before:.4f} of before, try a lower --learning-rate" if kl > done.kl_before else ""
     console.print(
-        f"heal: step {step} of {plan.reconstruct + plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left",
+        f"heal: step {step} of {plan.reconstruct + plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left{worse}",
         markup=False,
     )
     return short
