@@ -6,6 +6,10 @@ CUDA events, so that reading the prompts and capturing the graph are left out; t
 models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
 token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
 
+`--family moe` and `--family mixtral` take one model with experts instead (8.1 and 7.5 thousand million parameters, bfloat16), 32 texts, 8 and one:
+a step in the graph by the way the experts are computed, against `generate()` and against reading the weights that a step needs, which are
+those of the experts that some text chose, counted in the same run, and all others but the table of the tokens.
+
 Run: python benchmarks/generation_gpu.py; on a CPU: python benchmarks/generation_gpu.py --small --device cpu (the loop without a graph)
 """
 
@@ -15,16 +19,21 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 
-from prunescope.models import generating
+from prunescope.compare import generation
+from prunescope.errors import first_line
+from prunescope.models import capturing, decoding, generating
 from prunescope.models.anatomy import find_anatomy
+from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
@@ -39,6 +48,16 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+_EXPERTS = {"vocab_size": 151_936, "num_attention_heads": 32, "head_dim": 128, "hidden_size": 2048}
+MOE = {  # a Qwen3-30B-A3B of 12 blocks, and a Mixtral of 5
+    "moe": {**_EXPERTS, "num_hidden_layers": 12, "num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    "mixtral": {**_EXPERTS, "hidden_size": 4096, "vocab_size": 32_000, "num_hidden_layers": 5, "num_key_value_heads": 8, "intermediate_size": 14_336, "num_local_experts": 8, "num_experts_per_tok": 2},
+}  # fmt: skip
+CLASSES = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+}
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
@@ -48,12 +67,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def build(seed: int, shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    config = transformers.Qwen2Config(**shape, max_position_embeddings=4096, tie_word_embeddings=False)
+def build(
+    seed: int, shape: dict[str, int], device: torch.device, dtype: torch.dtype, family: str = "qwen2"
+) -> LoadedModel:
+    config_class, model_class = CLASSES[family]
+    config = config_class(**shape, max_position_embeddings=4096, tie_word_embeddings=False)
     config.dtype = dtype
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = transformers.Qwen2ForCausalLM(config)
+        model = model_class(config)
     model = model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -184,6 +206,98 @@ def profile_step(loaded: LoadedModel, prompts: list[list[int]]) -> None:
         say(f"  {spent / 1000:8.2f} ms {count:6d} x  {name[:110]}")
 
 
+def rows_ms(models: list[LoadedModel], prompts: list[list[int]], args: Namespace, clock: Clock, floor: float) -> None:
+    """`generate` with all columns, and what it consists of: both texts, the noise floor (once a run), columns and table."""
+    how: dict[str, Any] = {"stop": False, "batch_size": args.batch, "regime": "free-running", "memory": 4 * 2**30}
+    generation.generation_rows(models[0], models[1], prompts, max_new_tokens=4, **how)
+    took = clock(lambda: generation.generation_rows(models[0], models[1], prompts, max_new_tokens=args.rows, **how))
+    say(
+        f"generate with all columns, free-running: {took / args.rows:.2f} ms a step of both, {took / args.rows / floor:.1f} floors"
+    )
+    parts: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        def run_it(*given: Any) -> Any:
+            found: list[Any] = []
+            parts[name] = clock(lambda: found.append(work(*given)))
+            return found[0]
+
+        return run_it
+
+    batch = generation._Batch
+    with (
+        patch.object(batch, "__init__", timed("writing", batch.__init__)),
+        patch.object(batch, "table", timed("columns and table", batch.table)),
+        patch.object(generation, "_noise_floor", timed("noise floor", generation._noise_floor)),
+    ):
+        generation.generation_rows(models[0], models[1], prompts, max_new_tokens=args.rows, **how)
+    say("  of which " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in parts.items()))
+
+
+# --- experts -----------------------------------------------------------------------------------------------------------
+
+
+def chosen_of(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> float:
+    """How many experts of a block some text chooses in a step; the mean over steps and blocks, counted in `generate()`."""
+    counts: list[int] = []
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+
+    def count(module: Any, given: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = next(x for x in (*given, *kwargs.values()) if not x.is_floating_point())
+        if len(index) == len(prompts):  # not a prompt
+            counts.append(index.unique().numel())
+
+    handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in stacked_experts(loaded.model)]
+    generating._write_plain(loaded, ids, mask, steps, Sampling(), torch.zeros(len(prompts), steps), [], 0, False)
+    for handle in handles:
+        handle.remove()
+    return mean(counts)
+
+
+def run_experts(args: Namespace, device: torch.device, rates: Any) -> None:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = MOE[args.family] | ({"hidden_size": 64, "head_dim": 8, "num_attention_heads": 8, "vocab_size": 512, "intermediate_size": 48, "num_hidden_layers": 2} if args.small else {})  # fmt: skip
+    if args.small and args.family == "moe":
+        shape |= {"moe_intermediate_size": 16, "num_experts": 16, "num_experts_per_tok": 2}
+    loaded = build(0, shape, device, dtype, args.family)
+    experts = stacked_experts(loaded.model)
+    held = sum(p.numel() * p.element_size() for m in experts for p in m.parameters())
+    table = loaded.model.get_input_embeddings().weight
+    rest = sum(p.numel() * p.element_size() for p in loaded.model.parameters()) - held - table.numel() * table.element_size()  # fmt: skip
+    say(f"{args.family}: {held / 1e9:.2f} GB of {experts[0].num_experts} experts in {len(experts)} blocks, {rest / 1e9:.2f} GB of other weights; {rates.bytes_per_s / 1e9:.0f} GB/s; {decoding_way(loaded)}")  # fmt: skip
+    generator, clock, plain = torch.Generator().manual_seed(7), Clock(device), capturing._experts
+    for batch in dict.fromkeys((args.batch, min(args.batch, 8), 1)):
+        prompts = [torch.randint(shape["vocab_size"], (args.length - i % 8,), generator=generator).tolist() for i in range(batch)]  # fmt: skip
+        hit = chosen_of(loaded, prompts, 8)
+        floor = 1000 * (rest + held * hit / experts[0].num_experts) / rates.bytes_per_s
+        say(f"{batch} texts: {hit:.1f} experts of a block are chosen in a step; floor {floor:.2f} ms a step")
+        check_large(loaded, prompts, min(args.steps, 16))
+        ways = {"as it is": plain, "all": capturing.all_experts, "grouped": grouped_mm_experts_forward}
+        if batch == 1:
+            ways["chosen"] = capturing.chosen_experts
+        for name, way in ways.items():
+            capturing._experts = way
+            try:
+                found, before = step_ms([loaded], prompts, args.steps, args.rounds, clock)
+                middle = median(found)
+                say(f"  graph, experts {name}: {middle:.2f} ms a step ({min(found):.2f} .. {max(found):.2f}), {middle / floor:.2f} floors; prompts and the first 4 steps {before:.0f} ms")  # fmt: skip
+            except Exception as error:  # a GPU or a dtype without that kernel
+                say(f"  graph, experts {name}: {type(error).__name__}: {first_line(error)}")
+            finally:
+                capturing._experts = plain
+        if args.profile and device.type == "cuda":
+            profile_step(loaded, prompts)
+        ids, mask = generating._left_padded(prompts, 0, device)
+        took = []
+        for count in (4, 4, 20):
+            how = (ids, mask, count, Sampling(), torch.zeros(batch, count), [], 0, True)
+            took.append(clock(lambda how=how: generating._write_plain(loaded, *how)))
+        each = (took[2] - took[1]) / 16
+        say(f"  generate(): {each:.2f} ms a step, {each / floor:.2f} floors")
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -194,6 +308,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--rows", type=int, default=0, help="steps of generate() with all columns; 0 leaves it out")
+    parser.add_argument("--family", choices=sorted(CLASSES), default="qwen2")
     parser.add_argument("--skip-families", action="store_true")
     run(parser.parse_args())
 
@@ -206,6 +321,8 @@ def run(args: Namespace) -> None:
         check_families(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = measure_rates(device, dtype)
+    if args.family in MOE:
+        return run_experts(args, device, rates)
     shape = SMALL if args.small else SHAPE
     models = [build(seed, shape, device, dtype) for seed in (0, 1)]
     generator = torch.Generator().manual_seed(7)
@@ -222,6 +339,9 @@ def run(args: Namespace) -> None:
     middle = median(found)
     say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
         f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
+    with patch.object(decoding, "fused", lambda model: nullcontext()):
+        unfused, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
+    say(f"norms and rotations as transformers runs them: {median(unfused):.2f} ms ({min(unfused):.2f} .. {max(unfused):.2f}), ratio {median(unfused) / floor:.2f}")  # fmt: skip
     if args.profile and device.type == "cuda":
         profile_step(models[0], prompts)
     plain = []
@@ -231,20 +351,7 @@ def run(args: Namespace) -> None:
         plain.append(clock(lambda how=how: [generating._write_plain(loaded, *how) for loaded in models]))
     say(f"generate(): {(plain[1] - plain[0]) / 16:.1f} ms a step of both")
     if args.rows:
-        from prunescope.compare.generation import generation_rows
-
-        how_rows = {
-            "max_new_tokens": args.rows,
-            "stop": False,
-            "batch_size": args.batch,
-            "regime": "free-running",
-            "memory": 4 * 2**30,
-        }
-        generation_rows(models[0], models[1], prompts, **{**how_rows, "max_new_tokens": 4})
-        took = clock(lambda: generation_rows(models[0], models[1], prompts, **how_rows))
-        say(
-            f"generate with all columns, free-running: {took / args.rows:.2f} ms a step of both, {took / args.rows / floor:.1f} floors"
-        )
+        rows_ms(models, prompts, args, clock, floor)
 
 
 if __name__ == "__main__":

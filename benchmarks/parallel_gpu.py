@@ -1,10 +1,10 @@
-"""One GPU against two: layerwise, generate and a sweep shared by two processes, a SparseGPT block by torchrun, a model spread over both.
+"""One GPU against two: layerwise, generate and a sweep shared by two processes, a SparseGPT block and steps of heal by torchrun, a model spread over both.
 
 A random Llama of Llama-3.2-1B's shape, written once to a scratch folder. One GPU and two are timed in one run, after a run of each that does
-not count (kernels compile, the second process starts and loads; that time is said apart). Tables, points and weights must be the same bits. Then
-the model is spread over both GPUs, and what several commands give on it is set against one GPU.
+not count (kernels compile, the second process starts and loads; that time is said apart). Tables, points and weights must be the same bits, losses of
+heal the same but for the order of the sums. Then the model is spread over both GPUs, and what several commands give on it is set against one GPU.
 
-    python benchmarks/parallel_gpu.py [--parts layerwise,generate,sweep,sparsegpt,sharded] [--shape 1b|7b|tiny]
+    python benchmarks/parallel_gpu.py [--parts layerwise,generate,sweep,sparsegpt,heal,sharded] [--shape 1b|7b|tiny]
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
 }  # fmt: skip
 DROP = "drop:attn=1;mlp=2"
-PARTS = "layerwise,generate,sweep,sparsegpt,sharded"
+PARTS = "layerwise,generate,sweep,sparsegpt,heal,sharded"
 
 
 def make_model(folder: Path, shape: str, device: str, dtype: torch.dtype) -> None:
@@ -188,18 +188,78 @@ def sparsegpt_block(folder: Path, options: argparse.Namespace, shares: int) -> N
             print(json.dumps({"seconds": found[1], "digest": digests}), flush=True)
 
 
-def sparsegpt(folder: Path, options: argparse.Namespace) -> None:
-    own = [str(Path(__file__).resolve()), "--folder", str(folder), "--device", options.device, "--samples", str(options.samples), "--length", str(options.length)]  # fmt: skip
+def by_torchrun(name: str, folder: Path, more: list[str]) -> list[dict[str, Any]] | None:
+    """What this script prints with ``more`` options as one process and as two of torchrun; None where it fails, which is said."""
+    own = [str(Path(__file__).resolve()), "--folder", str(folder), *more]
     found = []
     for count in (1, 2):
         start = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([sys.executable, *start, *own, "--block", "2"], capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
+        done = subprocess.run([sys.executable, *start, *own], capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
         if done.returncode:
-            print(f"sparsegpt with {count}: failed\n{done.stderr[-2000:]}", flush=True)
-            return
+            print(f"{name} with {count}: failed\n{done.stderr[-2000:]}", flush=True)
+            return None
         found.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
-    note = f" (block of {options.samples} samples of {options.length} tokens, two shares)"
-    say("sparsegpt", found[0]["seconds"], found[1]["seconds"], found[0]["digest"] == found[1]["digest"], note)
+    return found
+
+
+def sparsegpt(folder: Path, options: argparse.Namespace) -> None:
+    more = ["--device", options.device, "--samples", str(options.samples), "--length", str(options.length)]
+    found = by_torchrun("sparsegpt", folder, [*more, "--block", "2"])
+    if found is not None:
+        note = f" (block of {options.samples} samples of {options.length} tokens, two shares)"
+        say("sparsegpt", found[0]["seconds"], found[1]["seconds"], found[0]["digest"] == found[1]["digest"], note)
+
+
+def heal_steps(folder: Path, options: argparse.Namespace) -> None:
+    """Steps of heal by the processes that there are; the first prints the median seconds of a step, those of the sums of all gradients in it, and the
+    losses. Texts are of equal lengths, random words; the target is the dense model without four sublayers and with noise on its weights."""
+    from prunescope.prune import heal as engine
+    from prunescope.prune.heal_team import add_gradients
+    from prunescope.prune.team import joined
+    from prunescope.prune.trainable import make_trainable
+
+    with joined(options.device, None) as team:
+        device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        student = load_model(folder, device=device, dtype="float32", drop="attn=1,3;mlp=0,2")
+        teacher = load_model(folder, device=device, dtype="bfloat16" if device == "cuda" else "float32")
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for parameter in student.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, device=device), alpha=0.002)
+        generator = torch.Generator().manual_seed(4)
+        words = torch.randint(5, 90, (options.steps_heal * options.texts, options.text_length), generator=generator).tolist()  # fmt: skip
+        logits = 2**27 if device == "cuda" else 2**24
+        plan = engine.HealPlan(steps=options.steps_heal, batch_size=options.texts, micro_batch=options.micro_batch, warmup=0,
+                               learning_rate=1e-5, chunk=max(16, logits // student.anatomy.vocab_size))  # fmt: skip
+        trained = make_trainable(student)
+        parameters = list(trained.parameters.values())
+        optimiser = torch.optim.AdamW(parameters, fused=device == "cuda")
+        seconds, losses = [], []
+        for step in range(plan.steps):
+            batch = [(row[:1], row[1:]) for row in words[step * options.texts : (step + 1) * options.texts]]
+            team.all(0)
+            taken, row = timed(partial(engine._step, student, teacher, trained, optimiser, batch, plan, step, team))
+            seconds.append(taken)
+            losses.append(row["loss"])
+        team.all(0)
+        sums = [timed(partial(add_gradients, team, parameters))[0] for _ in range(3)]
+        if team.rank == 0:
+            later = sorted(seconds[2:])  # the first two make kernels and the optimiser's means
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+            print(json.dumps({"seconds": later[len(later) // 2], "all": seconds, "sums": min(sums), "losses": losses, "peak": peak,
+                              "trained": sum(p.numel() for p in parameters)}), flush=True)  # fmt: skip
+
+
+def heal(folder: Path, options: argparse.Namespace) -> None:
+    names = ("device", "texts", "text_length", "steps_heal", "micro_batch")
+    more = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    found = by_torchrun("heal", folder, [*more, "--heal-steps"])
+    if found is not None:
+        one, two = found
+        off = max(abs(a - b) / a for a, b in zip(one["losses"], two["losses"], strict=True))
+        print(f"heal: {one['seconds']:.3f} s a step with one, {two['seconds']:.3f} s with two, ratio {one['seconds'] / two['seconds']:.2f}; "
+              f"losses of {len(one['losses'])} steps differ by at most {off:.1e} of themselves ({options.texts} texts of {options.text_length} tokens, "
+              f"{one['trained'] / 1e6:,.1f} M weights, gradients of all added in {two['sums']:.3f} s, peak {one['peak'] / 2**30:.1f} and {two['peak'] / 2**30:.1f} GiB)", flush=True)  # fmt: skip
 
 
 def sharded(folder: Path, options: argparse.Namespace) -> None:
@@ -254,11 +314,21 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--texts", type=int, default=32, help="of heal, a step")
+    parser.add_argument("--text-length", type=int, default=512, help="of heal")
+    parser.add_argument("--steps-heal", type=int, default=12)
+    parser.add_argument(
+        "--micro-batch", type=int, default=16, help="of heal; the products of both runs have then the same sizes"
+    )
     parser.add_argument("--folder", help="of a model that is there already; left out, a random one is made")
+    parser.add_argument("--heal-steps", action="store_true", help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--block", type=int, default=0, help=argparse.SUPPRESS)  # how this script calls itself
     options = parser.parse_args()
     if options.block:
         sparsegpt_block(Path(options.folder), options, options.block)
+        return
+    if options.heal_steps:
+        heal_steps(Path(options.folder), options)
         return
     parts = options.parts.split(",")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
@@ -273,6 +343,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
         if "sparsegpt" in parts:
             sparsegpt(folder, options)
+        if "heal" in parts:
+            heal(folder, options)
         if "sharded" in parts:
             sharded(folder, options)
 

@@ -74,12 +74,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+_EXPERTS: dict[str, Any] = {**_COMMON, "num_experts_per_tok": 2, "intermediate_size": 24}
+EXPERTS: dict[str, Callable[[], Any]] = {  # in other forms: transposed with biases and a gate of their own, a shared one, many, fused inputs
+    "gpt_oss": lambda: transformers.GptOssConfig(**_EXPERTS, head_dim=8, num_local_experts=4, sliding_window=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24),
+    "olmoe": lambda: transformers.OlmoeConfig(**_EXPERTS, num_experts=24),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**_EXPERTS, num_local_experts=4),
+}  # fmt: skip
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model with weights large enough that every sublayer matters, norms and biases included."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        (CONFIGS | EXPERTS)[family](), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:

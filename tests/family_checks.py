@@ -36,12 +36,13 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.models.saving import save_dropped
 
-CHECKS = ("load", "drop attn", "drop mlp", "cache", "layerwise", "zeroed", "compact", "magnitude", "wanda", "sparsegpt", "structured")  # fmt: skip
+CHECKS = ("load", "drop attn", "drop mlp", "cache", "layerwise", "zeroed", "compact", "magnitude", "wanda", "sparsegpt", "structured", "experts")  # fmt: skip
 SECONDS = 60  # of CPU, a family; longer is a result too
 
 # By hand, and owed to nothing in the code under test: what the children of blocks are called in transformers
 _ATTENTION = r"(self_)?attn|(self_)?attention|multi_head_attention|linear_attn|mamba|mixer|conv|temporal_block|self_attention|attention_block|shared_mixer|delta_net|short_conv"
 _MLP = r"(mlp|feed_forward|block_sparse_moe|moe|ffn|fc2|shared_mlp|feedforward|channel_mixer|mlp_block|mlp_moe|shared_experts?|moe_block|residual_mlp)"
+_EXPERTS = r"(?i).*experts.*"  # the class of a module that holds the routed experts, or the name of a list of them
 _SKIPPED = r"vision|visual|image|audio|encoder\.|siglip|qformer|connector|projector|resampler|speech"
 
 
@@ -203,22 +204,41 @@ class _Family:
         shutil.rmtree(out)
         return result
 
+    @staticmethod
+    def _count(model: nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
     def sparsify(self, method: Any) -> str:
         out = self.folder / method
         (self.folder / "text.txt").write_text(" ".join(f"w{4 + i * 7 % 36}" for i in range(400)), "utf-8")
         prunescope.sparsify(
-            str(self.folder / "dense"), method=method, sparsity=0.5, out=str(out), calibration=str(self.folder / "text.txt"),
+            str(self.folder / "dense"), method=method, sparsity=0.25 if method == "experts" else 0.5, out=str(out),
+            calibration="self" if method == "experts" else str(self.folder / "text.txt"),  # which no tokenizer has to read
             samples=2, seq_len=24, device="cpu", cache=False,
         )  # fmt: skip
         found = self._reloaded(out)
         again = load_model(out, device="cpu")
         if _far(found, self.dense, 1e-4) == "works":
             return "wrong: nothing was pruned"
-        if method != "structured" and not 0.3 < again.sparsity() < 0.6:
+        if method == "experts" and not self._count(again.model) < self._count(self.plain):
+            return "wrong: no expert is gone"
+        if method not in ("structured", "experts") and not 0.3 < again.sparsity() < 0.6:
             return f"wrong: sparsity {again.sparsity():.2f}"
         result = _far(_logits(again.model, self.ids, use_cache=False), found, 0.0)
         shutil.rmtree(out)
         return result
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether the text decoder has routed experts."""
+    return any(
+        (
+            re.fullmatch(_EXPERTS, type(module).__name__)
+            or (name.endswith(".experts") and len(list(module.children())) > 1)
+        )
+        and not re.search(_SKIPPED, name)
+        for name, module in model.named_modules()
+    )
 
 
 def check_family(family: str, checks: tuple[str, ...] = CHECKS) -> dict[str, str]:
@@ -231,10 +251,12 @@ def check_family(family: str, checks: tuple[str, ...] = CHECKS) -> dict[str, str
         runs: dict[str, Callable[[], str]] = {
             "load": case.load, "drop attn": lambda: case.drop("attn"), "drop mlp": lambda: case.drop("mlp"), "cache": case.cache,
             "layerwise": case.layerwise, "zeroed": lambda: case.saved("zeroed"), "compact": lambda: case.saved("compact"),
-            **{method: (lambda method=method: case.sparsify(method)) for method in CHECKS[-4:]},
+            **{method: (lambda method=method: case.sparsify(method)) for method in CHECKS[-5:]},
         }  # fmt: skip
         results: dict[str, str] = {}
         for name in checks:
+            if name == "experts" and not _has_experts(case.plain):
+                continue
             results[name] = _outcome(runs[name])
             if name == "load" and results[name] != "works":
                 break
@@ -257,7 +279,7 @@ def _outcome(run: Callable[[], str]) -> str:
 
 
 def _first(error: Exception) -> str:
-    text = re.sub(r"/tmp/\S*?/(dense|zeroed|compact|magnitude|wanda|sparsegpt|structured)", r"\1", str(error))
+    text = re.sub(r"/tmp/\S*?/(dense|zeroed|compact|magnitude|wanda|sparsegpt|structured|experts)", r"\1", str(error))
     text = (text.strip() or "?").splitlines()[0][:220]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
@@ -281,10 +303,10 @@ def _within(seconds: int) -> Iterator[None]:
 
 
 def works(results: dict[str, str]) -> bool:
-    """Whether everything tried works; a structural refusal of `compact` or `structured` says why, and counts."""
+    """Whether everything tried works; a structural refusal of `compact`, `structured` or `experts` says why, and counts."""
     return (
         all(
-            result == "works" or (name in ("compact", "structured") and result.startswith("refused"))
+            result == "works" or (name in ("compact", "structured", "experts") and result.startswith("refused"))
             for name, result in results.items()
         )
         and len(results) > 1

@@ -17,7 +17,7 @@ from prunescope.prune.calibrate import InputStatistic  # noqa: E402
 from prunescope.prune.factor import NotPositiveDefiniteError  # noqa: E402
 from prunescope.prune.masks import Goal, _kth_on_gpu, lowest_per_row  # noqa: E402
 from prunescope.prune.sparsegpt import sparsegpt  # noqa: E402
-from prunescope.prune.sparsegpt_gpu import sparsegpt_on_gpu, supported  # noqa: E402
+from prunescope.prune.sparsegpt_gpu import repeated_shapes, sparsegpt_on_gpu, supported  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 needs_gpu = pytest.mark.gpu
@@ -62,6 +62,21 @@ def test_kernels_give_what_the_cpu_gives(n: int, rows: tuple[int, ...], cases: t
         torch.testing.assert_close(mine.cpu(), theirs, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cases", [("0.5", "0.25"), ("2:4", "2:4"), ("0.5", "2:4")])
+def test_problems_of_one_shape_share_memory_and_nothing_else(cases: tuple[str, str]) -> None:
+    """Three problems one after the other (on a GPU the third is a replayed graph) against each alone, to the bit. Would catch counts, losses or
+    factors of the problem before, results that are overwritten by the next, and dead inputs that are remembered."""
+    goals = [goal(case) for case in cases]
+    problems = [problem(40, (18, 1), seed) for seed in range(4)]
+    problems[1][1][:, 7] = problems[1][1][7] = 0.0
+    on = [([weight.to(DEVICE) for weight in weights], hessian.to(DEVICE)) for weights, hessian in problems]
+    alone = [sparsegpt_on_gpu(weights, hessian, goals, block_size=16)[0] for weights, hessian in on]
+    with repeated_shapes():
+        found = [sparsegpt_on_gpu(weights, hessian, goals, block_size=16)[0] for weights, hessian in on]
+    for mine, theirs in zip(found, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
 def test_equal_scores_go_in_order_of_their_index() -> None:
     """A diagonal H leaves weights as they are, so the mask is plain selection; with three levels most scores tie, over several tiles."""
     weight = torch.randint(1, 4, (70, 16), generator=torch.Generator().manual_seed(1)).float()
@@ -98,6 +113,9 @@ def test_gpu_at_full_block_width_is_reproducible_and_equal_to_the_cpu() -> None:
         expected, _ = sparsegpt(weights, hessian, goals)
         on = [weight.cuda() for weight in weights]
         first, second = (sparsegpt(on, hessian.cuda(), goals)[0] for _ in range(2))
+        with repeated_shapes():
+            replayed = [sparsegpt(on, hessian.cuda(), goals)[0] for _ in range(4)]
+        assert all(torch.equal(a, b) for again in replayed for a, b in zip(again, first, strict=True))
         for a, b, cpu, aim in zip(first, second, expected, goals, strict=True):
             assert torch.equal(a, b)
             assert int((a == 0).sum()) == aim.count(a.numel())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,9 +282,11 @@ def test_what_a_killed_ray_worker_was_at_is_done_again(
 
 
 @pytest.mark.workers
-def test_the_benchmark_shares_a_sweep_and_a_sparsegpt_block() -> None:
+def test_the_benchmark_shares_a_sweep_a_sparsegpt_block_and_steps_of_heal() -> None:
     """Its other parts run at a toy size with those of all benchmarks."""
     script = Path(__file__).parents[2] / "benchmarks" / "parallel_gpu.py"
-    toy = "--shape tiny --device cpu --parts sweep,sparsegpt --prompts 8 --items 2 --samples 4 --length 16"
-    done = subprocess.run([sys.executable, script, *toy.split()], capture_output=True, text=True, timeout=400)
+    toy = "--shape tiny --device cpu --parts sweep,sparsegpt,heal --prompts 8 --items 2 --samples 4 --length 16 --texts 5 --text-length 16 --steps-heal 4"
+    done = subprocess.run([sys.executable, script, *toy.split()], capture_output=True, text=True, timeout=900)
     assert done.stdout.count("the same bits: True") == 2, done.stderr
+    off = re.search(r"heal: .* losses of 4 steps differ by at most (\S+) of themselves", done.stdout)
+    assert off and float(off[1]) < 1e-4, done.stdout + done.stderr

@@ -273,7 +273,7 @@ def heal(
         held_out: texts held out for checks, from prompts that are not trained on
         steps: optimiser steps
         batch_size: texts per step
-        micro_batch: texts in memory at a time; default: all of a step
+        micro_batch: texts in memory at a time, of each process; default: all of a step
         learning_rate: learning rate after the warm-up; default: 1e-4, or 1e-3 with --lora
         warmup: share of the steps over which the learning rate rises
         decay: how the learning rate falls after that, to zero at the last step

@@ -32,8 +32,9 @@ from prunescope.models.placing import refuse_sharded
 from prunescope.models.record import RECORD
 from prunescope.models.saving import checkpoint_bytes, save_changed
 from prunescope.models.variants import read_variant
-from prunescope.progress import progress
+from prunescope.progress import console, progress
 from prunescope.prune.heal import Healed, HealPlan, Text, heal, held_out_kl
+from prunescope.prune.team import Team, joined
 from prunescope.prune.trainable import Trainable, make_trainable
 from prunescope.report.figures.healing import draw_healing
 from prunescope.report.terminal.pruning import show_healed
@@ -133,19 +134,44 @@ class HealOptions(Options):
 
 
 def run(options: HealOptions) -> HealResult:
+    """As one process, or as one of those that torchrun has started: the first checks, writes and prints, all train."""
     started = time.monotonic()
+    with joined(options.loading.device, None) as team:
+        return _help(options, team) if team.rank else team.told(_run(options, team, started))
+
+
+def _help(options: HealOptions, team: Team) -> HealResult:
+    """What the processes do that torchrun started beside the first. Gives what the first does, whose folder it is."""
+    console.quiet = True
+    wanted: bool = team.told(None)
+    if wanted:
+        student, teacher = _load(options, team)
+        traces: Traces = team.told(None)
+        _train(options, student, teacher, traces, None, team)
+    result: HealResult = team.told(None)
+    return result
+
+
+def _run(options: HealOptions, team: Team, started: float) -> HealResult:
+    team.awaited = True
     options.check()
+    if options.batch_size < team.world:
+        raise UserError(
+            f"--batch-size {options.batch_size}: {team.world} processes share the texts of a step; give at least as many, or torchrun fewer processes"
+        )
     output = options.output
     if output.exists():
         folder = Path(str(output.out)).expanduser()
         record = _same(options, folder)
         output.say_complete()
+        team.told(False)
         return HealResult(record, folder, pq.read_table(folder / CURVES))
     held = tempfile.mkdtemp(prefix="prunescope-") if output.out is None else None
     out = str(Path(held) / "checkpoint") if held is not None else str(output.out)
     try:
         with staged(out, overwrite=output.overwrite, resume=bool(output.resume)) as staging:
-            record, curves = _heal(options, out, staging, started)
+            team.told(True)
+            record, curves = _heal(options, staging, team, started)
             remove_parts(staging)
     except BaseException:
         if held is not None:
@@ -159,9 +185,9 @@ def run(options: HealOptions) -> HealResult:
     return result
 
 
-def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tuple[dict[str, Any], pa.Table]:
+def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tuple[dict[str, Any], pa.Table]:
     """Everything into ``staging``; gives the record and the curves that are written there."""
-    student, teacher = _load(options)
+    student, teacher = _load(options, team)
     check_pair(teacher, student)
     _check_roles(options, student, teacher)
     options.output.require_space(_disk(options, student))
@@ -169,21 +195,11 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
-    texts, held_out = _apart(traces, options)
-    plan = options.plan(student)
-    trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
-    count = sum(p.numel() for p in trained.parameters.values())
-    key = _key(options, plan, student, teacher, traces)
-    if student.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(student.device)
-    with progress("healing", plan.reconstruct + plan.steps) as advance, _blaming(options):
-        healed = heal(student, teacher, trained, texts, held_out, plan, folder=staging, key=key, advance=advance)
-    trained.merge()
-    student.model.requires_grad_(True)
-    record = _record(options, student, teacher, traces, healed, key) | {
-        "trained_parameters": count,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if student.device.type == "cuda" else None,
-    }
+    _, held_out = _apart(traces, options)
+    team.told(traces, last=True)
+    trained, healed, more = _train(options, student, teacher, traces, staging, team)
+    team.awaited, plan = True, options.plan(student)
+    record = _record(options, student, teacher, traces, healed) | more
     record = save_changed(student, staging, record)
     record["kl"]["written"] = _checked(staging, student, teacher, trained, held_out, plan)
     record["wall_time_s"] = round(time.monotonic() - started, 3)
@@ -197,7 +213,28 @@ def _heal(options: HealOptions, out: str, staging: Path, started: float) -> tupl
     return record, curves
 
 
-def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
+def _train(
+    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, staging: Path | None, team: Team
+) -> tuple[Trainable, Healed, dict[str, Any]]:
+    """What every process does; ``staging`` is the first one's. Gives what was trained, how it went, and what the record says of it besides."""
+    texts, held_out = _apart(traces, options)
+    plan = options.plan(student)
+    trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
+    count = sum(p.numel() for p in trained.parameters.values())
+    key = _key(options, plan, student, teacher, traces)
+    if student.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(student.device)
+    with progress("healing", plan.reconstruct + plan.steps) as advance, _blaming(options):
+        healed = heal(
+            student, teacher, trained, texts, held_out, plan, folder=staging, key=key, advance=advance, team=team
+        )
+    trained.merge()
+    student.model.requires_grad_(True)
+    peak = torch.cuda.max_memory_allocated() if student.device.type == "cuda" else None
+    return trained, healed, {"key": key, "trained_parameters": count, "peak_gpu_bytes": peak, "processes": team.world}
+
+
+def _load(options: HealOptions, team: Team) -> tuple[LoadedModel, LoadedModel]:
     """Student and teacher. The student's weights are float32 or better; on a GPU the teacher's are bfloat16, as its products are."""
     spec = read_variant(options.target)
     loading = options.loading
@@ -207,7 +244,10 @@ def _load(options: HealOptions) -> tuple[LoadedModel, LoadedModel]:
         raise UserError("heal changes the weights of its target; give its folder or drop: and a list of sublayers")
     dtype = "float64" if loading.dtype == "float64" else "float32"
     of_teacher: dict[str, Any] = {"revision": loading.revision, "adapter": loading.adapter}
-    common: dict[str, Any] = {"device": loading.device, "trust_remote_code": loading.trust_remote_code}
+    device = loading.device
+    if team.world > 1 and device == "auto" and torch.cuda.is_available():
+        device = "cuda"  # this process's own, where auto might spread a model over all
+    common: dict[str, Any] = {"device": device, "trust_remote_code": loading.trust_remote_code}
     if spec is None:
         student = load_model(options.target, dtype=dtype, **common)
     else:
@@ -320,7 +360,7 @@ def _key(options: HealOptions, plan: HealPlan, student: LoadedModel, teacher: Lo
 
 
 def _record(
-    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, healed: Healed, key: str
+    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, healed: Healed
 ) -> dict[str, Any]:
     before = student.record or {}
     earlier = list(before.get("pruned_before", []))
@@ -341,7 +381,6 @@ def _record(
         "tokens": healed.tokens,
         "seconds": round(healed.seconds, 3),
         "config": options.config(),
-        "key": key,
         "versions": versions(),
         "device": device_name(student.device),
     }

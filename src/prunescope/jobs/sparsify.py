@@ -150,15 +150,16 @@ def _help(options: SparsifyOptions, team: Team) -> SparsifyResult:
 
 
 def _run(options: SparsifyOptions, team: Team, started: float) -> SparsifyResult:
+    team.awaited = True
     options.check()
     overrides = _overrides(options.sparsity_map)
     if options.dry_run:
-        team.told(None)
+        team.told(None, last=True)
         with tempfile.TemporaryDirectory(prefix="prunescope-") as folder:
             return _dry_run(options, overrides, Path(folder))
     output = options.output
     if output.exists():
-        team.told(None)
+        team.told(None, last=True)
         record = _same(options, Path(str(output.out)).expanduser())
         output.say_complete()
         return SparsifyResult(record, Path(str(output.out)).expanduser())
@@ -170,7 +171,7 @@ def _run(options: SparsifyOptions, team: Team, started: float) -> SparsifyResult
             _leaving_nothing_useless(staging),
         ):
             if (staging / RECORD).is_file() and not reports(staging).is_dir():  # cut off after the last block
-                team.told(None)
+                team.told(None, last=True)
                 record = _same(options, staging)
             else:
                 record = _prune(options, overrides, out, staging, team, started)
@@ -205,7 +206,8 @@ def _prune(
     key = _key(options, streamed, calibration, windows, overrides)
     by_layer = _allocation(options, streamed, calibration, batch_size, staging, key)
     told = _Told(calibration, windows, batch_size, by_layer, staging)
-    plan, pruned = _together(options, overrides, streamed, team, team.told(told))
+    team.told(told, last=True)
+    plan, pruned = _together(options, overrides, streamed, team, told)
     record = sparsify_record(options.asked, options.config(), streamed, plan, calibration, pruned, key, started)
     write_config(staging, options.config())
     write_json(staging / RECORD, record)

@@ -31,7 +31,7 @@ from prunescope.prune.outcome import matrix_row
 from prunescope.prune.plan import RESHAPING, PruningPlan, smaller_config
 from prunescope.prune.refine import refine
 from prunescope.prune.sparsegpt import sparsegpt
-from prunescope.prune.sparsegpt_gpu import full_float32
+from prunescope.prune.sparsegpt_gpu import full_float32, repeated_shapes
 from prunescope.prune.team import Pieces, Team, mean_perplexity
 from prunescope.prune.wanda import wanda
 
@@ -98,7 +98,7 @@ def prune_model(
     earlier: Mapping[str, Tensor] | None = None
     if done and plan.method not in RESHAPING:
         earlier = pruned_weights(streamed, [shard_of_block(folder, layer) for layer in range(done)], scratch)
-    with progress(f"pruning ({plan.method})", blocks * units) as advance:
+    with repeated_shapes(), progress(f"pruning ({plan.method})", blocks * units) as advance:
         for layer in range(blocks):
             started = time.monotonic()
             last = layer == blocks - 1

@@ -29,7 +29,9 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import Advance, console
 from prunescope.prune.distil_loss import forward_kl
-from prunescope.prune.reconstruct import reconstruction_error
+from prunescope.prune.heal_team import add_gradients, check_same, share_state
+from prunescope.prune.reconstruct import dense_changes, reconstruction_error
+from prunescope.prune.team import ALONE, Team
 from prunescope.prune.trainable import Trainable
 
 __all__ = ["HealPlan", "Healed", "Text", "heal", "held_out_kl", "learning_rate", "order"]
@@ -45,7 +47,7 @@ class HealPlan:
 
     steps: int
     batch_size: int = 8
-    micro_batch: int | None = None  # texts that are in memory at a time; changes no number but in rounding
+    micro_batch: int | None = None  # texts that a process has in memory at a time; changes no number but in rounding
     learning_rate: float = 1e-4
     warmup: float = 0.05
     decay: Literal["cosine", "linear", "constant"] = "cosine"
@@ -103,18 +105,21 @@ def _is_own(plan: HealPlan, step: int) -> bool:
     return math.floor((step + 1) * plan.on_policy) > math.floor(step * plan.on_policy)
 
 
-def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step: int) -> list[list[Text]]:
-    """Prompts of ``texts``, continued by the student itself at temperature 1: for this step and the next of its kind, `_AHEAD` in all."""
+def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step: int, team: Team) -> list[list[Text]]:
+    """Prompts of ``texts``, continued by the student itself at temperature 1: for this step and the next of its kind, `_AHEAD` in all.
+    Each process writes its part; the draws follow from a text's number."""
     last = plan.reconstruct + plan.steps
     steps = [at for at in range(step, last) if _is_own(plan, at - plan.reconstruct)][:_AHEAD]
     asked = [[texts[number] for number in order(len(texts), plan, at)] for at in steps]
     flat = [text for group in asked for text in group]
     most = max(len(continuation) for _, continuation in flat)
     draws = Sampling(1.0, seed=plan.seed + 1)
-    first, longest = step * plan.batch_size, max(len(prompt) for prompt, _ in flat) + most
-    at_a_time = min(len(flat), texts_at_a_time(student, longest))
+    mine, longest = team.span(len(flat)), max(len(prompt) for prompt, _ in flat) + most
+    prompts, first = [list(flat[i][0]) for i in mine], step * plan.batch_size + mine.start
+    at_a_time = max(1, min(len(mine), texts_at_a_time(student, longest)))
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
-        found = iter(continue_texts(student, [list(p) for p, _ in flat], most, batch_size=at_a_time, sampling=draws, first=first))  # fmt: skip
+        wrote = continue_texts(student, prompts, most, batch_size=at_a_time, sampling=draws, first=first)
+    found = iter([own for part in team.all(wrote) for own in part])
     return [[(prompt, own) for (prompt, _), own in zip(group, found, strict=False) if own] for group in asked]
 
 
@@ -156,31 +161,45 @@ def _divergence(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text
     return forward_kl(student.anatomy.project, h, teacher.anatomy.project, teacher_h, chunk=plan.chunk, weights=trained)
 
 
-def _reconstruction(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text]) -> Tensor:
+def _read_places(student: LoadedModel, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """Token ids and where no padding is, ``(texts, length)``."""
     tokens = padded(texts)[0].to(student.device)
     lengths = torch.tensor([[len(prompt) + len(continuation)] for prompt, continuation in texts], device=student.device)
-    read = torch.arange(tokens.shape[1], device=student.device) < lengths
-    return reconstruction_error(student, teacher, tokens, read)
+    return tokens, torch.arange(tokens.shape[1], device=student.device) < lengths
+
+
+def _changes(student: LoadedModel, teacher: LoadedModel, parts: Sequence[Sequence[Text]], team: Team) -> Tensor | None:
+    """What the dense model adds in all texts of a step, by which errors are divided; None where the one part has them all."""
+    if team.world == 1 and len(parts) == 1:
+        return None
+    with _mixed(student):
+        found = dense_changes(student, teacher, (_read_places(student, part) for part in parts), student.device)
+    team.add([found])
+    return found
 
 
 def _counted(texts: Sequence[Text]) -> int:
     return sum(len(continuation) - (not prompt) for prompt, continuation in texts)
 
 
-def _micro(texts: Sequence[Text], size: int) -> Iterator[Sequence[Text]]:
-    """Texts in groups of ``size``, long ones together, so that little is padded."""
-    falling = sorted(texts, key=lambda text: -len(text[0]) - len(text[1]))
+def _micro(texts: Sequence[Text], size: int, team: Team = ALONE) -> Iterator[Sequence[Text]]:
+    """This process's texts in groups of ``size``, long ones together, so that little is padded."""
+    falling = sorted(texts, key=lambda text: -len(text[0]) - len(text[1]))[team.rank :: team.world]
     for start in range(0, len(falling), size):
         yield falling[start : start + size]
 
 
 @torch.no_grad()
-def held_out_kl(student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan) -> float:
+def held_out_kl(
+    student: LoadedModel, teacher: LoadedModel, texts: Sequence[Text], plan: HealPlan, team: Team = ALONE
+) -> float:
     """KL(teacher || student) in nats, averaged over the counted tokens of texts that nothing is trained on."""
     size = plan.micro_batch or plan.batch_size
     with _mixed(student):
-        total = sum(float(_divergence(student, teacher, part, plan)) for part in _micro(texts, size))
-    return total / _counted(texts)
+        mine = sum(float(_divergence(student, teacher, part, plan)) for part in _micro(texts, size, team))
+    total = torch.tensor(mine, dtype=torch.float64, device=student.device)
+    team.add([total])
+    return float(total) / _counted(texts)
 
 
 def _mixed(student: LoadedModel) -> AbstractContextManager[Any]:
@@ -203,15 +222,19 @@ def heal(
     folder: Path | None = None,
     key: str = "",
     advance: Advance | None = None,
+    team: Team = ALONE,
 ) -> Healed:
     """Train ``trained``, parameters of ``student``, in place; they are left as they were at the best held-out divergence.
 
     Args:
         teacher: the dense model; it is only read.
         texts, held_out: to train on and to check on, apart from one another.
-        folder: where the state of the run is kept at every check (``part-*``, safetensors), and found by a later call with the same ``key``.
+        folder: where the state of the run is kept at every check (``part-*``, safetensors), and found by a later call with the same ``key``;
+            the first process's alone.
+        team: the processes that heal together, with the same arguments but ``folder``; any number goes on with what another began.
     Raises:
         UserError: the state in ``folder`` is of another run; the loss is not finite.
+        RuntimeError: processes whose weights differ.
     """
     advance = advance or Advance()
     if student.device.type == "cuda":
@@ -220,14 +243,15 @@ def heal(
         list(trained.parameters.values()), lr=plan.learning_rate, weight_decay=plan.weight_decay,
         fused=student.device.type == "cuda",
     )  # fmt: skip
-    done = _resume(trained, optimiser, folder, key)
+    done = share_state(team, trained, optimiser, _resume(trained, optimiser, folder, key))
     advance(len(done.rows))
     started = time.monotonic() - done.seconds
     if not done.rows and math.isnan(done.kl_before):
-        done.kl_before = done.kl_best = held_out_kl(student, teacher, held_out, plan)
+        done.kl_before = done.kl_best = held_out_kl(student, teacher, held_out, plan, team)
         _keep(folder, _BEST, _weights(trained), {"key": key})
         _say(plan, done, 0, None, done.kl_before)
-    best = None if folder is not None else _weights(trained, copy=True)
+    in_memory = folder is None and not team.rank
+    best = _weights(trained, copy=True) if in_memory else None
     stopped = done.waited >= (plan.patience or math.inf)
     last = plan.reconstruct + plan.steps
     for step in range(len(done.rows), last):
@@ -237,32 +261,34 @@ def heal(
             optimiser.state.clear()
         own = step >= plan.reconstruct and _is_own(plan, step - plan.reconstruct)
         if own:
-            done.written = done.written or _own_texts(student, texts, plan, step)
+            done.written = done.written or _own_texts(student, texts, plan, step, team)
             chosen = done.written.pop(0)
         else:
             chosen = [texts[number] for number in order(len(texts), plan, step)]
-        row = _step(student, teacher, trained, optimiser, chosen, plan, step)
+        row = _step(student, teacher, trained, optimiser, chosen, plan, step, team)
         done.tokens += row["tokens"]
         done.seconds = time.monotonic() - started
         done.rows.append(row | {"on_policy": own, "seconds": done.seconds, "held_out_kl": None})
         advance(1)
         if (step + 1) % plan.check_every and step + 1 not in (plan.reconstruct, last):
             continue
-        kl = held_out_kl(student, teacher, held_out, plan)
+        check_same(team, trained)
+        kl = held_out_kl(student, teacher, held_out, plan, team)
         done.rows[-1]["held_out_kl"] = kl
         done.waited += step >= plan.reconstruct
         if kl < done.kl_best:
             done.kl_best, done.best_step, done.waited = kl, step + 1, 0
-            best = None if folder is not None else _weights(trained, copy=True)
+            best = _weights(trained, copy=True) if in_memory else None
             _keep(folder, _BEST, _weights(trained), {"key": key})
         stopped = done.waited >= (plan.patience or math.inf)
         _save_state(folder, trained, optimiser, done, key)
         advance.note(_say(plan, done, step + 1, row["loss"], kl))
     if folder is not None:
         best = _read(folder / _BEST)[0]
-    assert best is not None
-    _put(trained, best)
-    return done
+    if best is not None:
+        _put(trained, best)
+    optimiser.state.clear()
+    return share_state(team, trained, optimiser, done)
 
 
 def _step(
@@ -273,6 +299,7 @@ def _step(
     texts: Sequence[Text],
     plan: HealPlan,
     step: int,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """One step of the optimiser; what the curves say of it."""
     first = step < plan.reconstruct
@@ -283,18 +310,24 @@ def _step(
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     count, total = _counted(texts), torch.zeros((), device=student.device, dtype=torch.float64)
-    for part in _micro(texts, plan.micro_batch or plan.batch_size):
+    parts = list(_micro(texts, plan.micro_batch or plan.batch_size, team))
+    changes = _changes(student, teacher, parts, team) if first else None
+    for part in parts:
         with _mixed(student):
             if first:
-                loss = _reconstruction(student, teacher, part) * (len(part) / len(texts))
+                loss = reconstruction_error(student, teacher, *_read_places(student, part), changes)
             else:
                 loss = _divergence(student, teacher, part, plan) / count
         loss.backward()
         total += loss.detach()
+    team.add([total])
+    add_gradients(team, list(trained.parameters.values()))
     trained.mask_gradients()
     norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), plan.clip or math.inf)
     found, length = float(total), float(norm)
     if not math.isfinite(found + length):
+        if team.rank:  # the first says it
+            team.leave()
         raise UserError(
             f"{student.ref}: the loss is not finite at step {step + 1}; give a lower --learning-rate, or --dtype float32"
         )

@@ -7,6 +7,7 @@ and a backward pass of no depth serve all sublayers at once, and no head is need
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,24 +18,25 @@ from prunescope.models.finding import first_tensor, hooks
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import Passage, substituting, watching
 
-__all__ = ["reconstruction_error"]
+__all__ = ["dense_changes", "reconstruction_error"]
 
 _Place = tuple[int, Kind]  # layer of the dense model, kind
 
 
-def reconstruction_error(student: LoadedModel, teacher: LoadedModel, tokens: Tensor, read: Tensor) -> Tensor:
+def reconstruction_error(
+    student: LoadedModel, teacher: LoadedModel, tokens: Tensor, read: Tensor, changes: Tensor | None = None
+) -> Tensor:
     """The mean over sublayers of |stream after - dense stream|² / |what the dense model adds there|², a differentiable scalar.
 
     Args:
         tokens: ``(texts, length)``, right-padded.
         read: ``(texts, length)``, True where no padding is.
+        changes: `dense_changes` of all texts, of which these are a part: then the errors of the parts add up to that of all.
     """
-    kept = [
-        (student.layer_map[part.layer], part.kind)
-        for part in student.anatomy.sublayers()
-        if (student.layer_map[part.layer], part.kind)[::-1] not in student.dropped
-    ]
+    kept = _kept(student)
     targets, scales = _dense_streams(teacher, tokens, read, kept)
+    if changes is not None:
+        scales = dict(zip(kept, changes, strict=True))
     losses: list[Tensor] = []
     state: dict[str, Tensor] = {}
 
@@ -55,6 +57,27 @@ def reconstruction_error(student: LoadedModel, teacher: LoadedModel, tokens: Ten
         with substituting(student, lambda layer, kind: state["stream"], added):
             student.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
     return torch.stack(losses).mean()
+
+
+def dense_changes(
+    student: LoadedModel, teacher: LoadedModel, parts: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Tensor:
+    """What the dense model adds to the stream from where a sublayer that the student keeps begins to where the next one does: the sum of |change|²
+    over all parts, ``tokens`` and ``read`` of each, float64 ``(sublayers,)``; zeros without parts."""
+    kept = _kept(student)
+    total = torch.zeros(len(kept), dtype=torch.float64, device=device)
+    for tokens, read in parts:
+        scales = _dense_streams(teacher, tokens, read, kept)[1]
+        total += torch.stack([scales[place] for place in kept]).to(total)
+    return total
+
+
+def _kept(student: LoadedModel) -> list[_Place]:
+    return [
+        (student.layer_map[part.layer], part.kind)
+        for part in student.anatomy.sublayers()
+        if (student.layer_map[part.layer], part.kind)[::-1] not in student.dropped
+    ]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ at ``W_b + (D_< R_<b) R_bb^-1``, and inside it the update is SparseGPT's with th
 against the inverse's factor that is a third of n^3 operations less, one matrix less in memory, and no worse conditioned.
 
 Per block: one product for its weights, four histograms and a count for the mask (unstructured), one kernel for all columns of all rows, one
-product for the columns to come. Nothing waits for the host after the factorisation.
+product for the columns to come. Nothing waits for the host after the factorisation, so the whole sweep can be a graph (`repeated_shapes`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from prunescope.prune.factor import factorise, split_product
 from prunescope.prune.masks import Goal
 
-__all__ = ["full_float32", "sparsegpt_on_gpu", "supported"]
+__all__ = ["full_float32", "repeated_shapes", "sparsegpt_on_gpu", "supported"]
 
 _WIDEST = 256  # columns of a block that a kernel holds
 _SPAN = 1024  # columns after which those far ahead hear of what was lost
@@ -68,45 +69,120 @@ def sparsegpt_on_gpu(
     weights: Sequence[Tensor], hessian: Tensor, goals: Sequence[Goal], *, block_size: int = 128, damping: float = 0.01
 ) -> tuple[list[Tensor], float]:
     """As `sparsegpt`, which says what goes in and comes out. Needs `supported`."""
-    lower, used = factorise(hessian, damping)  # R[i, j] = lower[n - 1 - i, n - 1 - j]
-    n = len(lower)
+    lower, used = factorise(hessian, damping)
     group = math.lcm(*(goal.of or 1 for goal in goals))
     block_size = max(group, block_size - block_size % group)
-    starts = range(0, n, block_size)
-    width = max(16, 1 << (min(block_size, n) - 1).bit_length())
-    corners = torch.eye(width, dtype=torch.float32, device=lower.device).repeat(len(starts), 1, 1)
-    for corner, start in zip(corners, starts, strict=True):
-        stop = min(start + block_size, n)
-        corner[: stop - start, : stop - start] = lower[n - stop : n - start, n - stop : n - start].flip(0, 1)
-    unit = torch.eye(width, dtype=torch.float64, device=lower.device).expand_as(corners)
-    inverses = torch.linalg.solve_triangular(corners.double(), unit, upper=True).float()
-    scale = corners.diagonal(dim1=1, dim2=2).contiguous()
-    dead = torch.zeros(len(starts) * block_size, dtype=torch.bool, device=lower.device)
-    dead[:n] = hessian.diagonal() == 0
-    weighting = scale.square()
-    weighting[:, :block_size][dead.view(len(starts), block_size)[:, :width]] = 0.0  # a dead input costs nothing
-    above = inverses.triu(1).contiguous()
-    with full_float32():
-        stacked = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (in, rows)
-        carried = torch.zeros_like(stacked)  # D R of the columns done
-        parts = _parts(weights, goals, n, starts, block_size)
-        span = max(1, _SPAN // block_size) * block_size
-        lost = torch.empty(min(span, n), stacked.shape[1], dtype=torch.float32, device=lower.device)
-        for b, start in enumerate(starts):
-            here = slice(start, min(start + block_size, n))
-            first = start - start % span
-            stop = min(first + span, n)
+    rows = tuple(len(weight) for weight in weights)
+    key = (lower.device, lower.shape, lower.stride(), rows, tuple(goals), block_size)
+    sweep = _kept.get(key) if _kept is not None else None
+    if sweep is None:
+        sweep = _Sweep(lower, rows, goals, block_size)
+        if _kept is not None and sweep.fits():
+            _kept[key] = sweep
+    return sweep.prune(lower, hessian.diagonal() == 0, weights), used
+
+
+_kept: dict[Any, _Sweep] | None = None
+
+
+@contextmanager
+def repeated_shapes() -> Iterator[None]:
+    """Inside, the memory of a problem is kept for the next of the same shape, and from the second on a GPU replays the sweep over its columns as a
+    graph: a dozen launches a block of columns take the host longer than the GPU, where a matrix is small. The numbers are the same bits."""
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+class _Sweep:
+    """All columns of matrices that read the same input, from the first block to the last, in memory of its own."""
+
+    def __init__(self, lower: Tensor, rows: Sequence[int], goals: Sequence[Goal], block_size: int) -> None:
+        n, device = len(lower), lower.device
+        block_size = min(block_size, n)
+        self.lower = lower  # R[i, j] = lower[n - 1 - i, n - 1 - j]
+        self.rows = list(rows)
+        self.starts = range(0, n, block_size)
+        self.span = max(1, _SPAN // block_size) * block_size
+        width = max(16, 1 << (block_size - 1).bit_length())
+        self.inverses, self.above = (torch.empty(len(self.starts), width, width, device=device) for _ in range(2))
+        self.scale, self.weighting = (torch.empty(len(self.starts), width, device=device) for _ in range(2))
+        self.stacked, self.carried = (
+            torch.empty(n, sum(rows), device=device) for _ in range(2)
+        )  # D R of the columns done
+        self.lost = torch.empty(min(self.span, n), sum(rows), device=device)
+        self.parts = _parts(rows, goals, n, self.starts, block_size, device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.used = False
+
+    def fits(self) -> bool:
+        """Whether its memory may stay: a tenth of what is free at most."""
+        if self.lower.device.type != "cuda":
+            return True
+        held = sum(whole.nbytes for whole in (self.lower, self.stacked, self.carried, self.lost))
+        return held <= torch.cuda.mem_get_info(self.lower.device)[0] / 10
+
+    def prune(self, lower: Tensor, dead: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The pruned matrices, float32; ``lower`` becomes the sweep's own."""
+        if lower is not self.lower:
+            self.lower.copy_(lower)
+        self._blocks(dead)
+        self.stacked.copy_(torch.cat([weight.float() for weight in weights]).T)
+        with full_float32():
+            if self.graph is None and self.used and lower.device.type == "cuda":
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._sweep()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._sweep()
+        self.used = True
+        return [part.clone(memory_format=torch.contiguous_format) for part in self.stacked.T.split(self.rows)]
+
+    def _blocks(self, dead: Tensor) -> None:
+        """What the blocks on the diagonal say: their inverses, scales, and what a weight of a column counts."""
+        n, size, width = len(self.lower), self.starts.step, self.above.shape[1]
+        corners = torch.eye(width, device=dead.device).repeat(len(self.starts), 1, 1)
+        whole = n // size  # those of full width, in one piece
+        down, right = self.lower.stride()
+        first = self.lower[n - whole * size :, n - whole * size :]
+        tiles = first.as_strided((whole, size, size), (size * (down + right), down, right), first.storage_offset())
+        corners[:whole, :size, :size] = tiles.flip(0, 1, 2)
+        if n % size:
+            corners[-1, : n % size, : n % size] = self.lower[: n % size, : n % size].flip(0, 1)
+        unit = torch.eye(width, dtype=torch.float64, device=dead.device).expand_as(corners)
+        self.inverses.copy_(torch.linalg.solve_triangular(corners.double(), unit, upper=True))
+        self.above.copy_(self.inverses.triu(1))
+        self.scale.copy_(corners.diagonal(dim1=1, dim2=2))
+        places = torch.zeros(len(self.starts) * size, dtype=torch.bool, device=dead.device)
+        places[:n] = dead
+        self.weighting.copy_(self.scale.square())
+        self.weighting[:, :size].masked_fill_(places.view(-1, size)[:, :width], 0.0)  # a dead input costs nothing
+
+    def _sweep(self) -> None:
+        n, lower, stacked, carried = len(self.lower), self.lower, self.stacked, self.carried
+        carried.zero_()
+        for part in self.parts:
+            if part.counts is not None:
+                part.counts.zero_()
+        for b, start in enumerate(self.starts):
+            here = slice(start, min(start + self.starts.step, n))
+            first = start - start % self.span
+            stop = min(first + self.span, n)
             count = here.stop - start
-            values = torch.addmm(stacked[here], inverses[b, :count, :count].T, carried[here])
-            dropped = lost[start - first : here.stop - first]
-            for part in parts:
-                _solve_block(part, b, values, stacked[here], dropped, above[b], scale[b], weighting[b])
+            values = torch.addmm(stacked[here], self.inverses[b, :count, :count].T, carried[here])
+            dropped = self.lost[start - first : here.stop - first]
+            for part in self.parts:
+                _solve_block(part, b, values, stacked[here], dropped, self.above[b], self.scale[b], self.weighting[b])
             if here.stop < stop:  # R, rows here, the columns of the span that are to come
                 ahead = lower[n - here.stop : n - start, n - stop : n - here.stop].flip(0, 1)
                 carried[here.stop : stop].addmm_(ahead.T, dropped)
             elif stop < n:
-                _carry(carried[stop:], lower[n - stop : n - first, : n - stop].flip(0, 1), lost[: stop - first])
-    return [part.contiguous() for part in stacked.T.split([len(weight) for weight in weights])], used
+                _carry(carried[stop:], lower[n - stop : n - first, : n - stop].flip(0, 1), self.lost[: stop - first])
 
 
 def _carry(carried: Tensor, ahead: Tensor, lost: Tensor) -> None:
@@ -120,11 +196,10 @@ def _carry(carried: Tensor, ahead: Tensor, lost: Tensor) -> None:
 
 
 def _parts(
-    weights: Sequence[Tensor], goals: Sequence[Goal], n: int, starts: Sequence[int], block_size: int
+    rows: Sequence[int], goals: Sequence[Goal], n: int, starts: Sequence[int], block_size: int, device: torch.device
 ) -> list[_Part]:
     """The matrices by what they shall lose; all unstructured ones together, each with its own counts."""
-    device = weights[0].device
-    firsts = torch.tensor([0, *(len(weight) for weight in weights)]).cumsum(0).tolist()
+    firsts = torch.tensor([0, *rows]).cumsum(0).tolist()
     kinds: dict[tuple[int, int], list[int]] = {}
     for i, goal in enumerate(goals):
         kinds.setdefault((goal.keep, goal.of), []).append(i)
@@ -132,7 +207,7 @@ def _parts(
     parts = []
     for (_, of), members in kinds.items():
         spans = [(firsts[i], firsts[i + 1]) for i in members]
-        loop, scan = (_tiles(spans, rows).to(device) for rows in (_LOOP_ROWS, _SCAN_ROWS))
+        loop, scan = (_tiles(spans, height).to(device) for height in (_LOOP_ROWS, _SCAN_ROWS))
         wanted = counts = found = None
         if not of:
             so_far = torch.tensor(

@@ -9,11 +9,13 @@ holds the block's weights; a solved matrix goes from the process that solved it 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -23,9 +25,14 @@ from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import Matrix
 from prunescope.prune.calibrate import InputStatistic, Text, gather
 
-__all__ = ["Pieces", "Team", "joined", "mean_perplexity"]
+__all__ = ["ALONE", "Pieces", "Team", "joined", "mean_perplexity"]
 
 T = TypeVar("T")
+_FAILED = "the first process has failed"
+_SMALL = 2**20  # numbers of a tensor below which it is sent with others
+_PATIENCE = timedelta(
+    days=1
+)  # while the first process reads and writes texts; torchrun ends the others where one fails
 
 
 class Team:
@@ -34,6 +41,7 @@ class Team:
 
     def __init__(self, rank: int = 0, world: int = 1, shares: int | None = None) -> None:
         self.rank, self.world, self.shares = rank, world, shares or world
+        self.awaited = False  # whether the others wait for what the first process has to tell
         if self.shares % world or (each := self.shares // world) & (each - 1):
             raise UserError(
                 f"--shares {self.shares}: the text cannot be shared so among {world} processes; give {world}, or {world} times 2, 4 or 8"
@@ -54,13 +62,26 @@ class Team:
         each = self.shares // self.world
         return [range(bounds[i], bounds[i + 1]) for i in range(self.rank * each, (self.rank + 1) * each)]
 
-    def told(self, what: T | None) -> T:
-        """What the first process has; the others give None."""
+    def told(self, what: T | None, *, last: bool = False) -> T:
+        """What the first process has; the others give None. They exit with 2 where it has failed, for it says why.
+
+        Args:
+            last: nobody waits for anything after it, until ``awaited`` is set again.
+        """
+        self.awaited = not last
         if self.world == 1:
             return what  # type: ignore[return-value]
         found = [what]
         distributed.broadcast_object_list(found, src=0)
+        if found[0] == _FAILED and self.rank:
+            self.leave()
         return found[0]  # type: ignore[return-value]
+
+    @staticmethod
+    def leave() -> NoReturn:
+        """Exit, with time for the first process to say why before torchrun ends it too."""
+        time.sleep(2)
+        raise SystemExit(2)
 
     def all(self, what: T) -> list[T]:
         """What every process has, by rank."""
@@ -69,6 +90,24 @@ class Team:
         found: list[Any] = [None] * self.world
         distributed.all_gather_object(found, what)
         return found
+
+    def span(self, count: int) -> range:
+        """This process's part of so many things in a row; empty where there are fewer than processes."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over all processes into each tensor, in place; all get the same bits. Shapes, dtypes and order are those of every process."""
+        if self.world == 1:
+            return
+        small = [t for t in tensors if t.numel() < _SMALL or not t.is_contiguous()]
+        large = [t for t in tensors if t.numel() >= _SMALL and t.is_contiguous()]
+        joint = [torch.cat([t.reshape(-1) for t in small])] if small else []
+        for work in [distributed.all_reduce(t, async_op=True) for t in joint + large]:
+            work.wait()
+        if small:
+            for tensor, total in zip(small, joint[0].split([t.numel() for t in small]), strict=True):
+                tensor.copy_(total.view(tensor.shape))
 
     def spread(self, tensor: Tensor, owner: int) -> None:
         """Copy a contiguous tensor of process ``owner`` into that of all others, byte by byte."""
@@ -133,6 +172,9 @@ def _tree(parts: Sequence[Callable[[], InputStatistic] | None]) -> InputStatisti
         return left or right
     left.merge(right)
     return left
+
+
+ALONE = Team()
 
 
 class Pieces:
@@ -225,8 +267,12 @@ def joined(device: str, shares: int | None) -> Iterator[Team]:
                 f"device {device!r}: process {local} of this machine takes GPU {local}, and {torch.cuda.device_count()} are here; give torchrun at most so many, and --device auto"
             )
         torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield team
+    except BaseException:
+        if not team.rank and team.awaited:
+            team.told(_FAILED)
+        raise
     finally:
         distributed.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Norms and rotations of a step in one kernel each, where the plain code launches eight and ten.
+
+What may be replaced is tried, not listed. A module with one vector of weights is a norm if it gives on random numbers, with random weights, what
+one of the three ways of `step_kernels` gives; a function of the modelling code that is called ``apply_rotary_pos_emb`` must give the same bits as
+the kernel. The sums of a norm are taken in another order, so that an entry in some thousands is the next number of its dtype; everything else is
+rounded where the plain code rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunescope.models.finding import other_forwards
+
+__all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly"]
+
+_ROTARY = "apply_rotary_pos_emb"
+_EPSILONS = ("variance_epsilon", "eps")
+_WIDEST = 2**14  # of a row that one program holds
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOVED = 2e-3  # share of the entries of a norm that may be the next number of their dtype
+_Key = tuple[Any, ...]
+_WAYS: dict[_Key, int | None] = {}  # what was tried in this process, by class and dtype
+_PLAIN: dict[_Key, bool] = {}
+
+
+def _kernels_run(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's norms and rotations are one kernel each, where that was found to be the same."""
+    first = next(model.parameters())
+    if not _kernels_run(first.device):
+        yield
+        return
+    norms = [(module, norm_way(module)) for module in model.modules()]
+    forwards = {module: partial(fused_norm, module, way) for module, way in norms if way is not None}
+    homes = {type(module).__module__ for module in model.modules()}
+    places = [vars(sys.modules[name]) for name in sorted(homes) if callable(vars(sys.modules[name]).get(_ROTARY))]
+    before = [(place, place[_ROTARY]) for place in places]
+    try:
+        for place, plain in before:
+            if rotates_plainly(plain, model.dtype, first.device):  # type: ignore[arg-type]
+                place[_ROTARY] = partial(fused_rotation, plain)
+        with other_forwards(forwards):
+            yield
+    finally:
+        for place, plain in before:
+            place[_ROTARY] = plain
+
+
+# --- norms -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def norm_way(module: nn.Module) -> int | None:
+    """How ``module`` norms a row, as `step_kernels.norm_kernel` counts the ways; None if it is no norm, or another one."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len(module._parameters) + len(module._modules) != 1:
+        return None
+    if "forward" in module.__dict__:  # somebody else's
+        return None
+    if weight.dtype not in _DTYPES or len(weight) > _WIDEST or _epsilon(module) is None:
+        return None
+    key = (type(module), weight.dtype, weight.device, len(weight))
+    if key not in _WAYS:
+        _WAYS[key] = _tried(module, weight)
+    return _WAYS[key]
+
+
+def _epsilon(module: Any) -> float | None:
+    found = [value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)]
+    return found[0] if len(found) == 1 else None
+
+
+def _tried(module: nn.Module, weight: Tensor) -> int | None:
+    generator = torch.Generator().manual_seed(0)
+    other = copy.copy(module)  # with weights that tell the ways apart
+    other._parameters = {"weight": nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), False)}
+    scales = torch.tensor([1e-3, 1.0, 30.0, 1.0])[:, None]  # at the first the epsilon decides
+    x = (torch.randn(4, len(weight), generator=generator) * scales).to(weight)
+    try:
+        expected = type(module).forward(other, x)
+        if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
+            return None
+        fits = [way for way in range(3) if _next_to(fused_norm(other, way, x), expected)]
+    except Exception:  # whatever reads something else, or a compiler that is missing
+        return None
+    return fits[0] if len(fits) == 1 or (x.dtype == torch.float32 and fits) else None
+
+
+def _next_to(found: Tensor, expected: Tensor) -> bool:
+    """The same bits but for a few entries, which are off by one place; in float32 all may be off by some."""
+    off = (found.double() - expected.double()).abs()
+    eps = torch.finfo(expected.dtype).eps
+    if expected.dtype == torch.float32:
+        return bool((off <= 4 * eps * expected.double().abs()).all())
+    few = max(1.0, _MOVED * expected.numel())
+    return bool((off <= 2 * eps * expected.double().abs()).all()) and int((off > 0).sum()) <= few
+
+
+def fused_norm(module: Any, way: int, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """``(..., d)`` of any strides -> the same shape, contiguous."""
+    from prunescope.models.step_kernels import norm_kernel
+
+    weight, width = module.weight, x.shape[-1]
+    if args or options or x.dtype != weight.dtype or width != len(weight):
+        return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
+    rows = x.reshape(-1, width)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    wide = 1 << (width - 1).bit_length()
+    norm_kernel[(len(rows),)](
+        rows, weight, out, rows.stride(0), width, _epsilon(module), WAY=way, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+# --- rotations ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rotates_plainly(plain: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a function of queries, keys, cosines and sines gives the bits of `step_kernels.rotary_kernel`."""
+    if dtype not in _DTYPES:
+        return False
+    key = (plain, dtype, device)
+    if key not in _PLAIN:
+        generator = torch.Generator().manual_seed(0)
+        q, k, cos, sin = (
+            torch.randn(shape, generator=generator).to(device, dtype)
+            for shape in ((3, 1, 4, 16), (3, 1, 2, 16), (3, 1, 16), (3, 1, 16))
+        )
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        try:
+            expected = plain(q, k, cos, sin)
+            found = fused_rotation(plain, q, k, cos, sin)
+            _PLAIN[key] = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        except Exception:  # whatever takes something else
+            _PLAIN[key] = False
+    return _PLAIN[key]
+
+
+def fused_rotation(
+    plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Any = None, sin: Any = None, *args: Any, **options: Any
+) -> Any:
+    """Queries and keys ``(batch, heads, tokens, width)`` turned by ``(batch or 1, tokens, width)``; anything else goes to ``plain``."""
+    tensors = (q, k, cos, sin)
+    if (
+        args
+        or options
+        or any(not isinstance(x, Tensor) or x.dtype != q.dtype or x.stride(-1) != 1 for x in tensors)
+        or (q.dim(), k.dim(), cos.dim(), sin.dim()) != (4, 4, 3, 3)
+        or not q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
+        or q.shape[-1] % 2
+        or cos.shape != sin.shape
+        or cos.stride() != sin.stride()
+        or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2])
+        or cos.shape[1] != q.shape[2]
+        or cos.shape[0] not in (1, q.shape[0])
+    ):
+        return plain(q, k, cos, sin, *args, **options)
+    from prunescope.models.step_kernels import rotary_kernel
+
+    batch, heads, tokens, width = q.shape
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    angles = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
+    rotary_kernel[(batch * tokens, heads + k.shape[1])](
+        q, k, cos, sin, q_out, k_out, heads, k.shape[1], tokens, *q.stride()[:3], *k.stride()[:3], *angles,
+        HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return q_out, k_out
