@@ -127,7 +127,7 @@ class HealOptions(Options):
         logits = 2**27 if student.device.type == "cuda" else 2**24
         return HealPlan(
             steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch, warmup=self.warmup, decay=self.decay,
-            learning_rate=self.learning_rate or (1e-4 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
+            learning_rate=self.learning_rate or (2e-5 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
             on_policy=self.on_policy, reconstruct=self.reconstruct, compile=self.compile, check_every=self.check_every, patience=self.patience, seed=self.seed,
             chunk=max(16, logits // student.anatomy.vocab_size),
         )  # fmt: skip
