@@ -141,7 +141,7 @@ def draw(rows: list[dict[str, Any]], model: str, file: Path) -> None:
             else:
                 labels.append(f"{how} {NAMES.get(what, what)}, {row['chosen']}")
         axes.set_yticks(range(len(rows)), labels)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
         axes.margins(x=0.15)
         axes.set(xscale="log", xlabel="KL(dense || pruned) on held-out texts, nats a token", title=model)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
