@@ -473,6 +473,7 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     )
     patched.undo()
     assert len(found.sentences) == 3
+    assert max(map(len, module._NEXT.splitlines())) <= 80  # a command that is broken over two lines cannot be copied
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
         "config.yaml",
         "demo.json",

@@ -134,11 +134,11 @@ def run_demo(
 
 _NEXT = """
 Next, with a model of your own:
-  prunescope drop MODEL --target attn --n 8 --out my-drop       which sublayers can go
-  prunescope generate MODEL my-drop --chat --out runs/text      can it still write
-  prunescope mcq MODEL my-drop --out runs/options               can it still choose
-  prunescope heal my-drop --teacher MODEL --out my-healed       bring some of it back
-  prunescope report my-drop runs/text runs/options              one page of it all"""
+  prunescope drop MODEL --target attn --n 8 --out my-drop   which layers can go
+  prunescope generate MODEL my-drop --chat --out runs/text  can it still write
+  prunescope mcq MODEL my-drop --out runs/options           can it still choose
+  prunescope heal my-drop --teacher MODEL --out my-healed   bring some back
+  prunescope report my-drop runs/text runs/options          all on one page"""
 
 
 def _sentences(run: LayerwiseResult, drops: dict[str, DropResult]) -> list[str]:

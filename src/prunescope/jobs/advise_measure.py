@@ -97,7 +97,7 @@ def measure_sweep(
             allow_code_execution=False, prompts=asked.prompts, chat=False, max_new_tokens=asked.steps, metric_temperature=1.0, calibration="self",
             samples=None, seq_len=None, batch_size=_BATCH, seed=seed, cache=True, spread=SpreadOptions(1, None), loading=loading, output=kept,
         )  # fmt: skip
-        found = sweep_job.run(options, points, show=False)
+        found = sweep_job.run_points(options, points, show=False)
         of_file = [task for tasks in found.info["own_files"].values() for task in tasks]
         single = [
             one
@@ -117,7 +117,7 @@ def measure_sweep(
             for name in (to_heal(single, dropped) if heal else ())
         }
         folders = {point.name: folder for point, folder in healed.items()}
-        return sweep_job.run(options, [*points, *joined, *healed], folders)
+        return sweep_job.run_points(options, [*points, *joined, *healed], folders)
 
 
 @contextmanager

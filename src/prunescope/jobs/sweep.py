@@ -46,7 +46,7 @@ from prunescope.sweep.tables import Measured, assemble, kl_of, split
 from prunescope.tasks.evaluate import expand_tasks
 from prunescope.tasks.harness import own_files
 
-__all__ = ["SweepOptions", "run"]
+__all__ = ["SweepOptions", "run", "run_points"]
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,24 @@ class SweepOptions(Options):
         return cache_folder() if self.cache else None
 
 
-def run(
-    options: SweepOptions,
-    points: Sequence[Point] | None = None,
-    healed: Mapping[str, str] | None = None,
-    show: bool = True,
+def run(options: SweepOptions) -> SweepResult:
+    points = read_points(
+        options.target, options.n, options.method, options.sparsity, options.pattern, options.quant, options.join
+    )
+    return run_points(options, points)
+
+
+def run_points(
+    options: SweepOptions, points: Sequence[Point], healed: Mapping[str, str] | None = None, show: bool = True
 ) -> SweepResult:
-    """
+    """Sweep given points, the dense one first.
+
     Args:
-        points: instead of those that ``options`` name, the dense one first.
         healed: folder of each healed point, by its name.
+        show: print the tables.
     """
     started = time.monotonic()
     options.check()
-    points = points or read_points(
-        options.target, options.n, options.method, options.sparsity, options.pattern, options.quant, options.join
-    )
     prompts = read_prompts(options.prompts)
     tasks = expand_tasks(listed(options.tasks))
     files = own_files(tasks, None if options.data is None else Path(options.data).expanduser())
