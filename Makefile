@@ -18,7 +18,7 @@ demo: $(RUN)
 	$(BIN)/prunescope demo --out $(DEMO) --overwrite
 
 test: lint $(QUANT)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90
+	PRUNESCOPE_LINES=90 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 	$(QUANT)/bin/python -m pytest -n 2 $(QUANT_TESTS) -k "not gguf"  # which needs no package
 
 test-gpu: $(DEV)
@@ -117,4 +117,4 @@ $(VLLM)/.installed: $(DEV) requirements-vllm.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) site dist $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) site dist $(DEMO) $(PAPER) test-output .pytest_cache .mypy_cache .ruff_cache

@@ -6,7 +6,7 @@ CUDA events, so that reading the prompts and capturing the graph are left out; t
 models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
 token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
 
-`--family moe` and `--family mixtral` take one model with experts instead (8.1 and 7.5 thousand million parameters, bfloat16), 32 texts and one:
+`--family moe` and `--family mixtral` take one model with experts instead (8.1 and 7.5 thousand million parameters, bfloat16), 32 texts, 8 and one:
 a step in the graph by the way the experts are computed, against `generate()` and against reading the weights that a step needs, which are
 those of the experts that some text chose, counted in the same run, and all others but the table of the tokens.
 
@@ -29,6 +29,7 @@ from unittest.mock import patch
 import torch
 import transformers
 
+from prunescope.compare import generation
 from prunescope.errors import first_line
 from prunescope.models import capturing, decoding, generating
 from prunescope.models.anatomy import find_anatomy
@@ -205,6 +206,34 @@ def profile_step(loaded: LoadedModel, prompts: list[list[int]]) -> None:
         say(f"  {spent / 1000:8.2f} ms {count:6d} x  {name[:110]}")
 
 
+def rows_ms(models: list[LoadedModel], prompts: list[list[int]], args: Namespace, clock: Clock, floor: float) -> None:
+    """`generate` with all columns, and what it consists of: both texts, the noise floor (once a run), columns and table."""
+    how: dict[str, Any] = {"stop": False, "batch_size": args.batch, "regime": "free-running", "memory": 4 * 2**30}
+    generation.generation_rows(models[0], models[1], prompts, max_new_tokens=4, **how)
+    took = clock(lambda: generation.generation_rows(models[0], models[1], prompts, max_new_tokens=args.rows, **how))
+    say(
+        f"generate with all columns, free-running: {took / args.rows:.2f} ms a step of both, {took / args.rows / floor:.1f} floors"
+    )
+    parts: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        def run_it(*given: Any) -> Any:
+            found: list[Any] = []
+            parts[name] = clock(lambda: found.append(work(*given)))
+            return found[0]
+
+        return run_it
+
+    batch = generation._Batch
+    with (
+        patch.object(batch, "__init__", timed("writing", batch.__init__)),
+        patch.object(batch, "table", timed("columns and table", batch.table)),
+        patch.object(generation, "_noise_floor", timed("noise floor", generation._noise_floor)),
+    ):
+        generation.generation_rows(models[0], models[1], prompts, max_new_tokens=args.rows, **how)
+    say("  of which " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in parts.items()))
+
+
 # --- experts -----------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +258,7 @@ def run_experts(args: Namespace, device: torch.device, rates: Any) -> None:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = MOE[args.family] | ({"hidden_size": 64, "head_dim": 8, "num_attention_heads": 8, "vocab_size": 512, "intermediate_size": 48} if args.small else {})  # fmt: skip
+    shape = MOE[args.family] | ({"hidden_size": 64, "head_dim": 8, "num_attention_heads": 8, "vocab_size": 512, "intermediate_size": 48, "num_hidden_layers": 2} if args.small else {})  # fmt: skip
     if args.small and args.family == "moe":
         shape |= {"moe_intermediate_size": 16, "num_experts": 16, "num_experts_per_tok": 2}
     loaded = build(0, shape, device, dtype, args.family)
@@ -239,7 +268,7 @@ def run_experts(args: Namespace, device: torch.device, rates: Any) -> None:
     rest = sum(p.numel() * p.element_size() for p in loaded.model.parameters()) - held - table.numel() * table.element_size()  # fmt: skip
     say(f"{args.family}: {held / 1e9:.2f} GB of {experts[0].num_experts} experts in {len(experts)} blocks, {rest / 1e9:.2f} GB of other weights; {rates.bytes_per_s / 1e9:.0f} GB/s; {decoding_way(loaded)}")  # fmt: skip
     generator, clock, plain = torch.Generator().manual_seed(7), Clock(device), capturing._experts
-    for batch in (args.batch, 1):
+    for batch in dict.fromkeys((args.batch, min(args.batch, 8), 1)):
         prompts = [torch.randint(shape["vocab_size"], (args.length - i % 8,), generator=generator).tolist() for i in range(batch)]  # fmt: skip
         hit = chosen_of(loaded, prompts, 8)
         floor = 1000 * (rest + held * hit / experts[0].num_experts) / rates.bytes_per_s
@@ -322,20 +351,7 @@ def run(args: Namespace) -> None:
         plain.append(clock(lambda how=how: [generating._write_plain(loaded, *how) for loaded in models]))
     say(f"generate(): {(plain[1] - plain[0]) / 16:.1f} ms a step of both")
     if args.rows:
-        from prunescope.compare.generation import generation_rows
-
-        how_rows = {
-            "max_new_tokens": args.rows,
-            "stop": False,
-            "batch_size": args.batch,
-            "regime": "free-running",
-            "memory": 4 * 2**30,
-        }
-        generation_rows(models[0], models[1], prompts, **{**how_rows, "max_new_tokens": 4})
-        took = clock(lambda: generation_rows(models[0], models[1], prompts, **how_rows))
-        say(
-            f"generate with all columns, free-running: {took / args.rows:.2f} ms a step of both, {took / args.rows / floor:.1f} floors"
-        )
+        rows_ms(models, prompts, args, clock, floor)
 
 
 if __name__ == "__main__":

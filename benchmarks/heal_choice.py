@@ -2,8 +2,9 @@
 
     python benchmarks/heal_choice.py --out heal-choice [--model smollm2-135m] [--ways attn_4,attn_8,mlp_4,sparsegpt_2:4,sparsegpt_0.5]
 
-KL(dense || pruned) is in nats a token, on texts of the dense model that neither chose nor healed anything. Every finished way is added to
-OUT/choice.json, and OUT/heal-choice.png (docs/heal.md) is drawn from it; a way that is there already is not measured again.
+KL(dense || pruned) is in nats a token, on texts of the dense model that neither chose, healed nor stopped anything; its differences have 95 % intervals,
+paired over those texts. Every finished way is added to OUT/choice.json, and OUT/heal-choice.png (docs/heal.md) is drawn from it; a way that is there
+already is not measured again. Where both ways choose the same set, it is healed once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from safetensors import safe_open
 
 import prunescope
+from prunescope.cache import cache_folder
+from prunescope.data.traces import write_traces
+from prunescope.models.loading import load_model
+from prunescope.prune.heal import HealPlan, held_out_kl
 from prunescope.report.figures.style import ESTIMATE, TRUTH, style
+from prunescope.stats import paired
 
 NAMES = {"attn": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks", "sparsegpt": "SparseGPT"}
 
@@ -56,19 +62,43 @@ def zeros(folder: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def judged(options: argparse.Namespace, *folders: Path) -> list[list[float]]:
+    """For each folder a number a text, whose mean is KL(dense || pruned) over all tokens of the texts."""
+    dense = load_model(options.model, dtype="float32", device=options.device)
+    written = write_traces(
+        dense, [], samples=options.judged, new_tokens=options.new_tokens, seed=2, batch_size=32, cache=cache_folder()
+    )
+    texts = [(row.prompt, row.continuation) for row in written.rows if row.continuation]
+    counts = [len(own) - (not prompt) for prompt, own in texts]
+    mean = sum(counts) / len(counts)
+    plan = HealPlan(steps=1, chunk=max(16, 2**24 // dense.anatomy.vocab_size))
+    found = []
+    for folder in folders:
+        model = load_model(folder, dtype="float32", device=options.device)
+        each = (held_out_kl(model, dense, [text], plan) for text in texts)
+        found.append([value * count / mean for value, count in zip(each, counts, strict=True)])
+    return found
+
+
 def measure(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chosen, pruned in models(way, options).items():
+        before = json.loads((pruned / "prunescope.json").read_text("utf-8"))
+        dropped = before.get("drop_attn_list") or before.get("drop_mlp_list")
+        same = next((row for row in rows if dropped and row["dropped"] == dropped), None)
+        if same is not None:
+            rows.append(same | {"chosen": chosen, "same_as": same["chosen"]})
+            continue
         out, started = Path(f"{pruned}-healed"), time.process_time()
         record = prunescope.heal(
             str(pruned), teacher=options.model, out=str(out), samples=options.samples, new_tokens=options.new_tokens,
             held_out=options.held_out, steps=options.steps, batch_size=options.batch_size, check_every=options.steps,
             device=options.device, overwrite=True,
         ).record  # fmt: skip
-        row = {"way": way, "chosen": chosen, "pruned": record["kl"]["before"], "healed": record["kl"]["written"]}
-        row |= {"tokens": record["tokens"], "seconds_cpu": round(time.process_time() - started)}
-        before = json.loads((pruned / "prunescope.json").read_text("utf-8"))
-        row["dropped"] = before.get("drop_attn_list") or before.get("drop_mlp_list")
+        row: dict[str, Any] = {"way": way, "chosen": chosen, "dropped": dropped, "tokens": record["tokens"]}
+        row |= {"seconds_cpu": round(time.process_time() - started), "best_step": record["best_step"]}
+        row |= dict(zip(("texts_pruned", "texts_healed"), judged(options, pruned, out), strict=True))
+        row |= {state: sum(row[f"texts_{state}"]) / len(row[f"texts_{state}"]) for state in ("pruned", "healed")}
         names = [module["name"] for module in before.get("modules", [])]
         if names:
             there, after = zeros(pruned, names), zeros(out, names)
@@ -76,8 +106,16 @@ def measure(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             row["zeros_kept"] = sum(int((mask & after[name]).sum()) for name, mask in there.items())
             if row["zeros"] != row["zeros_kept"]:
                 raise SystemExit(f"{out}: {row['zeros'] - row['zeros_kept']} zeros were lost")
-        print(f"RESULT {json.dumps(row)}", flush=True)
         rows.append(row)
+    for row in rows:
+        row["bought"] = paired(row["texts_pruned"], row["texts_healed"])
+        if row["chosen"] == "kl":
+            for state in ("pruned", "healed"):
+                row[f"{state}_less_cosine"] = paired(rows[0][f"texts_{state}"], row[f"texts_{state}"])
+        print(
+            f"RESULT {json.dumps({name: value for name, value in row.items() if not name.startswith('texts_')})}",
+            flush=True,
+        )
     return rows
 
 
@@ -122,7 +160,7 @@ def main() -> None:
     parser.add_argument("--refine", default="admm", help="of sparsify; empty for none")
     parser.add_argument("--device", default="auto")
     whole = {"samples": 64, "new_tokens": 48, "held_out": 16, "steps": 12, "batch_size": 6}
-    whole |= {"choose_samples": 6, "choose_tokens": 40, "sparse_samples": 48, "sparse_tokens": 128}
+    whole |= {"judged": 24, "choose_samples": 6, "choose_tokens": 40, "sparse_samples": 48, "sparse_tokens": 128}
     for name, default in whole.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     options = parser.parse_args()

@@ -21,6 +21,9 @@ SHOTS = {  # file -> (selector of the part, width, colour scheme)
 }
 
 
+LARGEST = 6e6  # bytes
+
+
 def open_page(page: Page, report: Path) -> None:
     page.goto(report.resolve().as_uri())
     page.wait_for_selector("html[data-ready]")
@@ -30,6 +33,9 @@ def open_page(page: Page, report: Path) -> None:
 
 
 def main(demo: str) -> None:
+    size = (Path(demo) / "report.html").stat().st_size
+    if size > LARGEST:
+        sys.exit(f"the demo's page has {size / 1e6:.2f} MB; it must stay below {LARGEST / 1e6:g} MB")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -37,6 +43,8 @@ def main(demo: str) -> None:
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page = context.new_page()
             open_page(page, Path(demo) / "report.html")
+            if selector == "#options":  # of the run in which answers change
+                page.select_option("#options [data-run]", label="drop-mlp")
             if selector == "#decoding":
                 page.hover("[data-tokens] li >> nth=1")
             if selector == "[data-worst=generate]":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -14,6 +15,10 @@ if not Path(
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+
+if "PRUNESCOPE_LINES" in os.environ:  # before the package is imported
+    import lines
+
 import torch
 
 from families import tiny_folder
@@ -31,6 +36,11 @@ _LONGEST = ("test_sparsify_real", "test_sparsify", "test_layerwise", "test_evalu
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if "PRUNESCOPE_LINES" in os.environ:
+        config.pluginmanager.register(lines.LINES)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that take longest come first, so that no worker is left with one of them at the end."""
     for item in items:
@@ -42,7 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; the collector need not look at it after every test."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
+    gc.unfreeze()
     if _KERNELS is not None:
         shutil.rmtree(_KERNELS, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import sys
@@ -29,10 +30,14 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --rows 4 --skip-families",
         ("the same bits", "ratio", "generate with all columns"),
     ),
+    "generation_gpu.py:experts": (  # the same script, another way to run it
+        "--family moe --small --device cpu --batch 2 --length 6 --steps 6 --rounds 1 --skip-families",
+        ("experts of a block are chosen", "graph, experts chosen", "the same bits", "generate(): "),
+    ),
     "heal_choice.py": (
         "--model {folder}/chars --out {folder}/choice --device cpu --ways attn_1,sparsegpt_2:4 --samples 8 --new-tokens 4 --held-out 2 --steps 1 --batch-size 2"
-        " --choose-samples 2 --choose-tokens 4 --sparse-samples 2 --sparse-tokens 8",
-        ("zeros_kept", "heal-choice.png"),
+        " --judged 3 --choose-samples 2 --choose-tokens 4 --sparse-samples 2 --sparse-tokens 8",
+        ("zeros_kept", "healed_less_cosine", "heal-choice.png"),
     ),
     "heal_gpu.py": (
         "--device cpu --layers 2 --width 32 --inner 48 --heads 2 --kv-heads 2 --vocab 256 --batch 2 --length 8 --steps 1",
@@ -42,6 +47,11 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--model {folder}/chars --prompts {folder}/prompts.txt --out {folder}/healed --tasks reversal-mc --limit 2 --samples 8 --new-tokens 4 --steps 2 --batch-size 2 --device cpu"
         " --ways=block_1,magnitude_0.5",
         ("held-out KL", "report.html"),
+    ),
+    "heal_kept.py": (
+        "{folder}/kept.json --out {folder}/kept.png",
+        # (1/2 + 1/4) / 2; all items together would be 2 of 6
+        ("attn 1 cosine  keeps 37.5 %", "attn: cosine has lost half at n = 1: cosine 37.5 %, healed 75.0 %", "written:"),
     ),
     "layerwise_cpu.py": ("--steps 1 --layers 2 --width 32 --vocab 512", ("floor of bytes", "x floor of operations")),
     "layerwise_gpu.py": (
@@ -89,7 +99,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def test_no_script_is_left_out() -> None:
-    assert sorted(TOYS) == sorted(path.name for path in SCRIPTS.glob("*.py"))
+    assert sorted({name.split(":")[0] for name in TOYS}) == sorted(path.name for path in SCRIPTS.glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     characters_folder(place / "chars")
     tiny_folder("llama", place / "words")
     (place / "prompts.txt").write_text("".join(f"what is {i}\n" for i in range(6)), "utf-8")
+    scores = {"dense": ("1100", "1111"), "cosine": ("0100", "1000"), "healed": ("1100", "0110")}
+    rows = [
+        {"target": "attn", "n": 1, "how": how, "items": {"gsm8k": first, "humaneval": second}}
+        for how, (first, second) in scores.items()
+    ]
+    (place / "kept.json").write_text(json.dumps({"model": "tiny", "rows": rows}), "utf-8")
     (place / "words.txt").write_text(" ".join(f"w{4 + i % 50}" for i in range(400)), "utf-8")
     return place
 
@@ -120,7 +136,7 @@ def test_a_benchmark_runs(
     monkeypatch.syspath_prepend(str(SCRIPTS))  # they import from one another
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *options.format(folder=folder).split()])
-    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    runpy.run_path(str(SCRIPTS / name.split(":")[0]), run_name="__main__")
     captured = capfd.readouterr()
     for words in said:
         assert words in captured.out + captured.err

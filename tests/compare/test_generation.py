@@ -87,11 +87,14 @@ def test_both_regimes_equal_brute_force_on_the_real_model(smollm2: LoadedModel, 
     errors: dict[str, list[float]] = {}
     for i, (ours, theirs) in enumerate(zip(found.dense, found.target, strict=True)):
         texts = {"free-running": theirs.continuation, "teacher-forced": ours.continuation}
+        pruned: dict[tuple[int, ...], Tensor] = {}  # by what was read: at first both regimes read the same
         for step in range(steps):
             h = plain_step(dense.model, ours.prompt + ours.continuation[:step])
             assert int((h.double() @ weight.T).argmax()) == ours.continuation[step]
             for regime, text in texts.items():
-                y = plain_step(dense.model, ours.prompt + text[:step], EIGHT.attn)
+                if (read := tuple(text[:step])) not in pruned:
+                    pruned[read] = plain_step(dense.model, ours.prompt + text[:step], EIGHT.attn)
+                y = pruned[read]
                 z, z_target = h.double() @ weight.T, y.double() @ weight.T
                 expected = compare_hidden(h[None], y[None]) | compare_logits(z[None], z_target[None])
                 expected |= {"nll_dense": -z.log_softmax(-1)[ours.continuation[step], None]}
@@ -281,6 +284,24 @@ def test_draws_belong_to_the_prompt_not_to_the_batch(dense: LoadedModel, monkeyp
     monkeypatch.setattr(generating, "_CPU_CACHE", 0)
     assert continue_texts(dense, prompts, 6, batch_size=2, sampling=sampling, advance=told.append) == texts
     assert told == [3, 2, 1]
+
+
+def test_rows_that_only_fill_a_batch_leave_nothing_behind(dense: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 texts are written with 5 more on a CPU; tokens, states and draws are those of 11 texts alone. Catches copies that are kept or that
+    take another's draw, and states of more rows than texts."""
+    prompts = [[5 + i, *range(9, 9 + i % 4)] for i in range(11)]
+    found = {}
+    for slow in (range(9, 16), range(0)):
+        monkeypatch.setattr(generating, "_SLOW_ROWS", slow)
+        for sampling in (Sampling(), Sampling(1.0, seed=4)):
+            seen: list[torch.Tensor] = []
+            texts = continue_texts(dense, prompts, 5, batch_size=11, stop=False, sampling=sampling, see=seen.append)
+            found[len(slow), sampling] = (texts, seen[0])
+    for sampling in (Sampling(), Sampling(1.0, seed=4)):
+        (texts, states), (plain, expected) = found[7, sampling], found[0, sampling]
+        assert texts == plain and len({tuple(text) for text in texts}) > 5
+        assert states.shape == expected.shape == (5, 11, dense.anatomy.hidden_size)
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
 
 
 # --- what is said of the texts -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunescope.compare.columns import compare
+from prunescope.compare.columns import compare, compare_final
 from prunescope.compare.head import Head
 from prunescope.compare.metrics import (
     COLUMNS,
@@ -418,3 +418,22 @@ def test_bad_input_is_refused() -> None:
         compare_logits(torch.zeros(1, 2), torch.tensor([[0.0, float("inf")]]))
     with pytest.raises(ValueError, match="give at least"):
         compare(torch.zeros(2, 4), torch.tensor([[0, 1]]), Head(torch.zeros(9, 4)), memory=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_most_likely_tokens_of_both_sides(dtype: torch.dtype) -> None:
+    """With the kernels and without, against a stable sort and a softmax in float64. Would catch the sides exchanged, a dense row that is read
+    at the place of a target row, a temperature left out, and ties in another order."""
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(40, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+    for weight in weights:
+        weight[30] = weight[7]  # equal logits
+    h, h_target = (torch.randn(n, 8, generator=generator, dtype=torch.float64).to(dtype) for n in (3, 5))
+    index = torch.tensor([2, 0, 0, 1, 2])
+    found = compare_final(h, h_target, Head(weights[0]), Head(weights[1]), index, temperature=0.7, tops=10)
+    for side, states, weight in (("dense", h[index], weights[0]), ("target", h_target, weights[1])):
+        z = (states.double() @ weight.double().T) / 0.7
+        p, order = z.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        assert found[f"top_{side}"].tolist() == order[:, :10].tolist()
+        torch.testing.assert_close(found[f"top_{side}_p"].double(), p[:, :10], rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=0)  # fmt: skip
+        assert found[f"top_{side}_p"].dtype == dtype

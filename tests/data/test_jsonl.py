@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prunescope.data.asked import rows_hold
 from prunescope.data.beir import read_collection
 from prunescope.data.calibration import _file_texts
 from prunescope.data.jsonl import holds_rows, quoted, read_rows, read_text
@@ -166,3 +167,23 @@ def test_places_are_counted_as_editors_count_them(tmp_path: Path) -> None:
 def test_a_whole_pair_is_a_character(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "\\ud83d\\ude00 \\\\ud83d"}\n')
     assert read_prompts(tmp_path / "p.jsonl")[0].text == "\U0001f600 \\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.jsonl", '{"question": "x", "answer": 0}\n{"question": "y", "answer": "z"}\n', ("answers", 2)),
+        ("a.json", '[{"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"}]', ("prompts", 3)),
+        ("a.txt", "one\n\ntwo\n", ("prompts", 2)),
+    ],
+)
+def test_what_rows_hold(name: str, text: str, found: tuple[str, int], tmp_path: Path) -> None:
+    """An answer 0, an index, is an answer. Catches a truth test in place of a test for null, and empty lines counted."""
+    (tmp_path / name).write_text(text, "utf-8")
+    assert rows_hold(str(tmp_path / name)) == found
+
+
+def test_answers_in_some_rows_only(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{"prompt": "z"}\n', "utf-8")
+    with pytest.raises(UserError, match="line 2: no answer, though other rows have one"):
+        rows_hold(str(tmp_path / "a.jsonl"))

@@ -277,3 +277,24 @@ def test_many_experts_in_bfloat16_take_the_graph(texts: int) -> None:
     error = (states.double() - others.double()).norm(dim=-1) / others.double().norm(dim=-1)
     assert float(error[read_same].max()) < 16 * torch.finfo(torch.bfloat16).eps
     assert float(read_same[2:].float().mean()) > 0.25
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 20, 0.95, 3)])
+def test_one_graph_writes_batch_after_batch(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three batches of four, captured once, as `generate()` writes them. Would catch a captured step that reads what belonged to the first
+    batch: its keys, its numbers drawn, its ends."""
+    loaded = loaded_family("llama", "cuda")
+    prompts = [[(7 * i + 5 * j) % 60 + 4 for j in range(4 + i % 4)] for i in range(12)]
+    captured: list[int] = []
+    plain = torch.cuda.CUDAGraph.capture_begin
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        captured.append(1)
+        plain(self, *args, **options)
+
+    assert decoding_way(loaded) == "fixed cache, CUDA graph"
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted)
+    found = generating.continue_texts(loaded, prompts, 20, batch_size=4, sampling=sampling)
+    assert len(captured) == 1
+    monkeypatch.setattr(generating, "static_problem", lambda loaded: "none of it")
+    assert found == generating.continue_texts(loaded, prompts, 20, batch_size=4, sampling=sampling)

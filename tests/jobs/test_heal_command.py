@@ -146,6 +146,7 @@ def test_an_interrupted_run_is_not_overwritten_nor_made_twice(
         ({"lora": 0}, "--lora 0: it must be at least 1"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16"),
         ({"held_out": 40}, "none is left to train on"),
+        ({"traces": ","}, "a comma too many"),
         ({"learning_rate": 1e30, "warmup": 0, "clip": 0}, "lower --learning-rate"),
     ],
 )
@@ -166,6 +167,66 @@ def test_targets_that_cannot_be_healed(
     argv = ["heal", target, *words(SMALL | {"teacher": dense_path}), "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     assert capfd.readouterr().err.count("prunescope: ") == 1 and not list(tmp_path.iterdir())
+
+
+def test_target_and_teacher_must_go_together(
+    dense_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The dense model as its own target was trained for nothing. Streams of other widths ended in a RuntimeError of torch, those of a deeper target in
+    a KeyError. ``--out`` on a link to the target or the teacher replaced what it leads to."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(dense_path, hidden_size=48, head_dim=12, num_hidden_layers=6)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(dense_path).save_pretrained(tmp_path / "other")
+    prunescope.drop(
+        str(dense_path), n=1, samples=2, seq_len=8, out=str(tmp_path / "ours"), format="recipe", device="cpu"
+    )
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    before = sorted(tmp_path.iterdir())
+    for target, more, said in (
+        (dense_path, {}, "is the teacher itself"),
+        (tmp_path / "other", {"reconstruct": 1}, "has 6 blocks of width 48"),
+        (tmp_path / "ours", {"out": tmp_path / "link", "overwrite": "true"}, "is the target itself"),
+        (
+            "drop:attn=1",
+            {"teacher": tmp_path / "ours", "out": tmp_path / "link", "overwrite": "true"},
+            "is the teacher itself",
+        ),
+    ):
+        options = SMALL | {"teacher": dense_path, "out": tmp_path / "out"} | more
+        assert main(["heal", str(target), *words(options)]) == 2
+        assert said in capfd.readouterr().err.strip().split("\n")[-1]
+        assert sorted(tmp_path.iterdir()) == before
+    changed = load_model(dense_path, device="cpu")
+    changed.identity["adapter"] = "merged in memory"  # the target would be without it
+    with pytest.raises(prunescope.UserError, match="the teacher in memory is another model"):
+        prunescope.heal("drop:attn=1", teacher=changed, **SMALL)
+
+
+@pytest.mark.parametrize("more", [{"embeddings": True}, {"lora": 16}])
+def test_the_disk_is_asked_for_all_that_lies_there_at_a_time(
+    more: dict[str, Any], dense_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two states beside each other are more than twice what was asked for: a disk that filled up at a check took the run with it."""
+    import prunescope.jobs.options as jobs
+    import prunescope.prune.heal as engine
+
+    asked: list[int] = []
+    seen: list[int] = []
+    save = engine.save_file
+
+    def watched(tensors: Any, file: Path, **how: Any) -> None:
+        save(tensors, file, **how)
+        seen.append(sum(path.stat().st_size for path in (tmp_path / "out.partial").iterdir()))
+
+    monkeypatch.setattr(jobs, "require_space", lambda out, needed: asked.append(needed))
+    monkeypatch.setattr(engine, "save_file", watched)
+    monkeypatch.setattr(
+        "prunescope.jobs.heal.checkpoint_bytes", lambda *_: 0
+    )  # with room for a tokenizer, more than all of this
+    prunescope.heal("drop:attn=1", teacher=str(dense_path), out=str(tmp_path / "out"), **(SMALL | more))
+    assert len(seen) > 4 and asked[0] == pytest.approx(max(seen), rel=0.2)
 
 
 def test_out_is_asked_for_and_the_record_says_how(dense_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -77,10 +77,10 @@ def three_steps(loaded: LoadedModel, how: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ids = torch.zeros(3, 7, dtype=torch.long, device="meta")
-    loop = decoding._Loop(loaded, ids, torch.ones_like(ids), 8, lambda z, step: z.argmax(-1), [2], 0, False)
+    loop = decoding._Loop(loaded, 3, 16, 8, lambda z, step: z.argmax(-1), [2], 0, False)
     with torch.no_grad():
         with on_the_device(loaded.model):
-            loop.prompt()
+            loop.restart(ids, torch.ones_like(ids))
         with how(loaded.model), OnlyTheDevice() as watch:
             loop.step()
             watch.settled = True

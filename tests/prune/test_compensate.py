@@ -151,3 +151,16 @@ def test_a_norm_in_between_is_refused(tmp_path: Path) -> None:
     loaded = load_model(tiny_folder("gemma2", tmp_path), device="cpu")
     with pytest.raises(UserError, match="a norm stands between"):
         fit_maps(loaded, DropSpec(attn=(1,)), Calibration(TOKENS, "x", 0))
+
+
+def test_a_host_that_adds_nothing_gets_no_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Gram matrix is zero, which no ridge can damp: torch's solver ended in an error of its own."""
+    loaded = load_model(tiny_folder("llama", tmp_path), device="cpu")
+    drop = DropSpec(attn=(1, 2))
+    silent = pairs(loaded, drop)[0][0]
+    with torch.no_grad():
+        for parameter in silent.modules[-1].parameters():
+            parameter.zero_()
+    folds = fit_maps(loaded, drop, Calibration(TOKENS, "x", 0))
+    assert silent.name not in [fold.host.name for fold in folds]
+    assert f"{silent.name}: no map does better than none" in capsys.readouterr().err

@@ -112,6 +112,26 @@ def test_every_view_is_drawn(page):
     assert page.page.locator("[data-flips] tbody tr").count() > 0
 
 
+def test_size(page_file):
+    """The library is 1.5 MB: catches it inlined twice, and rows of small runs that are kept more than once."""
+    assert page_file.stat().st_size < 2.8e6
+
+
+def test_no_table_where_no_answer_changed(browser, tmp_path):
+    """An empty table under its heading says less than the sentence above it."""
+    for seed in range(30):  # until the one question gets the same answer
+        folder = mcq_run(tmp_path / str(seed), questions=1, seed=seed)
+        run = html.open_folder(folder)
+        row = run.table().to_pylist()[0]
+        if row["choice_dense"] == row["choice_target"]:
+            break
+    with browser.new_context() as context:
+        watched = Watched(context.new_page(), html.write_report([run], tmp_path / "p.html"))
+        assert watched.page.inner_text("[data-flips-note]") == "0 of 1 questions get another choice."
+        assert not watched.page.is_visible("[data-flips-list]")
+        watched.quiet()
+
+
 def test_a_divergence_run_is_shown(page, folders):
     """Against run.json and samples.jsonl. Catches a row of the table, a group or a passage that is left out, and tops of the other model."""
     p, run = page.page, prunescope.open(next(f for f in folders if f.name == "read"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import prunescope
 from prunescope.cli import main
 from prunescope.runs.folder import write_run
-from prunescope.sweep.advice import _fall, advised, best, held_out, tasks_of
+from prunescope.sweep.advice import Advised, _fall, advised, best, by_kind, held_out, tasks_of, to_heal, to_join
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import DENSE, Point
 from prunescope.sweep.tables import Measured, Tables, assemble
@@ -170,6 +171,9 @@ def test_too_few_items_cannot_tell(tmp_path: Path) -> None:
     [
         (["no-folder/of-a-model/here"], "no-folder"),
         (["m", "--use", "code"], "no built-in task measures it"),
+        (["m", "--use", "none.jsonl"], "none.jsonl cannot be read"),
+        (["m", "--sweep", "SWEEP", "--use", __file__.replace(".py", ".txt")], "cannot be read"),
+        (["m", "--sweep", "SWEEP", "--heal"], "leave out --heal"),
         (["m", "--sweep", "SWEEP", "--speed", "x"], "--budget bytes"),
         (["m", "--sweep", "SWEEP", "--budget", "speed", "--speed", "SWEEP"], "takes runs of speed"),
         (["other", "--sweep", "SWEEP"], "not of other"),
@@ -185,6 +189,46 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.Ca
         line for line in capfd.readouterr().err.splitlines() if line and "huggingface.co cannot be reached" not in line
     ]
     assert len(lines) == 1 and said in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_rows_of_the_user(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A sweep that was asked the file is judged by its task alone; the same rows under another name are the same; other rows are refused, with the
+    option that sweeps them."""
+    tables = made_up(60)
+    sweep = folder_of(tables, tmp_path / "sweep")
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"question": "1 + 1", "answer": "2"}\n', "utf-8")
+    sha = hashlib.sha256(mine.read_bytes()).hexdigest()
+    info = json.loads((sweep / "run.json").read_text("utf-8")) | {"own_files": {sha: ["arithmetic-gen"]}}
+    (sweep / "run.json").write_text(json.dumps(info), "utf-8")
+    mine.rename(tmp_path / "other-name.jsonl")
+    found = prunescope.advise("m", sweep=str(sweep), use=str(tmp_path / "other-name.jsonl"))
+    assert found.summary["tasks"] == ["arithmetic-gen"]
+    assert "Judged is the answer written" in " ".join(capfd.readouterr().out.split())
+    assert found.table().equals(prunescope.advise("m", sweep=str(sweep), use="arithmetic-gen").table())
+    mine.write_text('{"question": "1 + 2", "answer": "3"}\n', "utf-8")
+    with pytest.raises(prunescope.UserError, match=r"was not asked these rows; sweep with --tasks .*mine\.jsonl"):
+        prunescope.advise("m", sweep=str(sweep), use=str(mine))
+
+
+def one(point: str, series: str, change: str, size: int, verdict: str, fitted: float = 0.9) -> Advised:
+    return Advised(point, series, change, 0.1, size, 0.1, fitted, fitted, fitted, fitted, verdict)
+
+
+def test_what_is_joined_and_healed() -> None:
+    """By hand. Catches the largest point in place of the smallest, a broken one that is joined, one that keeps the use healed, and two of a series."""
+    found = [
+        one("attn-002", "attn", "drop", 90, "likely"), one("attn-004", "attn", "drop", 80, "unclear"), one("attn-008", "attn", "drop", 60, "breaks"),
+        one("mlp-002", "mlp", "drop", 80, "breaks"), one("wanda-0.3", "wanda", "sparsify", 70, "unclear"),
+        one("quant-int8", "quant", "quant", 50, "safe"), one("quant-int4", "quant", "quant", 30, "breaks"),
+    ]  # fmt: skip
+    assert to_join(found) == (["attn-004", "wanda-0.3"], "quant-int8")
+    dropped = {"attn-004": "attn=3", "mlp-002": "mlp=1", "all-002": "attn=3"}
+    assert to_heal([*found, one("all-002", "all", "drop", 80, "breaks")], dropped) == ["attn-004", "mlp-002"]
+    assert to_join([one for one in found if one.change != "quant"])[1] is None
+    kinds = by_kind(found)
+    assert list(kinds) == ["attention", "MLP", "weights", "bits"]
+    assert kinds["attention"] is found[0] and kinds["MLP"] is None and kinds["bits"] is found[5]
 
 
 def test_the_page_shows_the_advice(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from prunescope.compare.metrics import COLUMNS
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import Prompt
 from prunescope.data.tokens import encode
+from prunescope.jobs.sweep import _twins
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loading import load_model
 from prunescope.paper.recipes import NOT_AT_HAND, _scores, read_recipe
@@ -36,6 +37,7 @@ from prunescope.prune.masks import Goal
 from prunescope.prune.select import choose_sublayers, drop_orders, spec_of
 from prunescope.runs import folder as results
 from prunescope.stats import kendall, spearman
+from prunescope.sweep.advice import HEALING
 from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import DenseReference, write_texts
 from prunescope.sweep.correlations import COUNTED
@@ -542,13 +544,98 @@ def test_advise_without_a_sweep_runs_one(
 ) -> None:
     """The cost stands before the first point; the sweep is kept beside --out, and is not run again. The tiny model knows nothing, so that advise
     then refuses, as it must."""
-    for name, value in {"_TARGETS": "attn", "_FORMATS": "int8"}.items():
+    for name, value in {"_TARGETS": "attn", "_FORMATS": "int8", "_WEIGHTS": {}}.items():
         monkeypatch.setattr(f"prunescope.jobs.advise_measure.{name}", value)
     argv = ["advise", str(chars), "--use", "arithmetic-mc", "--limit", "3", "--out", str(tmp_path / "advice")]
     for first in (True, False):
         assert main(argv) == 2
         err = " ".join(capfd.readouterr().err.split())
         assert "the dense model itself is at chance" in err and not (tmp_path / "advice").exists()
-        cost = err.index("no sweep given, so one is run first: 3 points (attn n = 0,1; int8), 1 task of 3 items")
+        cost = err.index(
+            "no sweep given, so one is run first: 3 points (attn n = 0,1; int8), then up to 1 joined with a format, 1 task of 3 items"
+        )
         assert ("dense (1 of 3)" in err) == first and (not first or cost < err.index("dense (1 of 3)"))
     assert prunescope.open(tmp_path / "advice-sweep").info["complete"]
+
+
+def test_points_that_are_one_model_are_measured_once(chars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a twin that keeps the other's name or series, and points in another format, or healed, taken for twins."""
+    specs = {"attn-001": DropSpec(attn=(1,)), "mlp-001": DropSpec(mlp=(1,)), "all-001": DropSpec(attn=(1,))}
+    points = [DENSE, *(Point(name.removesuffix("-001"), n=1) for name in specs)]
+    more = [points[1].with_quant("int8"), points[3].with_quant("int4"), points[1].with_healing()]
+    plan = SweepPlan([], {}, [], {}, specs | {point.name: DropSpec(attn=(1,)) for point in more})
+    assert _twins([*points, *more], plan) == {"all-001": "attn-001"}
+    monkeypatch.setattr(
+        "prunescope.jobs.sweep.drop_orders", lambda *_, **__: {"attn": [("attn", 1)], "all": [("attn", 1)]}
+    )
+    calls: list[str] = []
+    real = Bench.measure
+    monkeypatch.setattr(
+        Bench, "measure", lambda self, point, stage="": calls.append(point.name) or real(self, point, stage)
+    )
+    found = prunescope.sweep(
+        str(chars), target="attn,all", n="1", tasks="agreement", prompts=str(chars.parent / "prompts.txt"), max_new_tokens=4,
+        calibration=str(chars.parent / "prompts.txt"), samples=1, seq_len=8,
+    )  # fmt: skip
+    rows = {row["point"]: row for row in found.table().to_pylist()}
+    assert calls == ["dense", "attn-001"] and rows["all-001"]["series"] == "all"
+    same = rows["all-001"].keys() - {"point", "series"}
+    assert all(rows["all-001"][name] == rows["attn-001"][name] for name in same)
+
+
+def test_advise_on_own_prompts_joins_and_heals(
+    chars: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts without answers are judged by agreement, which is taken from plain transformers here: of a dropped attention, of the healed model's
+    folder. Catches agreement with the model's own text instead of the dense one's, a healed point measured on unhealed weights, and points that
+    depend on whether the sweep was interrupted."""
+    monkeypatch.setattr("prunescope.jobs.advise_measure._FORMATS", "int8")
+    for name, value in {
+        "_TARGETS": "attn",
+        "_WEIGHTS": {"method": "wanda", "sparsity": "0.3", "pattern": "2:4"},
+        "_OWN_STEPS": 6,
+    }.items():
+        monkeypatch.setattr(f"prunescope.jobs.advise_measure.{name}", value)
+    for name, value in {"samples": 6, "new_tokens": 6, "held_out": 2, "steps": 2, "batch_size": 2}.items():
+        monkeypatch.setitem(HEALING, name, value)
+    prompts = chars.parent / "prompts.txt"
+    argv = ["advise", str(chars), "--use", str(prompts), "--heal", "--out", str(tmp_path / "advice")]
+    assert main(argv) == 0
+    printed, err = map(" ".join, map(str.split, capfd.readouterr()))
+    assert "then up to 3 joined with a format and up to 1 healed, 1 task of 2 items" in err
+    assert "Judged is agreement" in printed
+    run = prunescope.open(tmp_path / "advice-sweep")
+    rows = {row["point"]: row for row in run.table("sweep").to_pylist()}
+    assert {"dense", "attn-001", "wanda-0.3", "wanda-2of4", "quant-int8", "attn-001+healed"} <= rows.keys()
+    assert {row["change"] for row in rows.values()} == {"dense", "drop", "sparsify", "quant", "joined", "healed"}
+    assert rows["attn-001+healed"]["dropped"] == rows["attn-001"]["dropped"] == rows["attn-001+int8"]["dropped"]
+    assert rows["attn-001+healed"]["bytes"] == rows["attn-001"]["bytes"] > rows["attn-001+int8"]["bytes"]
+    items = {(row["point"], row["item"]): row["score"] for row in run.table("items").to_pylist()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chars)
+    layer = int(rows["attn-001"]["dropped"].removeprefix("attn="))
+    models = {
+        "dense": transformers.AutoModelForCausalLM.from_pretrained(chars),
+        "attn-001": transformers.AutoModelForCausalLM.from_pretrained(chars),
+    }
+    models["attn-001"].model.layers[layer].self_attn.o_proj.weight.data.zero_()
+    healed = next(tmp_path.glob("advice-sweep-healed-attn-001"))
+    models["attn-001+healed"] = transformers.AutoModelForCausalLM.from_pretrained(healed)
+    for item, text in enumerate(prompts.read_text("utf-8").splitlines()):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            whole = models["dense"].generate(ids, do_sample=False, max_new_tokens=6)
+            for name, model in models.items():
+                best = model(whole).logits.argmax(-1)[0, ids.shape[1] - 1 : -1]
+                assert items[name, item] == pytest.approx(float((best == whole[0, ids.shape[1] :]).float().mean()))
+    advice = {row["point"]: row for row in prunescope.open(tmp_path / "advice").table().to_pylist()}
+    assert advice["attn-001+healed"]["command"].startswith(
+        f'prunescope heal "drop:attn={layer}" --teacher {chars} --samples 6'
+    )
+    given = prunescope.advise(str(chars), sweep=str(tmp_path / "advice-sweep"), use=str(prompts))
+    assert given.table()["kept"].to_pylist() == [row["kept"] for row in advice.values()]
+    other = tmp_path / "other.txt"
+    other.write_text("dog", "utf-8")
+    with pytest.raises(prunescope.UserError, match="was not asked these rows; sweep with --tasks agreement --prompts"):
+        prunescope.advise(str(chars), sweep=str(tmp_path / "advice-sweep"), use=str(other))
+    with pytest.raises(prunescope.UserError, match="leave out --heal, or the sweep"):
+        prunescope.advise(str(chars), sweep=str(tmp_path / "advice-sweep"), heal=True)

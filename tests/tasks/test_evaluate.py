@@ -27,6 +27,7 @@ from prunescope.stats import newcombe, paired
 from prunescope.tasks import quick
 from prunescope.tasks.answering import Asking, answer
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
+from prunescope.tasks.harness import own_files
 from prunescope.tasks.scores import at_floor, compare_scores, score
 
 SPEC = DropSpec(attn=(22, 25), mlp=(14,))
@@ -265,6 +266,10 @@ def test_files_of_the_user_and_groups(smollm2: LoadedModel, shared_data: Path, t
     assert found.scores["sums"]["kind"] == "generative" and found.scores["pick"]["kind"] == "choice"
     assert found.scores["pick"]["chance"] == pytest.approx(1 / 3)
     assert [row["gold"] for row in found.items.to_pylist()] == ["1", "2", "3", "red", "red"]
+    before = own_files(["quick", "sums.jsonl", "pick.jsonl"], tmp_path)
+    (tmp_path / "pick.jsonl").write_text("".join(json.dumps(line) + "\n" for line in options[:1]))
+    after = own_files(["sums.jsonl", "pick.jsonl"], tmp_path)
+    assert list(before) == ["sums", "pick"] and before["sums"] == after["sums"] and before["pick"] != after["pick"]
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def heal(
         steps: optimiser steps
         batch_size: texts per step
         micro_batch: texts in memory at a time, of each process; default: all of a step
-        learning_rate: learning rate after the warm-up; default: 1e-4, or 1e-3 with --lora
+        learning_rate: learning rate after the warm-up; default: 2e-5, or 1e-3 with --lora
         warmup: share of the steps over which the learning rate rises
         decay: how the learning rate falls after that, to zero at the last step
         weight_decay: weight decay of AdamW

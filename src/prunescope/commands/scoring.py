@@ -134,7 +134,7 @@ def sweep(
         join: formats in which every dropped or pruned point is measured too, such as int4-g128
         ladder: GGUF types to place every KL among, such as q8_0,q4_k,q2_k, measured once on the same texts; default: those measured before
         sparse_bytes: do not count the zeros of pruned weights in a point's bytes, as a sparse format would
-        tasks: comma-separated names; quick is all built-in pairs, quick-gen and quick-mc one half of them
+        tasks: comma-separated names; quick is all built-in pairs, quick-gen and quick-mc one half of them; agreement: share of the dense tokens after --prompts that stay the most likely
         limit: items per task
         shots: solved examples before each item; default: the task's own number
         data: folder of local task files
@@ -241,6 +241,7 @@ def advise(
     budget: Literal["bytes", "speed", "score"] = "bytes",
     loss: float = 0.05,
     limit: int = 50,
+    heal: bool = False,
     seed: int = 0,
     dtype: DType = "auto",
     device: str = "auto",
@@ -260,10 +261,11 @@ def advise(
         model: the model of the sweeps, as they name it; or the folder of one sweep
         sweep: folders of sweep runs of that model, comma-separated; without it, a sweep is run first
         speed: folders of speed runs of that model and its points, for --budget speed; without it, the points are timed
-        use: writing, choice, chat, code, maths, retrieval, or the name of a task in the sweeps
+        use: writing, choice, chat, code, maths, retrieval, the name of a task in the sweeps, or a file of your own prompts, with or without answers
         budget: bytes takes the safe point of the fewest bytes, speed the safe point that writes fastest, score the one that keeps most
         loss: share of the score above chance that may be lost
         limit: items per task in a sweep that advise runs itself
+        heal: also heal, in each series of that sweep, the first point that may lose the use; takes minutes a point on a CPU
         seed: seed of the draws for intervals
         dtype: dtype of measurements; auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: where measurements run; auto is cuda if there is one, else cpu
@@ -281,7 +283,7 @@ def advise(
 
     return job.run(
         job.AdviseOptions(
-            model=model, sweep=sweep, speed=speed, use=use, budget=budget, loss=loss, limit=limit, seed=seed,
+            model=model, sweep=sweep, speed=speed, use=use, budget=budget, loss=loss, limit=limit, heal=heal, seed=seed,
             loading=LoadOptions(dtype, device, revision, trust_remote_code, adapter, dequantise), output=OutputOptions(out, overwrite),
         )
     )  # fmt: skip

@@ -106,7 +106,8 @@ def compare_final(
     temperature: float = 1.0,
     next_token: Tensor | None = None,
     next_token_target: Tensor | None = None,
-    also: Callable[[slice, Tensor, Tensor], dict[str, Tensor]] = lambda rows, z, z_target: {},
+    also: Callable[[slice, Tensor, Tensor], dict[str, Tensor]] | None = None,
+    tops: int = 0,
     memory: int = DEFAULT_MEMORY,
 ) -> dict[str, Tensor]:
     """All columns of the final states of two models, each through its own head, in bounded memory.
@@ -121,10 +122,12 @@ def compare_final(
         next_token: ``(rows,)`` int64, the token that follows, -1 where none does. ``next_token_target`` where the target reads a
             text of its own; there is a column ``nll_target_of_dense`` then, what the target gives the dense text's token.
         also: more columns from the logits of some rows, each ``(rows of the slice, ...)``, while these are there.
+        tops: how many of the most likely tokens of both sides are given, at most 10, the most likely first, ties by lower id.
         memory: bytes that this function may hold beyond its inputs and its result.
     Returns:
         Column name -> ``(rows,)`` float64 on the CPU: the spec's columns, and ``confidence_dense`` and ``confidence_target``, the
-        probability of the most likely token.
+        probability of the most likely token. With ``tops``, ``(rows, tops)``: ``top_dense``, ``top_target`` int32 ids and ``top_dense_p``,
+        ``top_target_p`` their probabilities at T, in the dtype of the logits.
     Raises:
         ValueError: T <= 0, a vocabulary that differs, or a ``memory`` too small for one pair.
         FloatingPointError: a NaN or infinite logit.
@@ -157,6 +160,8 @@ def compare_final(
             return [None if token is None else token[rows].to(z.device) for token in (next_token, next_token_target)]
 
         def more(part: slice) -> dict[str, Tensor]:
+            if also is None:
+                return {}
             rows = slice(chunk.start + part.start, chunk.start + part.stop)
             return also(rows, z_used[place[part]], z_target[part])
 
@@ -164,6 +169,10 @@ def compare_final(
             a, b = (describe_rows(side, temperature) for side in (z_used[place[part]], z_target[part]))
             found = pair_columns(z_used[place[part]], z_target[part], a, b, temperature, *following(part))
             found |= {f"confidence_{side}": torch.exp(-x.log_mass[:, 0]) for side, x in (("dense", a), ("target", b))}
+            if tops:
+                for side, x, logits in (("dense", a, z_used[place[part]]), ("target", b, z_target[part])):
+                    top = x.top[:, :tops]
+                    found |= _likely(side, top, logits.gather(-1, top), x.peak_logit, x.log_mass, temperature, dtype)
             return found | more(part)
 
         if kernels is None:
@@ -171,15 +180,31 @@ def compare_final(
         else:
             pairs = torch.stack([place, torch.arange(len(theirs), device=z.device) + len(used)], 1)
             tokens = following(slice(0, len(theirs)))
-            found = sums.finish(sums.gather(kernels, z, pairs, temperature, *tokens), z.shape[1], temperature, Change)
+            gathered = sums.gather(kernels, z, pairs, temperature, *tokens)
+            found = sums.finish(gathered, z.shape[1], temperature, Change)
             absent = [token is None for token in (tokens[0], tokens[0], tokens[1])]
             names = ("nll_dense", "nll_target", "nll_target_of_dense")
             left_out = {name for name, gone in zip(names, absent, strict=True) if gone}
             columns |= _to_host({name: value for name, value in found.items() if name not in left_out})
-            columns |= _by_groups(len(theirs), max(1, _DEVICE_GROUP // head.vocab_size), more)
+            if tops:
+                for side, row in zip(("dense", "target"), pairs.unbind(1), strict=True):
+                    x = gathered.rows.take(row)
+                    top = x.top[:, :tops]
+                    peak, mass = x.peak[:, None], x.log_mass[:, None]
+                    columns |= _likely(side, top, x.top_z[:, :tops], peak, mass, temperature, dtype)
+            if also is not None:
+                columns |= _by_groups(len(theirs), max(1, _DEVICE_GROUP // head.vocab_size), more)
         return {name: value.cpu() for name, value in columns.items()}
 
     return _by_groups(len(h_target), (memory - fixed) // (2 * row), of_chunk)
+
+
+def _likely(
+    side: str, top: Tensor, logits: Tensor, peak: Tensor, log_mass: Tensor, temperature: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The most likely tokens ``(rows, n)`` of a side, and their probabilities from its logits there."""
+    p = ((logits.double() - peak) / temperature - log_mass).exp()
+    return {f"top_{side}": top.int(), f"top_{side}_p": p.to(dtype)}
 
 
 def _compare_by_sums(

@@ -33,7 +33,7 @@ from prunescope.compare.context import (
     run_key,
     switched,
 )
-from prunescope.compare.generation import most_likely
+from prunescope.compare.generation import TOP
 from prunescope.data.jsonl import read_text
 from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
@@ -236,7 +236,7 @@ class _Pair:
         def more(part: slice, z: Tensor, z_target: Tensor) -> dict[str, Tensor]:
             p, q = ((side / self.temperature).softmax(-1) for side in (z, z_target))
             found = {"same_sampled": (p * q).sum(-1).double(), "same_sampled_dense": (p * p).sum(-1).double()}
-            return found | most_likely(z, z_target, self.temperature)
+            return found
 
         columns = compare_final(
             states,
@@ -247,6 +247,7 @@ class _Pair:
             next_token=tokens,
             next_token_target=tokens,
             also=more,
+            tops=TOP,
             memory=self.memory,
         )
         columns["dp"] = _dp(columns)

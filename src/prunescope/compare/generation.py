@@ -206,18 +206,19 @@ class _Batch:
             token = theirs[part].clone()
             at = prompts[part][asked], steps[part][asked]
             token[asked] = choose(z_target[asked.to(z.device)], settings.sampling, draws[at]).cpu()
-            return {"target_token": token, **most_likely(z, z_target, settings.temperature)}
+            return {"target_token": token}
 
         columns = compare_final(
             torch.cat(self.our_states),
-            torch.stack([states[regime][i][t] for i, t, regime in rows]),
+            _picked(states, rows),
             final_head(self.dense),
             final_head(self.of_target),
             starts[prompts] + steps,
             temperature=settings.temperature,
             next_token=ours,
             next_token_target=torch.where(theirs < 0, ours, theirs),
-            also=taken,
+            also=taken if bool((theirs < 0).any()) else None,
+            tops=TOP,
             memory=settings.memory,
         )
         width = torch.tensor([len(s.prompt) for s in self.ours])
@@ -226,7 +227,7 @@ class _Batch:
             "step": steps,
             "position": width[prompts] - 1 + steps,
             "dense_token": ours,
-            "target_token": columns["target_token"],
+            "target_token": columns.get("target_token", theirs),
         }
         arrays = {name: pa.array(values.int().numpy()) for name, values in keys.items()}
         arrays["regime"] = pa.array([regime for _, _, regime in rows], pa.string())
@@ -234,15 +235,15 @@ class _Batch:
         return pa.table(arrays | {name: pa.array(columns[name].numpy()) for name in (*COLUMNS, *_CONFIDENCE, _FORCED)})
 
 
-def most_likely(z: Tensor, z_target: Tensor, temperature: float) -> dict[str, Tensor]:
-    """The most likely tokens of both models, ``(rows, TOP)``, and their probabilities at T, the most likely first."""
-    found: dict[str, Tensor] = {}
-    for side, mine in (("dense", z), ("target", z_target)):
-        top = mine.topk(min(TOP, mine.shape[-1]), -1)
-        total = torch.logsumexp(mine / temperature, -1, keepdim=True)
-        found[f"top_{side}"] = top.indices.int()
-        found[f"top_{side}_p"] = (top.values / temperature - total).exp()
-    return found
+def _picked(states: dict[str, list[Tensor]], rows: list[tuple[int, int, str]]) -> Tensor:
+    """``(rows, d)``: of each row its prompt, step and regime, of each regime the states of its prompts. One copy, however many rows."""
+    starts: dict[str, list[int]] = {}
+    before = 0
+    for regime, parts in states.items():
+        starts[regime] = [before := before + size for size in (0, *map(len, parts))]
+    at = [starts[regime][i] + t for i, t, regime in rows]
+    joined = torch.cat([part for parts in states.values() for part in parts])
+    return joined[torch.tensor(at, device=joined.device)]
 
 
 def _of_sequences(written: _Written) -> list[Tensor]:

@@ -33,6 +33,8 @@ def read_prompts(source: str | Path | None = None) -> list[Prompt]:
     """
     if source is None:
         return _prompts(files("prunescope.data") / "prompts.jsonl")
+    if not str(source).strip():
+        raise UserError("a file of prompts has no name; is there a comma too many?")
     path = Path(source).expanduser()
     if holds_rows(path):
         prompts = _prompts(path)

@@ -25,7 +25,7 @@ def encode(
         check_tokens(loaded, f"prompt {prompt.id!r}", ids, empty=" has no tokens; write some text")
         if loaded.context and len(ids) + max_new_tokens > loaded.context:
             raise UserError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is past the model's context of {loaded.context}; shorten it or lower --max-new-tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new ones that is past the model's context of {loaded.context}; shorten it or ask for fewer new tokens"
             )
         encoded.append(ids)
     return encoded

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from prunescope.data.asked import is_file_of_rows, rows_hold, sha256_of
 from prunescope.errors import UserError
 from prunescope.jobs.options import LoadOptions, Options, OutputOptions, listed
 from prunescope.report.terminal.advice import show_advice
 from prunescope.results import AdviseResult
 from prunescope.runs.folder import Run, open_run
-from prunescope.sweep.advice import Advised, advised, best, fastest, tasks_of
+from prunescope.sweep.advice import AGREEMENT, HEALING, Advised, advised, best, by_kind, fastest, tasks_of
 from prunescope.sweep.tables import Tables
 
 __all__ = ["AdviseOptions", "run"]
@@ -34,6 +35,7 @@ class AdviseOptions(Options):
     budget: Literal["bytes", "speed", "score"]
     loss: float
     limit: int
+    heal: bool
     seed: int
     loading: LoadOptions
     output: OutputOptions
@@ -41,9 +43,18 @@ class AdviseOptions(Options):
     def check(self) -> None:
         if not 0 < self.loss < 1:
             raise UserError(f"--loss {self.loss}: give the share that may be lost, between 0 and 1, for example 0.05")
+        if is_file_of_rows(self.use):
+            rows_hold(self.use)
         if self.speed is not None and self.budget != "speed":
             raise UserError(f"--speed goes with --budget speed, not with --budget {self.budget}")
+        if self.heal and not self.sweeps:
+            raise UserError("--heal heals points of a sweep that advise runs itself; leave out --heal, or the sweep")
         super().check()
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether no sweep is given, so that one is run."""
+        return self.sweep is None and not (Path(self.model).expanduser() / "run.json").is_file()
 
     def beside(self, kind: str) -> OutputOptions:
         """Where runs that advise makes itself are kept: beside --out, if there is one."""
@@ -53,16 +64,30 @@ class AdviseOptions(Options):
 
     def swept(self) -> list[_Swept]:
         """The sweeps: those given, MODEL itself if it is one, or one that is run now."""
-        if self.sweep is None and not (Path(self.model).expanduser() / "run.json").is_file():
+        if self.sweeps:
             from prunescope.jobs.advise_measure import measure_sweep
 
             kept = self.beside("sweep")
             found = measure_sweep(
-                self.model, self.use, self.limit, self.seed, self.loading,
+                self.model, self.use, self.limit, self.seed, self.loss, self.heal, self.loading,
                 OutputOptions(kept.out, overwrite=False, resume=kept.out is not None),
             )  # fmt: skip
             return [_Swept(Path(kept.out or "sweep"), found.info, found.all_tables)]
         return [_Swept(run.folder, run.info, Tables.of_run(run)) for run in self._given()]
+
+    def tasks_of_file(self, info: Mapping[str, Any], folder: Path) -> list[str]:
+        """Tasks that a sweep made of the rows of ``--use``; none where that is no file. Raises UserError if it was not asked that file."""
+        if not is_file_of_rows(self.use):
+            return []
+        found: list[str] | None = (info.get("own_files") or {}).get(sha256_of(Path(self.use)))
+        if found is None:
+            how = (
+                f"--tasks {AGREEMENT} --prompts {self.use}"
+                if rows_hold(self.use)[0] == "prompts"
+                else f"--tasks {self.use}"
+            )
+            raise UserError(f"--use {self.use}: {folder} was not asked these rows; sweep with {how}")
+        return found
 
     def _given(self) -> list[Run]:
         names = [self.model] if self.sweep is None else [name.strip() for name in self.sweep.split(",")]
@@ -96,12 +121,15 @@ def run(options: AdviseOptions) -> AdviseResult:
     tasks: list[str] = []
     points: list[Advised] = []
     items: list[int] = []
+    kinds: dict[str, str] = {}
     for one in runs:
         scores = one.tables.sweep.to_pylist()
-        mine = tasks_of(options.use, scores)
+        of_file = options.tasks_of_file(one.info, one.folder)
+        mine = tasks_of(options.use, scores, of_file)
         found = advised(one.tables, mine, loss=options.loss, seed=options.seed)
         tasks += [task for task in mine if task not in tasks]
         items += [row["items"] for row in scores if row["task"] in mine]
+        kinds |= {row["task"]: row["kind"] for row in scores if row["task"] in mine}
         points += found
         how = {row["point"]: row for row in scores}
         rows += [
@@ -127,10 +155,12 @@ def run(options: AdviseOptions) -> AdviseResult:
         "summary": {
             "use": options.use,
             "tasks": tasks,
+            "judged": judged(options.use, kinds),
             "items": min(items),
             "loss": options.loss,
             "best": None if chosen is None else asdict(chosen),
             "command": None if chosen is None else next(r["command"] for r in rows if r["point"] == chosen.point),
+            "by_kind": {kind: None if one is None else asdict(one) for kind, one in by_kind(points).items()},
             "says": says(points, chosen, options, min(items), rates),
         },
     }
@@ -162,7 +192,7 @@ def _rates(
             "faster": not row["decode_within_spread"],
         }
         for one in points
-        if one.change == "drop" and (row := of_model.get(f"drop:{dropped[one.point]}")) is not None
+        if one.change in ("drop", "healed") and (row := of_model.get(f"drop:{dropped[one.point]}")) is not None
     }
 
 
@@ -182,12 +212,28 @@ def command(row: dict[str, Any], info: dict[str, Any]) -> str:
     shared = [f"--{key.replace('_', '-')} {config[key]}" for key in _SHARED if config.get(key) is not None]
     if row["change"] == "quant":
         return f"quantise {source} with your engine's own tool; measured as {source} quant:{row['quant']}"
+    if row["change"] == "healed":
+        how = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in HEALING.items())
+        return f'prunescope heal "drop:{row["dropped"]}" --teacher {source} {how} --seed {config["seed"]} --out healed'
     if row["method"]:
         how = f"--pattern {row['pattern']}" if row["pattern"] else f"--sparsity {row['sparsity']:g}"
         line = f"prunescope sparsify {source} --method {row['method']} {how} {' '.join(shared)} --out pruned"
     else:
         line = f'prunescope export {source} --drop "{row["dropped"]}" --for transformers --out pruned'
     return line + (f", then quantise; measured with quant:{row['quant']}" if row["quant"] else "")
+
+
+def judged(use: str, kinds: Mapping[str, str]) -> str | None:
+    """How the rows of a file are judged, by the kinds of its tasks; None where the use is no file."""
+    if not is_file_of_rows(use):
+        return None
+    if AGREEMENT in kinds:
+        return (
+            f"{use} holds prompts without answers. Judged is agreement: the share of the tokens which the dense model writes after each prompt "
+            "that is the most likely one to the point too. It says how far the writing moves, not whether it is still good."
+        )
+    how = "the option chosen" if "choice" in kinds.values() else "the answer written, which must be the one given"
+    return f"{use} holds questions with answers. Judged is {how}."
 
 
 def says(
@@ -221,6 +267,12 @@ def says(
     found = [
         f"{chosen.point} saves {saved} and keeps {100 * chosen.fitted:.0f} % of {options.use} ({100 * chosen.low:.0f} to {100 * chosen.high:.0f}): at most {share} is lost {sure}."
     ]
+    kinds = [
+        f"{kind} {'none' if one is None else f'{one.point} ({100 * (one.saved or 0):.1f} %)'}"
+        for kind, one in by_kind(points).items()
+    ]
+    if len(kinds) > 1:
+        found.append(f"The smallest of each kind that keeps it: {', '.join(kinds)}.")
     if chosen.change == "quant":
         found.append("Quantising alone wins: nothing with dropped or pruned weights does as well here.")
     elif options.budget == "bytes":
@@ -240,7 +292,7 @@ def _says_of_speed(
     share: str,
 ) -> list[str]:
     others = "Rounded and pruned weights are imitated in memory and have no speed here: export them and time them with `prunescope speed --engine llama.cpp`."
-    found = [others] if any(one.change != "drop" for one in points) else []
+    found = [others] if any(one.change not in ("drop", "healed") for one in points) else []
     if chosen is not None:
         rate = rates[chosen.point]
         kept = f"keeps {100 * chosen.fitted:.0f} % of {options.use} ({100 * chosen.low:.0f} to {100 * chosen.high:.0f})"

@@ -33,7 +33,7 @@ from prunescope.runs.workers import Compute, sharing
 from prunescope.sweep.comparison import DenseReference, ladder_of, write_texts
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
-from prunescope.tasks.harness import check_tasks, file_name, write_harness
+from prunescope.tasks.harness import check_tasks, file_name, own_files, write_harness
 from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, compare_scores
 
 __all__ = ["EvaluateOptions", "run"]
@@ -92,7 +92,7 @@ def run(options: EvaluateOptions) -> EvaluateResult:
         check_tasks(harness, data, options.allow_code_execution)
     labels = _labels(options.models)
     dense = options.loading.load(options.models[0])
-    key = _key(dense, labels, names, options)
+    key = _key(dense, labels, names, options, own_files(harness, data))
     if done := options.output.complete(key, "other models, tasks or options"):
         options.output.say_complete()
         return EvaluateResult.of_run(done)
@@ -249,10 +249,14 @@ def _identity(loaded: LoadedModel) -> dict[str, str]:
     return {**loaded.identity, "dropped": str(loaded.dropped)}
 
 
-def _key(dense: LoadedModel, labels: list[str], names: list[str], options: EvaluateOptions) -> str:
+def _key(
+    dense: LoadedModel, labels: list[str], names: list[str], options: EvaluateOptions, files: dict[str, str]
+) -> str:
     """What a run follows from, but for batch size."""
     scoring = {name: value for name, value in options.scoring().items() if name != "batch_size"}
     parts: list[Any] = [_identity(dense), labels, names, str(dense.dtype), scoring | {"data": options.data}]
+    if files:
+        parts.append(files)
     if options.ladder is not None:
         parts.append(check_rungs(options.ladder))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

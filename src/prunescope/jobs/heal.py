@@ -115,8 +115,9 @@ class HealOptions(Options):
         if self.lora is not None and self.embeddings:
             raise UserError("--lora changes matrices of the blocks only; leave --embeddings out")
         out = self.output.out
-        if out is not None and Path(out).expanduser().absolute() == Path(str(self.target)).expanduser().absolute():
-            raise UserError(f"--out {out} is the target itself; choose another folder")
+        for role, ref in (("target", self.target), ("teacher", self.teacher)):
+            if out is not None and isinstance(ref, str) and _place(out) == _place(ref):
+                raise UserError(f"--out {out} is the {role} itself; choose another folder")
         if out is None and self.output.resume:
             raise UserError("--resume continues an interrupted run; say where with --out")
         read_variant(self.target)
@@ -126,7 +127,7 @@ class HealOptions(Options):
         logits = 2**27 if student.device.type == "cuda" else 2**24
         return HealPlan(
             steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch, warmup=self.warmup, decay=self.decay,
-            learning_rate=self.learning_rate or (1e-4 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
+            learning_rate=self.learning_rate or (2e-5 if self.lora is None else 1e-3), weight_decay=self.weight_decay, clip=self.clip,
             on_policy=self.on_policy, reconstruct=self.reconstruct, compile=self.compile, check_every=self.check_every, patience=self.patience, seed=self.seed,
             chunk=max(16, logits // student.anatomy.vocab_size),
         )  # fmt: skip
@@ -193,7 +194,8 @@ def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tu
     """Everything into ``staging``; gives the record and the curves that are written there."""
     student, teacher = _load(options, team)
     check_pair(teacher, student)
-    options.output.require_space(3 * checkpoint_bytes(student, "zeroed"))
+    _check_roles(options, student, teacher)
+    options.output.require_space(_disk(options, student))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
@@ -270,6 +272,42 @@ def _load(options: HealOptions, team: Team) -> tuple[LoadedModel, LoadedModel]:
         return student, options.teacher
     half = student.device.type == "cuda" and loading.dtype == "auto"
     return student, load_model(options.teacher, dtype="bfloat16" if half else dtype, **of_teacher, **common)
+
+
+def _place(ref: str) -> Path:
+    return Path(ref).expanduser().resolve()
+
+
+def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedModel) -> None:
+    """Raise UserError where nothing was pruned, where the target is of another model than the teacher in memory, or where the first stage cannot
+    compare the streams."""
+    if student.pinned and student.identity == teacher.identity and not student.dropped:
+        raise UserError(
+            f"{student.ref} is the teacher itself, nothing of it was pruned; give the folder of drop or sparsify"
+        )
+    taken = isinstance(options.teacher, LoadedModel) and read_variant(options.target) is not None
+    if taken and student.identity != teacher.identity:
+        raise UserError(
+            f"{options.target} would be taken from {teacher.ref} as it lies on the disk, and the teacher in memory is another model; save what was pruned, and give its folder"
+        )
+    shapes = [(model.dense_layers, model.anatomy.hidden_size) for model in (student, teacher)]
+    if options.reconstruct and shapes[0] != shapes[1]:
+        raise UserError(
+            f"--reconstruct {options.reconstruct}: {student.ref} has {shapes[0][0]} blocks of width {shapes[0][1]}, {teacher.ref} {shapes[1][0]} of {shapes[1][1]}, so that their streams cannot be compared; leave it out, or give the model that was pruned as --teacher"
+        )
+
+
+def _disk(options: HealOptions, student: LoadedModel) -> int:
+    """Bytes on the disk at the most: the best weights, the state (weights and AdamW's two means) and the next one beside it; then the checkpoint in
+    place of that."""
+    model = student.model
+    places = [block.module for block in student.anatomy.blocks] if options.lora or not options.embeddings else [model]
+    own = {id(p): p for place in places for p in place.parameters() if p.dim() == 2 or not options.lora}.values()
+    trained = (
+        sum(min(options.lora, *p.shape) * sum(p.shape) if options.lora else p.numel() for p in own)
+        * student.dtype.itemsize
+    )
+    return max(7 * trained, 4 * trained + checkpoint_bytes(student, "zeroed"))
 
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:

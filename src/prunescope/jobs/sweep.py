@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from prunescope.cache import cache_folder
 from prunescope.compare.familiar import Rung, check_rungs, likenesses
+from prunescope.data.asked import sha256_of
 from prunescope.data.calibration import Calibration, calibration_tokens
 from prunescope.data.prompts import read_prompts
 from prunescope.data.tokens import encode
@@ -37,11 +38,13 @@ from prunescope.runs.folder import write_run
 from prunescope.runs.parts import resume_state, save_state
 from prunescope.runs.provenance import run_record, versions
 from prunescope.runs.workers import Compute, sharing
+from prunescope.sweep.advice import AGREEMENT
 from prunescope.sweep.bench import Bench, SweepPlan
 from prunescope.sweep.comparison import ladder_of, write_texts
 from prunescope.sweep.points import Point, read_points
 from prunescope.sweep.tables import Measured, assemble, kl_of, split
 from prunescope.tasks.evaluate import expand_tasks
+from prunescope.tasks.harness import own_files
 
 __all__ = ["SweepOptions", "run"]
 
@@ -93,13 +96,30 @@ class SweepOptions(Options):
         return cache_folder() if self.cache else None
 
 
-def run(options: SweepOptions) -> SweepResult:
+def run(
+    options: SweepOptions,
+    points: Sequence[Point] | None = None,
+    healed: Mapping[str, str] | None = None,
+    show: bool = True,
+) -> SweepResult:
+    """
+    Args:
+        points: instead of those that ``options`` name, the dense one first.
+        healed: folder of each healed point, by its name.
+    """
     started = time.monotonic()
     options.check()
-    points = read_points(
+    points = points or read_points(
         options.target, options.n, options.method, options.sparsity, options.pattern, options.quant, options.join
     )
     prompts = read_prompts(options.prompts)
+    tasks = expand_tasks(listed(options.tasks))
+    files = own_files(tasks, None if options.data is None else Path(options.data).expanduser())
+    own = {sha: [task] for task, sha in files.items()}
+    if AGREEMENT in tasks:
+        prompts = prompts[: options.limit]  # they are its items
+        if options.prompts is not None:
+            own[sha256_of(Path(options.prompts))] = [AGREEMENT]
     dense = options.loading.load(options.model)
     _check_model(dense, points)
     encoded = encode(dense, prompts, options.max_new_tokens, chat=options.chat)
@@ -110,21 +130,23 @@ def run(options: SweepOptions) -> SweepResult:
         raise UserError(
             "--calibration traces: a sweep's pruned weights take a text whose tokens all count; give self or a file, or sparsify alone"
         )
-    key = _key(options, dense, encoded, calibration)
+    key = _key(options, dense, encoded, calibration, files)
     done = options.output.complete(key, "another model, other tasks or options")
     earlier = None if done is None else SweepResult.of_run(done)
     if earlier is not None and {point.name for point in points} <= set(earlier.table()["point"].to_pylist()):
-        options.output.say_complete()
+        if show:
+            options.output.say_complete()
         return earlier
     with options.output.staged(keep_parts=True) as staging:
         kept = _Kept(staging, key, [] if earlier is None else split(earlier.all_tables))
-        plan = _plan(options, dense, points, encoded, calibration)
+        plan = _plan(options, dense, points, encoded, calibration, dict(healed or {}))
         bench = Bench(dense, plan)
         kept.weigh(points, bench)
         info = {
             **run_record("sweep", options.config(), dense.device, {"dense": dense.describe(), "target": None}, started),
             "key": key,
             "prompts": [{"id": prompt.id, "kind": prompt.kind} for prompt in prompts],
+            "own_files": own,
             "steps": sum(len(text.continuation) for text in plan.texts),
             "calibration": calibration.describe(),
             "stored_as": str(bench.storage.dtype).removeprefix("torch."),
@@ -154,13 +176,18 @@ def run(options: SweepOptions) -> SweepResult:
                 so_far = result(complete=False)
                 write_run(staging, so_far.info, so_far.tables())
 
-        todo = [point for point in points if point.name not in kept]
-        _measure(options, bench, plan, todo, add, len(points))
+        twins = _twins(points, plan)
+        todo = [point for point in points if point.name not in kept and point.name not in twins]
+        _measure(options, bench, plan, todo, add, len(points) - len(twins))
+        for point in points:
+            if point.name in twins and point.name not in kept:
+                add(point, kept.as_of(twins[point.name], point))
         found = result(complete=True)
         if staging is not None:
             found.write(staging)
-    show_sweep(found.info, found.table(), found.summary)
-    options.output.say_written()
+    if show:
+        show_sweep(found.info, found.table(), found.summary)
+        options.output.say_written()
     return found
 
 
@@ -198,6 +225,7 @@ def _plan(
     points: Sequence[Point],
     prompts: Sequence[list[int]],
     calibration: Calibration,
+    healed: dict[str, str],
 ) -> SweepPlan:
     """What the points need, found once: the order in which sublayers go, the texts to compare on."""
     targets: list[Any] = list(dict.fromkeys(point.drops_of for point in points if point.dropped))
@@ -215,9 +243,22 @@ def _plan(
         texts=write_texts(dense, prompts, options.max_new_tokens, batch_size=8),
         comparing={"temperature": options.metric_temperature, "seed": options.seed},
         specs=specs,
+        healed=healed,
         calibration=calibration.tokens if any(point.method for point in points) else None,
         sparse_bytes=options.sparse_bytes,
     )
+
+
+def _twins(points: Sequence[Point], plan: SweepPlan) -> dict[str, str]:
+    """Points that drop the very sublayers that an earlier one drops, and its name: `all` often drops what `attn` does. They are measured once."""
+    seen: dict[tuple[str, str | None], str] = {}
+    found = {}
+    for point in points:
+        if point.dropped and not point.healed:
+            first = seen.setdefault((str(plan.specs[point.name]), point.quant), point.name)
+            if first != point.name:
+                found[point.name] = first
+    return found
 
 
 def _measure(
@@ -301,6 +342,11 @@ class _Kept:
         self._found[point.name] = found
         self._write(found)
 
+    def as_of(self, twin: str, point: Point) -> Measured:
+        """What was measured at ``twin``, under the name of a point that is the same model."""
+        found = self._found[twin]
+        return Measured(found.info | point.columns(), found.items)
+
     def weigh(self, points: Sequence[Point], bench: Bench) -> None:
         """Give points of an earlier run their bytes, which depend on nothing that was measured."""
         for point in points:
@@ -334,7 +380,13 @@ class _Kept:
                 pq.write_table(found.packed(), beside)
 
 
-def _key(options: SweepOptions, dense: LoadedModel, prompts: Sequence[list[int]], calibration: Calibration) -> str:
+def _key(
+    options: SweepOptions,
+    dense: LoadedModel,
+    prompts: Sequence[list[int]],
+    calibration: Calibration,
+    files: Mapping[str, str],
+) -> str:
     """Names everything that decides what a point gives. Which points are asked for is not part of it."""
     names = ("tasks", "limit", "shots", "batch_size", "seed", "data", "allow_code_execution")
     content = {
@@ -344,6 +396,7 @@ def _key(options: SweepOptions, dense: LoadedModel, prompts: Sequence[list[int]]
         "calibration": {k: v for k, v in calibration.describe().items() if k != "source"},
         "prompts": prompts,
         "versions": versions(),
+        **({"files": files} if files else {}),
         **{name: getattr(options, name) for name in (*names, "max_new_tokens", "metric_temperature")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

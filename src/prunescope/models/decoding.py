@@ -28,7 +28,7 @@ from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
-__all__ = ["LOOK", "Decoded", "decode", "foreign_cache", "forward_options"]
+__all__ = ["LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
 
 LOOK = 16  # steps between two looks of the host at whether all texts have ended
 _ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels want their masks
@@ -40,6 +40,16 @@ class Decoded:
 
     tokens: Tensor  # (batch, steps)
     states: Tensor | None  # (steps, batch, d), what the head read
+
+
+@dataclass
+class Kept:
+    """What a batch leaves for the next one of the same shape, of a caller who decodes several with one model, one choice and the same ends."""
+
+    shape: tuple[int, ...] = ()
+    loop: Any = None
+    captured: Any = None
+    draws: Tensor | None = None  # what the choice reads, which must stay where it is
 
 
 class _FixedLayer(CacheLayerMixin):
@@ -62,8 +72,16 @@ class _FixedLayer(CacheLayerMixin):
             ("values", value_states),
         ):  # zeros: what is masked must still be finite
             batch, heads, _, width = given.shape
-            setattr(self, name, given.new_zeros(batch, heads, self.length, width))
+            held = getattr(self, name)
+            if held is None:
+                setattr(self, name, given.new_zeros(batch, heads, self.length, width))
+            else:
+                held.zero_()
         self.is_initialized = True
+
+    def forget(self) -> None:
+        """The next call stores a prompt again, in the same buffers."""
+        self.is_initialized = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -160,42 +178,48 @@ def stepping(model: Any) -> Iterator[None]:
 
 
 class _Loop:
-    """The buffers of one batch and one step over them."""
+    """The buffers of batches of one shape and one step over them; `restart` keeps every buffer where it is, so that a captured step stays right."""
 
     def __init__(
         self,
         loaded: LoadedModel,
-        ids: Tensor,
-        mask: Tensor,
+        batch: int,
+        length: int,
         steps: int,
         choose: Callable[[Tensor, Tensor], Tensor],
         ends: Sequence[int],
         pad: int,
         keep_states: bool,
     ) -> None:
-        device, (batch, width) = ids.device, ids.shape
+        device = loaded.device
         self.loaded, self.choose, self.pad = loaded, choose, pad
         self.options = forward_options(loaded.model)
-        length = -(-(width + steps) // _ALIGNMENT) * _ALIGNMENT
-        self.position = torch.tensor([width - 1], device=device)  # of the token read last, in the cache
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the token read last, in the cache
         self.number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
         self.cache = Cache(layers=[_FixedLayer(self.position, length) for _ in loaded.anatomy.blocks])
-        self.seen = mask.new_zeros(batch, length)
-        self.seen[:, :width] = mask
-        self.places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)  # (batch, tokens)
-        self.read = ids
-        self.tokens = torch.full((batch, steps), pad, dtype=torch.long, device=device)
+        self.seen = torch.zeros(batch, length, dtype=torch.long, device=device)
+        self.places, self.read, self.tokens = (
+            torch.zeros(batch, columns, dtype=torch.long, device=device) for columns in (1, 1, steps)
+        )
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.ends = torch.tensor(list(ends), dtype=torch.long, device=device) if ends else None
         self.states: Tensor | None = None
         self.keep, self.steps = keep_states, steps
         self.found: list[Tensor] = []
 
-    def prompt(self) -> None:
-        """Read the prompts; step 0."""
-        self._forward(self.seen[:, : self.read.shape[1]])
-        self.places = self.places[:, -1:].clone()
-        self.read = self.tokens[:, :1].clone()
+    def restart(self, ids: Tensor, mask: Tensor) -> None:
+        """Read the prompts ``(batch, tokens)``; step 0."""
+        for layer in self.cache.layers:
+            layer.forget()
+        width = ids.shape[1]
+        self.position.fill_(width - 1)
+        self.number.zero_()
+        self.seen.zero_()[:, :width] = mask
+        self.tokens.fill_(self.pad)
+        self.finished.zero_()
+        places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        self.read.copy_(self._forward(ids, self.seen[:, :width], places)[:, None])
+        self.places.copy_(places[:, -1:])
 
     def step(self) -> None:
         """One token: everything happens in place, so that it can be captured."""
@@ -203,14 +227,14 @@ class _Loop:
         self.places.add_(1)
         self.number.add_(1)
         self.seen.index_fill_(1, self.position, 1)
-        self.read.copy_(self._forward(self.seen)[:, None])
+        self.read.copy_(self._forward(self.read, self.seen, self.places)[:, None])
 
-    def _forward(self, mask: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         self.found.clear()
         out = self.loaded.model(
-            input_ids=self.read,
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=self.places,
+            position_ids=places,
             past_key_values=self.cache,
             use_cache=True,
             **self.options,
@@ -241,6 +265,7 @@ def decode(
     keep_states: bool = False,
     graph: bool | None = None,
     mark: Callable[[int], None] = lambda step: None,
+    kept: Kept | None = None,
 ) -> Decoded:
     """Continue a left-padded batch.
 
@@ -253,27 +278,36 @@ def decode(
         graph: capture the step in a CUDA graph; by default on a CUDA device.
         mark: called by the host before it starts a step, with the step's number, and once after the last; steps before the first marked
             one read the prompts and prepare.
+        kept: where a batch leaves its buffers and its captured step for the next one.
     Raises:
         Exception: whatever the model, or the capture, refuses.
     """
     graph = ids.device.type == "cuda" if graph is None else graph
-    loop = _Loop(loaded, ids, mask, steps, choose, ends, pad, keep_states)
+    batch, length = len(ids), -(-(ids.shape[1] + steps) // _ALIGNMENT) * _ALIGNMENT
+    kept, alone = Kept() if kept is None else kept, kept is None
+    if kept.shape != (batch, length, steps):
+        kept.loop = kept.captured = None  # before others are made: both hold memory
+        kept.shape = batch, length, steps
+        kept.loop = _Loop(loaded, batch, length, steps, choose, ends, pad, keep_states)
+    loop, captured = kept.loop, kept.captured
     done, next_step = 1, loop.step
     with ExitStack() as stack:
         if keep_states:
             stack.enter_context(final_states(loaded, loop.found.append))
-        loop.prompt()
+        loop.restart(ids, mask)
         stack.enter_context(stepping(loaded.model))
         if graph and steps > 2:
-            loop_stream = torch.cuda.Stream(ids.device)
-            loop_stream.wait_stream(torch.cuda.current_stream(ids.device))
-            with torch.cuda.stream(loop_stream):  # step 1 is done as it is, for the libraries to set themselves up
-                loop.step()
-            torch.cuda.current_stream(ids.device).wait_stream(loop_stream)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                loop.step()
-            done, next_step = 2, captured.replay
+            if captured is None:
+                loop_stream = torch.cuda.Stream(ids.device)
+                loop_stream.wait_stream(torch.cuda.current_stream(ids.device))
+                with torch.cuda.stream(loop_stream):  # step 1 is done as it is, for the libraries to set themselves up
+                    loop.step()
+                torch.cuda.current_stream(ids.device).wait_stream(loop_stream)
+                captured = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(captured):
+                    loop.step()
+                done = 2
+            next_step = captured.replay
         for number in range(done, steps):
             if ends and (number % LOOK == 0 or not graph) and bool(loop.finished.all()):
                 break
@@ -282,4 +316,8 @@ def decode(
             done = number + 1
         mark(done)
         loop.found.clear()
-    return Decoded(loop.tokens[:, :done], None if loop.states is None else loop.states[:done])
+    kept.captured = captured
+    tokens, states = loop.tokens[:, :done], None if loop.states is None else loop.states[:done]
+    if alone:
+        return Decoded(tokens, states)
+    return Decoded(tokens.clone(), None if states is None else states.clone())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prunescope.errors import UserError, first_line
 from prunescope.models.capturing import trial_rows
-from prunescope.models.decoding import decode, foreign_cache
+from prunescope.models.decoding import Kept, decode, foreign_cache
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import is_sharded
 from prunescope.models.residual import final_states
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 _TRIAL_STEPS = 4
+_SLOW_ROWS, _QUICK_ROWS = (
+    range(9, 16),
+    16,
+)  # a float32 product of 9 to 15 rows takes MKL longer than one of 16, of 15 twice as long
 _CPU_ROWS, _CPU_CACHE = (
     32,
     2**29,
@@ -133,10 +138,11 @@ def continue_texts(
     if see is None:
         batch_size = _at_a_time(loaded, batch_size, max(map(len, prompts), default=0) + max_new_tokens)
     results: list[list[int]] = []
+    kept = Kept()
     for chosen in batches(range(len(prompts)), batch_size):
         ids, mask = _left_padded([prompts[i] for i in chosen], pad, loaded.device)
         draws = uniform_draws(sampling, [first + i for i in chosen], max_new_tokens)
-        write = _write_static if static_problem(loaded) is None else _write_plain
+        write = partial(_write_static, kept=kept) if static_problem(loaded) is None else _write_plain
         rows, states = write(loaded, ids, mask, max_new_tokens, sampling, draws, ends, pad, see is not None)
         for row in rows.tolist():
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -189,25 +195,35 @@ def _write_plain(
     loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool
 ) -> _Batch:  # fmt: skip
     """A batch through the model's own `generate()`, which calls the model once a step."""
+    count = len(ids)
+    if loaded.device.type == "cpu" and loaded.dtype == torch.float32 and count in _SLOW_ROWS:
+        rows = torch.arange(_QUICK_ROWS).clamp(
+            max=count - 1
+        )  # the last text more often; what it writes then is left out
+        ids, mask, draws = ids[rows], mask[rows], draws[rows]
     processors = LogitsProcessorList([_SharedDraws(sampling, draws)] if sampling.temperature else [])
     config = GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
     states: list[Tensor] = []
-    watched = final_states(loaded, lambda found: states.append(found[:, -1].clone())) if keep else nullcontext()
+    watched = final_states(loaded, lambda found: states.append(found[:count, -1].clone())) if keep else nullcontext()
     with torch.no_grad(), _only(loaded.model, config), watched:
         out = loaded.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
-    return out[:, ids.shape[1] :], torch.stack(states) if keep else None
+    return out[:count, ids.shape[1] :], torch.stack(states) if keep else None
 
 
 def _write_static(
-    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool
+    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool,
+    kept: Kept | None = None,
 ) -> _Batch:  # fmt: skip
-    """The same through `decode`."""
-    draws = draws.to(ids.device)
+    """The same through `decode`. ``kept`` is for the batches of one call: what a captured step reads must stay where it is."""
+    kept = Kept() if kept is None else kept
+    if kept.draws is None or kept.draws.shape != draws.shape:
+        kept.draws = draws.to(ids.device, copy=True)
+    held = kept.draws.copy_(draws)
 
     def take(scores: Tensor, step: Tensor) -> Tensor:
-        return choose(scores, sampling, draws.index_select(1, step)[:, 0])
+        return choose(scores, sampling, held.index_select(1, step)[:, 0])
 
-    found = decode(loaded, ids, mask, steps, take, ends=ends, pad=pad, keep_states=keep)
+    found = decode(loaded, ids, mask, steps, take, ends=ends, pad=pad, keep_states=keep, kept=kept)
     return found.tokens, found.states
 
 

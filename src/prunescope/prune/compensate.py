@@ -124,6 +124,8 @@ def _fit(
             sums[part][1] += rest.T @ y
             energy[part] += rest.square().sum()
     (gram, cross), (check_gram, check_cross) = sums
+    if not gram.any():  # a host that adds nothing
+        return None
     best: tuple[float, float] | None = None
     for ridge in RIDGES:
         found = _solve(gram, cross, ridge)

@@ -48,7 +48,7 @@ class HealPlan:
     steps: int
     batch_size: int = 8
     micro_batch: int | None = None  # texts that a process has in memory at a time; changes no number but in rounding
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     warmup: float = 0.05
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.0

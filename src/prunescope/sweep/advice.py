@@ -22,7 +22,20 @@ from prunescope.stats import Z95
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.tables import Tables
 
-__all__ = ["USES", "Advised", "advised", "best", "fastest", "held_out", "tasks_of"]
+__all__ = [
+    "AGREEMENT",
+    "HEALING",
+    "USES",
+    "Advised",
+    "advised",
+    "best",
+    "by_kind",
+    "fastest",
+    "held_out",
+    "tasks_of",
+    "to_heal",
+    "to_join",
+]
 
 USES = {  # use -> what a task's name, or its kind, must hold
     "writing": ("kind", ("generative",)),
@@ -32,6 +45,16 @@ USES = {  # use -> what a task's name, or its kind, must hold
     "maths": ("name", ("gsm8k", "math", "arithmetic")),
     "retrieval": ("kind", ("retrieval",)),
 }
+AGREEMENT = "agreement"  # a task of sweeps: how far a point writes as the dense model does
+HEALING = {
+    "samples": 96,
+    "new_tokens": 48,
+    "held_out": 16,
+    "steps": 20,
+    "batch_size": 6,
+}  # of points that `advise` heals
+_DROPS = {"attn": "attention", "mlp": "MLP", "block": "block", "all": "attention and MLP"}
+_CHANGES = {"sparsify": "weights", "quant": "bits", "joined": "joined", "healed": "healed"}
 _DRAWS = 1000
 _UNSEEN = 0.5  # an item lost and one won that were not seen, each this often: where no item changed, an interval of width 0 would be a claim
 
@@ -58,14 +81,18 @@ class Advised:
     verdict: str
 
 
-def tasks_of(use: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def tasks_of(use: str, rows: Sequence[Mapping[str, Any]], of_file: Sequence[str] = ()) -> list[str]:
     """The tasks of a use: of its kind, or with its words in their names, or the one of that very name; those at floor are left out.
 
+    Args:
+        of_file: the tasks that were made of the rows of ``use``, where that is a file.
     Raises:
         UserError: no task of that use was measured, or all are at floor in the dense model.
     """
     dense = {row["task"]: row for row in rows if row["point"] == "dense"}
-    if use in dense:
+    if of_file:
+        found = list(of_file)
+    elif use in dense:
         found = [use]
     elif use in USES:
         by, words = USES[use]
@@ -119,6 +146,46 @@ def best(found: Sequence[Advised], budget: str) -> Advised | None:
                 return min(able, key=lambda one: (one.bytes or math.inf, -one.fitted))
             return max(able, key=lambda one: (one.low, one.fitted, one.saved or 0))
     return None
+
+
+def by_kind(found: Sequence[Advised]) -> dict[str, Advised | None]:
+    """Kind (attention, MLP, block, both, weights, bits, joined, healed) -> the point of the fewest bytes that keeps the use, safe or else likely."""
+    kinds: dict[str, list[Advised]] = {}
+    for one in found:
+        kinds.setdefault(_CHANGES.get(one.change) or _DROPS.get(one.series, one.series), []).append(one)
+    return {kind: best(points, "bytes") for kind, points in kinds.items()}
+
+
+def to_join(found: Sequence[Advised]) -> tuple[list[str], str | None]:
+    """Points worth rounding as well: of every series of dropped or pruned ones that of the fewest bytes that does not break the use; and the
+    quantised point of the fewest bytes that does not either, None where all do."""
+    whole = [one for one in found if one.verdict != "breaks" and one.bytes is not None]
+    formats = [one for one in whole if one.change == "quant"]
+    series: dict[str, list[Advised]] = {}
+    for one in whole:
+        if one.change in ("drop", "sparsify"):
+            series.setdefault(one.series, []).append(one)
+    return [_smallest(points).point for points in series.values()], _smallest(formats).point if formats else None
+
+
+def to_heal(found: Sequence[Advised], dropped: Mapping[str, str]) -> list[str]:
+    """Of every series of dropped sublayers the first point that may lose the use: there healing can change the verdict. The same sublayers once.
+
+    Args:
+        dropped: point -> its sublayers.
+    """
+    lost: dict[str, str] = {}
+    for one in found:
+        if one.change == "drop" and one.verdict in ("unclear", "breaks"):
+            lost.setdefault(one.series, one.point)
+    once: dict[str, str] = {}
+    for point in lost.values():
+        once.setdefault(dropped[point], point)
+    return list(once.values())
+
+
+def _smallest(points: Sequence[Advised]) -> Advised:
+    return min(points, key=lambda one: (one.bytes or math.inf, -one.fitted))
 
 
 def fastest(found: Sequence[Advised], rates: Mapping[str, Mapping[str, Any]]) -> Advised | None:

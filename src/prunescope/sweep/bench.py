@@ -13,12 +13,15 @@ import pyarrow as pa
 from torch import Tensor
 
 from prunescope.compare.context import Transcript
+from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.loading import load_model
 from prunescope.models.packed import named_tensors, nonzero
 from prunescope.models.quantised import Quantised, QuantSpec
 from prunescope.progress import progress
 from prunescope.prune.inplace import DenseWeights, pruned_in_place
+from prunescope.sweep.advice import AGREEMENT
 from prunescope.sweep.comparison import DenseReference
 from prunescope.sweep.correlations import COUNTED
 from prunescope.sweep.points import Point
@@ -26,7 +29,7 @@ from prunescope.sweep.storage import Storage
 from prunescope.sweep.tables import Measured
 from prunescope.tasks import quick
 from prunescope.tasks.evaluate import evaluate_model, expand_tasks
-from prunescope.tasks.scores import at_floor
+from prunescope.tasks.scores import ITEMS_SCHEMA, at_floor, score
 
 __all__ = ["Bench", "SweepPlan"]
 
@@ -41,6 +44,7 @@ class SweepPlan:
     comparing: dict[str, Any]  # options of `DenseReference`
     specs: dict[str, DropSpec]  # of the points that drop sublayers, by their names
     calibration: Tensor | None = field(default=None, repr=False)  # where weights are pruned
+    healed: dict[str, str] = field(default_factory=dict)  # folder of each healed point, by its name
     sparse_bytes: bool = False  # whether zeros are left out of the bytes of a point
 
 
@@ -62,14 +66,21 @@ class Bench:
         with self.pruned(point):
             left = self._nonzero()  # before anything is rounded: a weight that becomes zero in a format is not removed
             with self._rounded(point):
-                scores, items = _evaluated(self.loaded, self.plan, stage or point.title)
-                metrics = self.reference.measure(self.loaded)
+                model = self._healed(point) if point.healed else self.loaded
+                scores, items = _evaluated(model, self.plan, stage or point.title)
+                compared = self.reference.compare(model, None if model is self.loaded else self.loaded)
+        if AGREEMENT in self.plan.tasks:
+            alike = self.reference.agreement(compared)
+            scores[AGREEMENT] = score(alike["score"].to_pylist(), "top1_agree", "generative", 0.0, 0) | {
+                "at_floor": None
+            }
+            items = pa.concat_tables([items, alike])
         info: dict[str, Any] = point.columns() | {
             "dropped": str(self.plan.specs.get(point.name, DropSpec())),
             COUNTED: 1 - left / self._weights,
             "bytes": self.bytes_of(point),
             "scores": scores,
-            "metrics": metrics,
+            "metrics": self.reference.summary(compared),
             "seconds": round(time.monotonic() - started, 3),
         }
         return Measured(info, items)
@@ -97,6 +108,16 @@ class Bench:
         else:
             with self.loaded.dropping(self.plan.specs.get(point.name, DropSpec())):
                 yield
+
+    def _healed(self, point: Point) -> LoadedModel:
+        """What healing wrote, in the dtype and on the device of the dense model."""
+        dtype = str(self.loaded.dtype).removeprefix("torch.")
+        found = load_model(self.plan.healed[point.name], dtype=dtype, device=str(self.loaded.device))
+        if found.dropped != self.plan.specs[point.name]:
+            raise UserError(
+                f"{found.ref}: {found.dropped} is dropped there, not {self.plan.specs[point.name]}; heal it again"
+            )
+        return found
 
     def _quantise(self, point: Point) -> None:
         """Have the dense weights in the point's format ready, unless it is pruned weights that are quantised."""
@@ -127,19 +148,22 @@ class Bench:
 
 def _evaluated(loaded: LoadedModel, plan: SweepPlan, stage: str) -> tuple[dict[str, Any], pa.Table]:
     """Scores by task, each with why it says nothing of pruning if this is the dense model (None if it does); and the items."""
-    items = _quick_items(plan)
+    tasks = [task for task in plan.tasks if task != AGREEMENT]
+    if not tasks:
+        return {}, pa.Table.from_pylist([], schema=ITEMS_SCHEMA)
+    items = _quick_items(tasks, plan.evaluation["limit"])
     bar = progress(stage, items) if items and sys.stderr.isatty() else nullcontext(None if not items else _silent)
     with bar as advance:
-        found = evaluate_model(loaded, plan.tasks, **plan.evaluation, advance=advance)
+        found = evaluate_model(loaded, tasks, **plan.evaluation, advance=advance)
     return {task: {**score, "at_floor": at_floor(score)} for task, score in found.scores.items()}, found.items
 
 
-def _quick_items(plan: SweepPlan) -> int:
+def _quick_items(tasks: list[str], limit: int | None) -> int:
     """Items of a point, where they are known beforehand; 0 where a task is the harness's, which then shows its own progress."""
-    names = expand_tasks(plan.tasks)
+    names = expand_tasks(tasks)
     if any(name not in quick.QUICK for name in names):
         return 0
-    return len({quick.pair_of(name) for name in names}) * (plan.evaluation["limit"] or quick.DEFAULT_ITEMS)
+    return len({quick.pair_of(name) for name in names}) * (limit or quick.DEFAULT_ITEMS)
 
 
 def _silent(done: int) -> None: ...

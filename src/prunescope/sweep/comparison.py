@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.variants import Variant
 from prunescope.runs.summary import summarise
 from prunescope.stats import Z95
+from prunescope.sweep.advice import AGREEMENT
+from prunescope.tasks.scores import ITEMS_SCHEMA
 
 __all__ = ["DenseReference", "ladder_of", "write_texts"]
 
@@ -38,6 +41,10 @@ def write_texts(
     """What the dense model writes after each prompt, greedily, to its end or to ``max_new_tokens``."""
     texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size)
     return [Transcript(list(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _key(tokens: Sequence[int]) -> str:
+    return hashlib.sha256(repr(list(tokens)).encode()).hexdigest()[:16]
 
 
 class DenseReference:
@@ -71,7 +78,26 @@ class DenseReference:
         )
 
     def measure(self, loaded: LoadedModel, dense: LoadedModel | None = None) -> dict[str, dict[str, Any]]:
-        """Per space and column the summary over all steps, as in every run folder, of ``loaded`` as it stands now against the dense model.
+        """Per space and column the summary over all steps, as in every run folder; see `compare`."""
+        return self.summary(self.compare(loaded, dense))
+
+    def summary(self, table: pa.Table) -> dict[str, dict[str, Any]]:
+        """Of what `compare` gives."""
+        return summarise(table, SPACES, seed=self.seed)
+
+    def agreement(self, table: pa.Table) -> pa.Table:
+        """The task `AGREEMENT` of what `compare` gives, a row per text: the share of its tokens that are most likely to both models."""
+        owner, same = np.asarray(table["prompt"]), np.asarray(table["top1_agree"], float)
+        rows = [
+            {"task": AGREEMENT, "kind": "generative", "item": i, "key": _key(text.prompt), "metric": "top1_agree"}
+            | {"score": float(same[owner == i].mean()), "prediction": "", "gold": ""}
+            for i, text in enumerate(self.texts)
+            if (owner == i).any()
+        ]
+        return pa.Table.from_pylist(rows, schema=ITEMS_SCHEMA)
+
+    def compare(self, loaded: LoadedModel, dense: LoadedModel | None = None) -> pa.Table:
+        """A row per step of every text, with ``prompt`` and all columns: ``loaded`` as it stands now against the dense model.
 
         Args:
             dense: the dense model, where ``loaded`` is not that one changed in place and so may have another head.
@@ -93,10 +119,9 @@ class DenseReference:
             raise UserError(
                 f"{loaded.ref}: {error}; the activations overflow in {loaded.dtype}, try --dtype float32"
             ) from error
-        table = pa.table(
+        return pa.table(
             {"prompt": self._owner.numpy()} | {name: columns[name].numpy() for name in COLUMNS if name in columns}
         )
-        return summarise(table, SPACES, seed=self.seed)
 
     def rung(self, variant: Variant) -> tuple[float, float]:
         """Mean KL over the steps, and its standard error from the interval over prompts."""

@@ -15,7 +15,7 @@ from prunescope.prune.select import DropTarget
 
 __all__ = ["DENSE", "DROP_SERIES", "METHODS", "Change", "Point", "read_points", "read_range"]
 
-Change = Literal["dense", "drop", "sparsify", "quant", "joined"]  # what a point does to the model
+Change = Literal["dense", "drop", "sparsify", "quant", "joined", "healed"]  # what a point does to the model
 DROP_SERIES: tuple[str, ...] = get_args(DropTarget)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 _STEP = Decimal("0.1")
@@ -27,16 +27,19 @@ class Point:
     """A point of a sweep. ``n`` sublayers or blocks are dropped, or weights are pruned to ``sparsity`` or a ``pattern`` N:M; what is left
     is quantised where ``quant`` names a format."""
 
-    series: str  # dense, a target of drop, a method of sparsify (with N:M after it for patterns), or quant; joined ones have +FORMAT after it
+    series: str  # dense, a target of drop, a method of sparsify (with N:M after it for patterns), or quant; joined ones have +FORMAT after it, healed ones +healed
     n: int | None = None
     method: str | None = None
     sparsity: float | None = None
     pattern: str | None = None
     quant: str | None = None
+    healed: bool = False  # after the drop, see `prunescope.prune.heal`; measured from the folder that healing wrote
 
     @property
     def change(self) -> Change:
         """Which kind of point it is: the figures give each a colour."""
+        if self.healed:
+            return "healed"
         pruned = self.n or self.method
         if self.quant is not None:
             return "joined" if pruned else "quant"
@@ -45,6 +48,10 @@ class Point:
     def with_quant(self, quant: str) -> Point:
         """This point with what is left of its weights quantised as well."""
         return replace(self, series=f"{self.series}+{quant}", quant=quant)
+
+    def with_healing(self) -> Point:
+        """This point, healed. Its sublayers must be dropped, and nothing else be done."""
+        return replace(self, series=f"{self.series}+healed", healed=True)
 
     @property
     def drops_of(self) -> str | None:
@@ -65,7 +72,7 @@ class Point:
             found = f"{self.drops_of}-{self.n:03d}" if self.n else "dense"
         else:
             found = f"{self.method}-{(self.pattern or f'{self.sparsity:g}').replace(':', 'of')}"
-        return f"{found}+{self.quant}" if self.quant else found
+        return f"{found}+{self.quant}" if self.quant else f"{found}+healed" if self.healed else found
 
     @property
     def title(self) -> str:
@@ -75,7 +82,7 @@ class Point:
             found = f"{self.drops_of} {self.n}" if self.n else "dense"
         else:
             found = f"{self.method} {self.pattern or f'{self.sparsity:g}'}"
-        return f"{found} + {self.quant}" if self.quant else found
+        return f"{found} + {self.quant}" if self.quant else f"{found}, healed" if self.healed else found
 
     @property
     def dropped(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunescope.data.asked import sha256_of
 from prunescope.data.jsonl import holds_rows
 from prunescope.errors import UserError, first_line
 from prunescope.models.hub import one_try
@@ -32,7 +33,7 @@ from prunescope.tasks.local_data import dataset_of, read_dataset, read_rows
 from prunescope.tasks.sandbox import CodeEval
 from prunescope.tasks.scores import score
 
-__all__ = ["check_tasks", "evaluate_harness", "file_name", "write_harness"]
+__all__ = ["check_tasks", "evaluate_harness", "file_name", "own_files", "write_harness"]
 
 _GUESSED = ("acc_norm", "acc")  # what is quoted of a task that has both
 
@@ -49,6 +50,14 @@ def check_tasks(tasks: Sequence[str], data: Path | None, allow_code_execution: b
             hint = f"; near it are {', '.join(close)}" if close else ""
             raise UserError(f"--tasks {task}: neither a quick task nor one of lm-evaluation-harness{hint}")
         _check_code(task, entry.cfg or {}, allow_code_execution)
+
+
+def own_files(tasks: Sequence[str], data: Path | None) -> dict[str, str]:
+    """Of tasks that are files of the user's: name in the results -> sha256. Raises UserError where one is missing, or not as it should be."""
+    files_of = {task: _own_file(task, data) for task in tasks if holds_rows(Path(task))}
+    for file in files_of.values():
+        _own_rows(file)
+    return {_own_name(task): sha256_of(file) for task, file in files_of.items()}
 
 
 def evaluate_harness(
@@ -205,6 +214,10 @@ def _own_file(task: str, data: Path | None) -> Path:
     raise UserError(f"--tasks {task}: no such file{f', nor in {data}' if data else ''}")
 
 
+def _own_name(task: str) -> str:
+    return Path(task.removesuffix(".gz")).stem
+
+
 def _own_task(task: str, data: Path | None, with_dataset: Callable[..., Any]) -> Any:
     """A file of the user's: ``choices`` make it multiple choice, else the answer is written."""
     import yaml
@@ -213,7 +226,7 @@ def _own_task(task: str, data: Path | None, with_dataset: Callable[..., Any]) ->
     rows = _own_rows(file)
     kind = "choices" if "choices" in rows[0] else "answers"
     config = yaml.safe_load((files("prunescope.tasks") / "yaml" / f"{kind}.yaml").read_text("utf-8"))
-    return with_dataset(config | {"task": Path(task.removesuffix(".gz")).stem}, {"test": dataset_of(file, rows)})
+    return with_dataset(config | {"task": _own_name(task)}, {"test": dataset_of(file, rows)})
 
 
 def _own_rows(file: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from pyarrow import array as pa_array
 
 from prunescope.report import KIND_NAMES
@@ -173,19 +173,39 @@ def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], 
     estimate, name, theorem = ESTIMATES[column]
     columns = min(6, len(layers))
     lines = -(-len(layers) // columns)
-    figure = Figure(figsize=(max(1.35 * columns, 6.4), 1.15 * lines + 1.1), layout="constrained")
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    size = (max(1.35 * columns, 6.4), 1.15 * lines + 1.1)
+    figure = Figure(figsize=size)
+    grid = figure.subplots(lines, columns, squeeze=False)
     floor = info["noise_floor"]["floor"].get(column)
-    for axes, layer in zip(grid.flat, layers, strict=False):
+    panels = list(grid.flat)[: len(layers)]
+    for axes, layer in zip(panels, layers, strict=True):
         _draw_pair(axes, rows.filter(pc.equal(rows["layer"], layer)), column, estimate, floor, size=1.5)
         axes.set_title(f"layer {layer}", fontsize=7, pad=2)
-        axes.tick_params(labelsize=6)
+    # Axes that matplotlib keeps alike ask one another at every step, and a layout that it looks for draws them all: of 30 panels most of the time.
+    low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
+    first, last = zip(*(axes.get_xlim() for axes in panels), strict=True)
+    for i, axes in enumerate(panels):
+        axes.set(ylim=(min(low), max(high)), xlim=(min(first), max(last)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.tick_params(labelsize=6, labelleft=i % columns == 0, labelbottom=i + columns >= len(layers))
     for axes in list(grid.flat)[len(layers) :]:
-        axes.set_visible(False)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.suptitle(f"{name} by decoding step ({theorem})\n{_title(info, kind)}")
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        axes.remove()
+    _place(figure, size, lines, columns)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.suptitle(f"{name} by decoding step ({theorem})\n{_title(info, kind)}", y=1 - 0.06 / size[1], va="top")
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels))
     return figure
+
+
+def _place(figure: Figure, size: tuple[float, float], lines: int, columns: int) -> None:
+    """Put small panels between title and legend: margins and gaps in inches."""
+    width, height = size
+    left, right, bottom, top, beside, above = 0.45, 0.08, 0.47, 0.52, 0.1, 0.24
+    figure.subplots_adjust(
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
+        wspace=beside * columns / (width - left - right - beside * (columns - 1)),
+        hspace=above * lines / (height - bottom - top - above * (lines - 1)),
+    )  # fmt: skip
 
 
 def _draw_pair(axes: Axes, rows: pa.Table, truth: str, estimate: str, floor: float | None, size: float = 2.5) -> None:

@@ -25,6 +25,7 @@ CHANGES = {  # kind of point -> colour, name, marker
     "sparsify": ("#009E73", "weights pruned", "^"),
     "quant": ("#0072B2", "quantised", "s"),
     "joined": ("#CC79A7", "joined", "X"),
+    "healed": ("#8C6D00", "dropped and healed", "P"),
 }
 _MB = 1e6
 

@@ -19,6 +19,8 @@ def show_advice(rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any], cons
     summary = info["summary"]
     title = f"{info['models']['dense']['source']} for {summary['use']}: {', '.join(summary['tasks'])}"
     console.print(Text(title, style="bold"))
+    if summary.get("judged"):
+        console.print(Text(summary["judged"]))
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     timed = any(row.get("tokens_per_s") is not None for row in rows)
     for heading in (

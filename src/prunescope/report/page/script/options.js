@@ -13,6 +13,7 @@ const choices = () => {
   const options = () => {
     const tops = run().view.tops, sorted = tops.map((q, i) => [q.kl, i]).sort((a, b) => a[0] - b[0]);
     fill(pick.question, tops.map((q, i) => [i, `${q.id} (KL ${digits(q.kl)})`]), pick.question.value || sorted[Math.floor(sorted.length / 2)][1]);
+    $("[data-flips-list]", part).hidden = !run().view.flips.length;
     const body = $("[data-flips] tbody", part);
     body.replaceChildren(...run().view.flips.map((q) => {
       const row = make("tr");
