@@ -274,7 +274,12 @@ def run_experts(args: Namespace, device: torch.device, rates: Any) -> None:
         floor = 1000 * (rest + held * hit / experts[0].num_experts) / rates.bytes_per_s
         say(f"{batch} texts: {hit:.1f} experts of a block are chosen in a step; floor {floor:.2f} ms a step")
         check_large(loaded, prompts, min(args.steps, 16))
-        ways = {"as it is": plain, "all": capturing.all_experts, "grouped": grouped_mm_experts_forward}
+        ways = {
+            "as it is": plain,
+            "all": capturing.all_experts,
+            "by a kernel": capturing.grouped_experts,
+            "grouped_mm": grouped_mm_experts_forward,
+        }
         if batch == 1:
             ways["chosen"] = capturing.chosen_experts
         for name, way in ways.items():

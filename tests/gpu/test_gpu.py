@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from families import EXPERTS, FAMILIES, tiny_model
 from prunescope.compare.columns import compare, compare_final
@@ -24,6 +25,7 @@ from prunescope.compare.layerwise import batch_rows, layerwise_rows, lens_head, 
 from prunescope.compare.metrics import COLUMNS, ERROR_BOUND, compare_hidden, compare_logits
 from prunescope.models import generating
 from prunescope.models.anatomy import find_anatomy
+from prunescope.models.capturing import all_experts, chosen_experts, grouped_experts
 from prunescope.models.dropping import DropSpec
 from prunescope.models.fusing import norm_way, rotates_plainly
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
@@ -298,3 +300,31 @@ def test_one_graph_writes_batch_after_batch(sampling: Sampling, monkeypatch: pyt
     assert len(captured) == 1
     monkeypatch.setattr(generating, "static_problem", lambda loaded: "none of it")
     assert found == generating.continue_texts(loaded, prompts, 20, batch_size=4, sampling=sampling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("texts", [1, 8, 32, 200])
+def test_experts_at_real_size_against_float64(texts: int, dtype: torch.dtype) -> None:
+    """A block of 128 experts, 8 a token, by each of the three ways. Would catch a tile that reads past its expert, and sums in half precision."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8
+    )
+    config._experts_implementation = "eager"
+    with torch.device("cuda"):
+        module: Any = modeling_qwen3_moe.Qwen3MoeExperts(config)
+    for parameter in module.parameters():
+        parameter.data.copy_(normal(*parameter.shape, seed=1, scale=0.03))
+    module = module.to(dtype)
+    index = torch.stack(
+        [torch.randperm(128, generator=torch.Generator().manual_seed(i))[:8] for i in range(texts)]
+    ).cuda()
+    tokens, weights = normal(texts, 2048, seed=2, dtype=dtype), normal(texts, 8, seed=3, dtype=dtype).abs()
+    with torch.no_grad():
+        ways = (all_experts, grouped_experts, *([chosen_experts] if texts <= 32 else []))  # which gathers 30 GB for 200
+        found = [way(module, tokens, index, weights).double() for way in ways]
+        expected = copy.deepcopy(module).double()(tokens.double(), index, weights.double())
+    for one in found:
+        assert (
+            float((one - expected).norm() / expected.norm())
+            < (4 if dtype == torch.bfloat16 else 32) * torch.finfo(dtype).eps
+        )

@@ -3,6 +3,7 @@ that comes from the host can be told from those that were there. And the experts
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,14 @@ from torch.utils._pytree import tree_leaves
 from families import EXPERTS, FAMILIES, tiny_model
 from prunescope.models import decoding
 from prunescope.models.anatomy import find_anatomy
-from prunescope.models.capturing import all_experts, chosen_experts, on_the_device, stacked_experts, trial_rows
+from prunescope.models.capturing import (
+    all_experts,
+    chosen_experts,
+    grouped_experts,
+    on_the_device,
+    stacked_experts,
+    trial_rows,
+)
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 
@@ -136,6 +144,36 @@ def test_experts_against_the_loop_of_transformers(family: str) -> None:
         for found in (chosen_experts(module, tokens, index, weights), all_experts(module, tokens, index, weights)):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert bool(expected.isfinite().all())
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+    reason="needs Triton's interpreter, or a GPU",
+)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe", "granitemoe"])
+def test_the_kernel_of_the_experts_against_the_loop(family: str) -> None:
+    """Evenly spread, and more tokens than a tile holds, whose experts are others in the second tile. One expert is not a number and is not chosen.
+    Would catch the second tile left out where nothing of the first is an expert's, a result in the place of another choice, and inputs and outputs
+    exchanged."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model(family)
+    module = stacked_experts(model)[0].to(device)
+    others = torch.tensor([i for i in range(module.num_experts) if i != 1])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter[1] = torch.nan
+    spread = torch.stack([others[torch.randperm(len(others), generator=generator)[:2]] for _ in range(40)])
+    model.set_experts_implementation("eager")
+    tiles = torch.cat([torch.tensor([[0, 2]]).expand(64, 2), torch.tensor([[3, 2]]).expand(6, 2)])
+    for index in (spread, spread[:1], tiles):
+        tokens = torch.randn(len(index), 32, generator=generator).to(device)
+        weights, chosen = torch.rand(len(index), 2, generator=generator).to(device), index.contiguous().to(device)
+        with torch.no_grad():
+            expected = module.double()(tokens.double(), chosen, weights.double())
+            found = grouped_experts(module.float(), tokens, chosen, weights)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert bool(found.isfinite().all())
 
 
 def test_packed_experts_are_left_alone_and_forwards_come_back() -> None:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunescope.models.finding import other_forwards
 
-__all__ = ["all_experts", "chosen_experts", "on_the_device", "stacked_experts", "trial_rows"]
+__all__ = ["all_experts", "chosen_experts", "grouped_experts", "on_the_device", "stacked_experts", "trial_rows"]
 
 _MOVES = 3  # gathering an expert's weights reads, writes and reads them again
 _MARKS = (
@@ -94,6 +94,35 @@ def all_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> 
     found = _branch(module, tokens.expand(module.num_experts, *tokens.shape), lambda held: held)  # (E, n, d)
     numbers = torch.arange(len(tokens), device=tokens.device)[:, None]
     return _summed(found[index, numbers], weights, tokens.dtype)
+
+
+def grouped_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The same with a Triton kernel that reads each chosen expert once, and no other. Arguments as in `chosen_experts`; the experts of a
+    token must differ."""
+    between = _grouped(module, tokens, index, _first(module), slots=False)
+    between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
+    found = _grouped(module, between, index, "down_proj", slots=True)
+    if getattr(module, "has_post_expert_norm", False):
+        found = module.post_expert_norm(found)
+    return _summed(found.view(*index.shape, -1), weights, tokens.dtype)
+
+
+def _grouped(module: Any, x: Tensor, index: Tensor, name: str, slots: bool) -> Tensor:
+    """``(n k, outs)``, of each token and choice: row n of x, with ``slots`` row n k, through the expert that was chosen."""
+    from prunescope.models.step_kernels import grouped_kernel
+
+    weight, (count, k), index = getattr(module, name), index.shape, index.contiguous()
+    ins, outs = weight.shape[1:] if module.is_transposed else weight.shape[:0:-1]
+    of_expert, *of = weight.stride()
+    of_in, of_out = of if module.is_transposed else of[::-1]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    found = x.new_empty(count * k, outs)
+    tile = {"ROWS": min(64, max(16, 1 << (count - 1).bit_length())), "OUTS": 64, "INS": 256 // x.element_size()}
+    grouped_kernel[-(-outs // tile["OUTS"]), len(weight)](
+        x, weight, found, index, count, x.stride(0), of_expert, of_out, of_in, outs, ins,
+        K=k, K2=1 << (k - 1).bit_length(), SLOTS=slots, **tile, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return found + getattr(module, f"{name}_bias")[index.flatten()] if module.has_bias else found
 
 
 def _branch(module: Any, rows: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:

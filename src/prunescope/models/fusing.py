@@ -46,7 +46,7 @@ def fused(model: nn.Module) -> Iterator[None]:
         return
     norms = [(module, norm_way(module)) for module in model.modules()]
     forwards = {module: partial(fused_norm, module, way) for module, way in norms if way is not None}
-    homes = {type(module).__module__ for module in model.modules()}
+    homes = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
     places = [vars(sys.modules[name]) for name in sorted(homes) if callable(vars(sys.modules[name]).get(_ROTARY))]
     before = [(place, place[_ROTARY]) for place in places]
     try:

@@ -1,4 +1,5 @@
-"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code. The launch code is in `fusing`."""
+"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code, and products of experts with the rows that
+chose them. The launch code is in `fusing` and `capturing`."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["norm_kernel", "rotary_kernel"]
+__all__ = ["grouped_kernel", "norm_kernel", "rotary_kernel"]
 
 
 @triton.jit
@@ -57,3 +58,38 @@ def rotary_kernel(
     plain = (second * cos_2.to(tl.float32)).to(kind).to(tl.float32)
     turned = (first * sin_2.to(tl.float32)).to(kind).to(tl.float32)
     tl.store(goal + HALF, (plain + turned).to(kind), mask=own)
+
+
+@triton.jit
+def grouped_kernel(
+    x_ptr, weight_ptr, out_ptr, index_ptr, tokens, x_stride, of_expert, of_out, of_in, outs, ins,
+    K: tl.constexpr, K2: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of one expert a program, for the tokens that chose it: ``out[t K + k] = weight[index[t, k]] x``, x being row t, or with SLOTS
+    row t K + k.
+
+    Its weights are read once for every ``ROWS`` tokens, and not at all where none of them chose it.
+    """
+    expert = tl.program_id(1)
+    outer = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    within = outer < outs
+    weights = weight_ptr + expert.to(tl.int64) * of_expert + outer[None, :].to(tl.int64) * of_out
+    k = tl.arange(0, K2)
+    for first in range(0, tokens, ROWS):
+        token = first + tl.arange(0, ROWS)
+        known = (token < tokens)[:, None] & (k < K)[None, :]
+        chosen = tl.load(index_ptr + token[:, None] * K + k[None, :], mask=known, other=-1)
+        slot = tl.max(tl.where(chosen == expert, k[None, :], -1), 1)
+        there = slot >= 0
+        if tl.max(slot, 0) >= 0:
+            row = (token * K + slot if SLOTS else token).to(tl.int64)
+            x = x_ptr + tl.where(there, row, 0)[:, None] * x_stride
+            total = tl.zeros((ROWS, OUTS), tl.float32)
+            for begin in range(0, ins, INS):
+                inner = begin + tl.arange(0, INS)
+                own = inner < ins
+                left = tl.load(x + inner[None, :], mask=there[:, None] & own[None, :], other=0.0)
+                right = tl.load(weights + inner[:, None] * of_in, mask=own[:, None] & within[None, :], other=0.0)
+                total = tl.dot(left, right, total, input_precision="ieee")
+            goal = out_ptr + (token * K + slot)[:, None].to(tl.int64) * outs + outer[None, :]
+            tl.store(goal, total.to(out_ptr.dtype.element_ty), mask=there[:, None] & within[None, :])
