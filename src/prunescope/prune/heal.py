@@ -244,6 +244,7 @@ def heal(
         fused=student.device.type == "cuda",
     )  # fmt: skip
     done = share_state(team, trained, optimiser, _resume(trained, optimiser, folder, key))
+    awaited, team.awaited = team.awaited, False
     advance(len(done.rows))
     started = time.monotonic() - done.seconds
     if not done.rows and math.isnan(done.kl_before):
@@ -288,6 +289,7 @@ def heal(
     if best is not None:
         _put(trained, best)
     optimiser.state.clear()
+    team.awaited = awaited
     return share_state(team, trained, optimiser, done)
 
 
