@@ -93,7 +93,7 @@ def measure(way: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         record = prunescope.heal(
             str(pruned), teacher=options.model, out=str(out), samples=options.samples, new_tokens=options.new_tokens,
             held_out=options.held_out, steps=options.steps, batch_size=options.batch_size, check_every=options.steps,
-            device=options.device, overwrite=True,
+            learning_rate=options.learning_rate, device=options.device, overwrite=True,
         ).record  # fmt: skip
         row: dict[str, Any] = {"way": way, "chosen": chosen, "dropped": dropped, "tokens": record["tokens"]}
         row |= {"seconds_cpu": round(time.process_time() - started), "best_step": record["best_step"]}
@@ -141,7 +141,7 @@ def draw(rows: list[dict[str, Any]], model: str, file: Path) -> None:
             else:
                 labels.append(f"{how} {NAMES.get(what, what)}, {row['chosen']}")
         axes.set_yticks(range(len(rows)), labels)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
         axes.margins(x=0.15)
         axes.set(xscale="log", xlabel="KL(dense || pruned) on held-out texts, nats a token", title=model)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--ways", default="attn_4,attn_8,mlp_4,sparsegpt_2:4,sparsegpt_0.5")
     parser.add_argument("--refine", default="admm", help="of sparsify; empty for none")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of heal; its own default is for more steps")
     whole = {"samples": 64, "new_tokens": 48, "held_out": 16, "steps": 12, "batch_size": 6}
     whole |= {"judged": 24, "choose_samples": 6, "choose_tokens": 40, "sparse_samples": 48, "sparse_tokens": 128}
     for name, default in whole.items():

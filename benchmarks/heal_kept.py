@@ -4,7 +4,7 @@
 
 The score kept is the mean over the tasks of (score / dense score). Its 95 % interval is a bootstrap over the items, the dense model's drawn along. The file:
 {"model": NAME, "rows": [{"target": "attn", "n": 4, "how": "cosine", "items": {TASK: "0110..."}}, ...]}, an item a digit, in the same order in every row; how is
-dense (once), cosine, kl or healed.
+dense (once), cosine, kl, healed (what kl chose) or "cosine, healed".
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from prunescope.report.figures.style import ESTIMATE, TRUTH, style
 from prunescope.stats import RESAMPLES
 
 HALF, GOAL = 0.5, 0.9
-LOOK = {"cosine": ("#888888", "s"), "kl": (TRUTH, "o"), "healed": (ESTIMATE, "D")}
-LABEL = {"cosine": "chosen by cosine", "kl": "chosen by kl", "healed": "chosen by kl, healed"}
+LOOK = {"cosine": ("#888888", "s"), "kl": (TRUTH, "o"), "healed": (ESTIMATE, "D"), "cosine, healed": ("#CC79A7", "v")}
+LABEL = {
+    "cosine": "chosen by cosine",
+    "kl": "chosen by kl",
+    "healed": "by kl, healed",
+    "cosine, healed": "by cosine, healed",
+}
 NAMES = {"attn": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks"}
 
 
@@ -72,17 +77,20 @@ def draw(rows: list[dict[str, Any]], model: str, file: Path) -> None:
         for target, axes in zip(targets, panels, strict=True):
             for level in (HALF, GOAL):
                 axes.axhline(level, color="0.6", linewidth=0.8, linestyle=":", zorder=1)
-            for shift, (how, (colour, mark)) in zip((-0.08, 0.0, 0.08), LOOK.items(), strict=True):
+            for shift, (how, (colour, mark)) in zip((-0.08, 0.0, 0.08, 0.16), LOOK.items(), strict=True):
                 its = [row for row in rows if (row["target"], row["how"]) == (target, how)]
                 if not its:
                     continue
+                if "healed" not in how:  # without any dropped there is the dense model
+                    its.insert(0, {"n": -shift, "kept": 1.0, "interval": (1.0, 1.0)})
                 n, value = ([row[name] for row in its] for name in ("n", "kept"))
                 reach = [[row["kept"] - row["interval"][0] for row in its], [row["interval"][1] - row["kept"] for row in its]]  # fmt: skip
                 handles[how] = axes.errorbar(
                     [x + shift for x in n], value, np.maximum(reach, 0), color=colour, marker=mark, markersize=4, elinewidth=0.7, capsize=1.5,
                 )  # fmt: skip
-            axes.set(xlabel=f"{NAMES[target]} dropped", ylim=(0, None))
+            axes.set(xlabel=f"{NAMES[target]} dropped")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("writing score kept")
         panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         figure.suptitle(model)

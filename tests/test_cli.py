@@ -496,5 +496,13 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert prunescope.load(str(tmp_path / "demo" / f"drop-{kind}"), device="cpu").dropped == spec
     mean = prunescope.open(tmp_path / "demo" / "layerwise").info["summary_by_sublayer"]["attn"]["p"]["p_cos"]["mean"]
     assert f"{mean:.3f} in p" in found.sentences[1]
+    told = json.loads((tmp_path / "demo" / "demo.json").read_text("utf-8"))
+    written = {row["id"]: row for row in prunescope.open(tmp_path / "demo" / "generate-mlp").samples()}["mc-1"]
+    assert [row["without 2 mlp"] for row in told["texts"]] == [
+        prunescope.load(str(folder), device="cpu").tokenizer.decode(written["target_tokens"], skip_special_tokens=True)
+    ]
+    assert set(told["texts"][0]) == {"prompt", "dense", "without 2 attn", "without 2 mlp"}
+    stages = {row["stage"]: row["seconds"] for row in told["stages"]}
+    assert len(stages) == 7 and min(stages.values()) >= 0 < stages["every sublayer in turn"] < 600
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "--overwrite" in capfd.readouterr().err

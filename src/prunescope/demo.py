@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prunescope import commands
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
-from prunescope.results import DemoResult, DropResult, LayerwiseResult
-from prunescope.runs.folder import check_free, staged, write_config, write_json
+from prunescope.results import DemoResult, DropResult, GenerateResult, LayerwiseResult
+from prunescope.runs.folder import check_free, staged, write_config, write_json, write_run
 from prunescope.runs.result import RunResult
 
 if TYPE_CHECKING:
@@ -49,7 +52,8 @@ def run_demo(
     """Score all sublayers of ``model`` on text it samples itself, drop 8 attention and, apart, 8 MLP sublayers, compare, draw, sum up.
 
     Writes ``out/drop-attn``, ``out/drop-mlp`` (recipes), ``out/layerwise`` and ``out/layerwise-final-norm``, ``out/generate-...`` and ``out/mcq-...`` of both (runs with
-    figures), ``out/evaluate`` (quick tasks), ``out/report.html`` (all of them on one page), ``out/demo.json`` and ``out/summary.md``.
+    figures, but for ``layerwise-final-norm``), ``out/evaluate`` (quick tasks), ``out/report.html`` (all of them on one page), ``out/summary.md`` and
+    ``out/demo.json``, which holds the sentences, the texts and the seconds of every stage.
 
     Args:
         model: left out, the bundled one.
@@ -60,42 +64,62 @@ def run_demo(
     from prunescope.report.page.html import open_folder, write_report
 
     check_free(out, overwrite=overwrite)
-    dense = commands.load(model or BUNDLED)
+    clock = _Clock()
+    with clock.stage("load the model"):
+        dense = commands.load(model or BUNDLED)
     samples, seq_len = calibration
     chat = bool(dense.tokenizer.chat_template)
     drops: dict[str, DropResult] = {}
     with staged(out, overwrite=overwrite) as staging:
         written = []
 
-        def keep(name: str, result: RunResult) -> None:
+        def keep(name: str, result: RunResult, *, figures: bool = True) -> None:
             (staging / name).mkdir()
-            result.write(staging / name)
+            with clock.stage("figures and files"):
+                if figures:
+                    result.write(staging / name)
+                else:
+                    write_run(staging / name, result.info, result.tables(), result.samples())
             written.append(staging / name)
 
         for kind in _KINDS:
-            drops[kind] = commands.drop(dense, target=kind, n=_DROPPED, samples=samples, seq_len=seq_len)
+            with clock.stage("score on self-sampled text"):
+                drops[kind] = commands.drop(dense, target=kind, n=_DROPPED, samples=samples, seq_len=seq_len)
             drops[kind].save(staging / f"drop-{kind}")
-        run = commands.layerwise(dense, chat=chat, max_new_tokens=max_new_tokens)
+        with clock.stage("every sublayer in turn"):
+            run = commands.layerwise(dense, chat=chat, max_new_tokens=max_new_tokens)
         keep("layerwise", run)
         few = min(8, max_new_tokens)
-        keep("layerwise-final-norm", commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few))
+        with clock.stage("the same, final norm, 8 steps"):
+            normed = commands.layerwise(dense, chat=chat, lens="final-norm", max_new_tokens=few)
+        keep("layerwise-final-norm", normed, figures=False)
+        generated = {}
         for name, drop in drops.items():
             target = f"drop:{drop.spec}"
-            generated = commands.generate(dense, target, chat=chat, max_new_tokens=max_new_tokens, batch_size=_ITEMS)
-            keep(f"generate-{name}", generated)
+            with clock.stage("both models write"):
+                generated[name] = commands.generate(
+                    dense, target, chat=chat, max_new_tokens=max_new_tokens, batch_size=_ITEMS
+                )
+            keep(f"generate-{name}", generated[name])
             if questions:
-                keep(f"mcq-{name}", commands.mcq(dense, target))
+                with clock.stage("72 questions"):
+                    asked = commands.mcq(dense, target)
+                keep(f"mcq-{name}", asked)
         if questions:
             tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
             models: list[str | LoadedModel] = [dense, *(f"drop:{drop.spec}" for drop in drops.values())]
-            keep("evaluate", commands.evaluate(models, tasks=tasks, limit=_ITEMS, batch_size=_ITEMS))
+            with clock.stage("quick tasks"):
+                scored = commands.evaluate(models, tasks=tasks, limit=_ITEMS, batch_size=_ITEMS)
+            keep("evaluate", scored)
         on_page = [*written, *(staging / f"drop-{kind}" for kind in drops)]
         sentences = _sentences(run, drops)
-        texts = _texts(dense, run, drops, max_new_tokens)
+        texts = _texts(dense, generated)
         (staging / "summary.md").write_text(_page(sentences, texts), "utf-8")
         write_config(staging, {"out": str(out), "overwrite": overwrite})
-        write_json(staging / "demo.json", {"schema_version": 1, "sentences": sentences, "texts": texts})
-        write_report([open_folder(folder) for folder in on_page], staging / "report.html")
+        with clock.stage("page"):
+            write_report([open_folder(folder) for folder in on_page], staging / "report.html")
+        found = {"schema_version": 1, "sentences": sentences, "texts": texts, "stages": clock.rows()}
+        write_json(staging / "demo.json", found)
     folder = Path(out).expanduser()
     console.print()
     for sentence in sentences:
@@ -152,25 +176,39 @@ def _saved(drop: DropResult) -> float:
     return 100 * float(1 - counts["dropped"] / counts["dense"])
 
 
-def _texts(
-    dense: LoadedModel, run: LayerwiseResult, drops: dict[str, DropResult], max_new_tokens: int
-) -> list[dict[str, str]]:
-    """What the dense and both dropped models write after a few of the prompts, greedily."""
-    from prunescope.models.generating import continue_texts
+def _texts(dense: LoadedModel, generated: dict[str, GenerateResult]) -> list[dict[str, str]]:
+    """What the dense and both dropped models wrote after a few of the prompts, greedily."""
 
-    chosen = [row for row in run.samples() if row["id"] in _SHOWN_PROMPTS]
-    texts = [
-        {"prompt": row["text"], "dense": dense.tokenizer.decode(row["dense_tokens"], skip_special_tokens=True)}
-        for row in chosen
-    ]
-    for kind, drop in drops.items():
-        with dense.dropping(drop.spec):
-            found = continue_texts(
-                dense, [row["prompt_tokens"] for row in chosen], max_new_tokens, batch_size=len(chosen)
-            )
-        for row, tokens in zip(texts, found, strict=True):
-            row[f"without {_DROPPED} {kind}"] = dense.tokenizer.decode(tokens, skip_special_tokens=True)
-    return texts
+    def text(tokens: list[int]) -> str:
+        return str(dense.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    texts: dict[str, dict[str, str]] = {}
+    for kind, result in generated.items():
+        for row in result.samples():
+            if row["id"] in _SHOWN_PROMPTS:
+                shown = {"prompt": row["text"], "dense": text(row["dense_tokens"])}
+                texts.setdefault(row["id"], shown)[f"without {_DROPPED} {kind}"] = text(row["target_tokens"])
+    return list(texts.values())
+
+
+class _Clock:
+    """Seconds, and processor seconds of all threads, of each stage."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started, used = time.perf_counter(), time.process_time()
+        yield
+        seconds, cpu = self._found.get(name, (0.0, 0.0))
+        self._found[name] = (seconds + time.perf_counter() - started, cpu + time.process_time() - used)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"stage": name, "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
+            for name, (seconds, cpu) in self._found.items()
+        ]
 
 
 def _page(sentences: list[str], texts: list[dict[str, str]]) -> str:

@@ -135,6 +135,7 @@ def harness(loaded: LoadedModel, mmlu: Path, items: int) -> list[dict[str, Any]]
         warnings.simplefilter("ignore")
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
         files = {split: str(mmlu / split / f"{BIOLOGY}_{split}.csv") for split in ("test", "dev")}
         options = "\n".join(f"{letter}. {{{{choice{i}}}}}" for i, letter in enumerate("ABCD"))
@@ -145,7 +146,10 @@ def harness(loaded: LoadedModel, mmlu: Path, items: int) -> list[dict[str, Any]]
             "doc_to_text": f"{{{{question.strip()}}}}\n{options}\nAnswer:", "doc_to_choice": list("ABCD"), "doc_to_target": "answer",
         }  # fmt: skip
         model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
-        found = simple_evaluate(model=model, tasks=[task], limit=items, log_samples=True, bootstrap_iters=0)
+        found = simple_evaluate(
+            model=model, tasks=[task], limit=items, log_samples=True, bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),  # its own tasks are thousands of files
+        )  # fmt: skip
     samples: list[dict[str, Any]] = found["samples"]["local_biology"]
     return sorted(samples, key=lambda sample: int(sample["doc_id"]))
 

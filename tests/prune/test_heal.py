@@ -339,7 +339,8 @@ def interrupted(step: Any, last: int) -> Any:
 def test_an_interrupted_run_goes_on_with_the_same_numbers(
     rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between two checks: curve, weights and the best are those of a run that nobody disturbed, to the bit, own texts included."""
+    """Killed between two checks: curve, weights and the best are those of a run that nobody disturbed, to the bit, own texts
+    included; damaged files begin it again."""
     plan = dataclasses.replace(PLAN, steps=6, check_every=2, on_policy=0.5)
     texts, held_out = some_texts(10), some_texts(3, 9)
     found = []
@@ -383,14 +384,22 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(
             folder=tmp_path / "cut",
             key="x",
         )
+    for name in ("part-state.safetensors", "part-best.safetensors"):  # cut off by a disk or a copy: a traceback before
+        kept = tmp_path / "cut" / name
+        kept.write_bytes(kept.read_bytes()[:-8])
+        student, teacher = pair(tmp_path)
+        trained = make_trainable(student, rank=rank)
+        again = heal(student, teacher, trained, texts, held_out, plan, folder=tmp_path / "cut")
+        assert [{**row, "seconds": 0} for row in again.rows] == [{**row, "seconds": 0} for row in whole.rows]
 
 
-def test_the_best_is_kept_and_a_run_that_gets_worse_ends(tmp_path: Path) -> None:
-    """A learning rate that only harms: the weights left are the first ones, and patience ends the run."""
+def test_the_best_is_kept_and_a_run_that_gets_worse_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate that only harms: the weights left are the first ones, patience ends the run, and it is said what to change."""
     student, teacher = pair(tmp_path)
     before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
     plan = dataclasses.replace(PLAN, steps=9, learning_rate=100.0, warmup=0.0, patience=2)
     healed = heal(student, teacher, make_trainable(student), some_texts(10), some_texts(3, 9), plan)
     assert len(healed.rows) == 2 and healed.best_step == 0 and healed.kl_best == healed.kl_before
+    assert capsys.readouterr().err.count("of before, try a lower --learning-rate") == 2
     assert all(torch.equal(p, before[name]) for name, p in student.model.named_parameters())
     assert json.dumps(healed.rows)

@@ -52,7 +52,7 @@ def runs(
     text = {"calibration": str(shared_data / "c4_300.json"), "samples": 8}
     return {
         method: prunescope.sparsify(
-            str(dense_dir), method=method, pattern="2:4", seq_len=128, perplexity=str(shared_data / "wikitext2_test.txt"),
+            str(dense_dir), method=method, pattern="2:4", seq_len=256, perplexity=str(shared_data / "wikitext2_test.txt"),
             perplexity_windows=3, out=str(folder / method), device="cpu", **({"calibration": "none"} if method == "magnitude" else text),
         )
         for method in ("magnitude", "wanda", "sparsegpt")
@@ -101,7 +101,7 @@ def test_blocks_are_pruned_as_brute_force_prunes_them(
             module.weight.data.copy_(pruned[full])
 
 
-def calibration_of(folder: Path, shared_data: Path, length: int = 128) -> Tensor:
+def calibration_of(folder: Path, shared_data: Path, length: int = 256) -> Tensor:
     """The windows that the command takes with its defaults: the stream of texts, cut, a seeded choice of them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     stream: list[int] = []

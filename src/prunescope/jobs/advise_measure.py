@@ -148,7 +148,7 @@ def _healed(loaded: LoadedModel, name: str, dropped: str, seed: int, loading: Lo
     folder = f"{beside}-healed-{name}"
     heal_job.run(
         heal_job.HealOptions(
-            target=f"drop:{dropped}", teacher=loaded.ref, traces=None, temperature=1.0, micro_batch=None, learning_rate=None, warmup=0.05, decay="cosine",
+            target=f"drop:{dropped}", teacher=loaded.ref, traces=None, temperature=1.0, micro_batch=None, warmup=0.05, decay="cosine",
             weight_decay=0.0, clip=1.0, on_policy=0.0, reconstruct=0, lora=None, embeddings=False, compile=False, check_every=_CHECK_EVERY, patience=5,
             seed=seed, cache=True, loading=replace(loading, dtype="auto"), output=OutputOptions(folder, overwrite=False, resume=True), **HEALING,
         )
@@ -212,7 +212,8 @@ def _healing(read: float, write: float, points: int) -> float:
     length = HEALING["new_tokens"] + 64  # with the prompts that it writes too
     step = 4 * HEALING["batch_size"] * length / _READ * read
     checks = (1 + HEALING["steps"] // _CHECK_EVERY) * 2 * HEALING["held_out"] * length / _READ * read
-    return points * (HEALING["steps"] * step + checks) + HEALING["samples"] / _BATCH * length * write / 2
+    seconds: float = points * (HEALING["steps"] * step + checks) + HEALING["samples"] / _BATCH * length * write / 2
+    return seconds
 
 
 def _duration(seconds: float) -> str:

@@ -145,9 +145,14 @@ def _help(options: HealOptions, team: Team) -> HealResult:
     console.quiet = True
     wanted: bool = team.told(None)
     if wanted:
-        student, teacher = _load(options, team)
+        try:
+            student, teacher = _load(options, team)
+            trained = _trainable(options, student)
+        except UserError:
+            team.told(None)  # and no further, where the first has failed in the same way
+            raise
         traces: Traces = team.told(None)
-        _train(options, student, teacher, traces, None, team)
+        _train(options, student, teacher, trained, traces, None, team)
     result: HealResult = team.told(None)
     return result
 
@@ -195,10 +200,9 @@ def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tu
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
-    _, held_out = _apart(traces, options)
-    team.told(traces, last=True)
-    trained, healed, more = _train(options, student, teacher, traces, staging, team)
-    team.awaited, plan = True, options.plan(student)
+    trained, held_out = _trainable(options, student), _apart(traces, options)[1]
+    healed, more = _train(options, student, teacher, trained, team.told(traces), staging, team)
+    plan = options.plan(student)
     record = _record(options, student, teacher, traces, healed) | more
     record = save_changed(student, staging, record)
     record["kl"]["written"] = _checked(staging, student, teacher, trained, held_out, plan)
@@ -213,13 +217,22 @@ def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tu
     return record, curves
 
 
+def _trainable(options: HealOptions, student: LoadedModel) -> Trainable:
+    return make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
+
+
 def _train(
-    options: HealOptions, student: LoadedModel, teacher: LoadedModel, traces: Traces, staging: Path | None, team: Team
-) -> tuple[Trainable, Healed, dict[str, Any]]:
-    """What every process does; ``staging`` is the first one's. Gives what was trained, how it went, and what the record says of it besides."""
+    options: HealOptions,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    trained: Trainable,
+    traces: Traces,
+    staging: Path | None,
+    team: Team,
+) -> tuple[Healed, dict[str, Any]]:
+    """What every process does; ``staging`` is the first one's. Gives how it went, and what the record says of it besides."""
     texts, held_out = _apart(traces, options)
     plan = options.plan(student)
-    trained = make_trainable(student, rank=options.lora, embeddings=options.embeddings, seed=options.seed)
     count = sum(p.numel() for p in trained.parameters.values())
     key = _key(options, plan, student, teacher, traces)
     if student.device.type == "cuda":
@@ -231,7 +244,7 @@ def _train(
     trained.merge()
     student.model.requires_grad_(True)
     peak = torch.cuda.max_memory_allocated() if student.device.type == "cuda" else None
-    return trained, healed, {"key": key, "trained_parameters": count, "peak_gpu_bytes": peak, "processes": team.world}
+    return healed, {"key": key, "trained_parameters": count, "peak_gpu_bytes": peak, "processes": team.world}
 
 
 def _load(options: HealOptions, team: Team) -> tuple[LoadedModel, LoadedModel]:

@@ -6,7 +6,9 @@ everything to `disk`; its hooks are then taken off, and blocks are loaded and le
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -36,6 +38,7 @@ from prunescope.models.shards import DTYPES, INDEX, Stored, Tiles, read_header, 
 __all__ = ["StreamedModel", "is_weights", "pruned_weights", "stream_model"]
 
 _PIECE = 2**22  # elements that are checked at a time
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LARGE = 2**32  # bytes of a block's experts from which on they are read one at a time
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -92,6 +95,8 @@ class StreamedModel:
             if ahead is not None and layer + 1 < len(self.blocks):
                 ahead.begin(layer + 1, self._names(layer + 1))
             yield
+        if self.device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):  # of glibc, which keeps a block's pieces
+            _LIBC.malloc_trim(0)
 
     def _large(self, layer: int) -> dict[str, nn.Module]:
         """Modules of a block whose experts are read one at a time, by their names in it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -244,6 +244,7 @@ def heal(
         fused=student.device.type == "cuda",
     )  # fmt: skip
     done = share_state(team, trained, optimiser, _resume(trained, optimiser, folder, key))
+    awaited, team.awaited = team.awaited, False
     advance(len(done.rows))
     started = time.monotonic() - done.seconds
     if not done.rows and math.isnan(done.kl_before):
@@ -288,6 +289,7 @@ def heal(
     if best is not None:
         _put(trained, best)
     optimiser.state.clear()
+    team.awaited = awaited
     return share_state(team, trained, optimiser, done)
 
 
@@ -356,8 +358,9 @@ def _say(plan: HealPlan, done: Healed, step: int, loss: float | None, kl: float)
         return short
     left = done.seconds / step * (plan.reconstruct + plan.steps - step)
     rate = done.tokens / max(done.seconds, 1e-9)
+    worse = f"; above the {done.kl_before:.4f} of before, try a lower --learning-rate" if kl > done.kl_before else ""
     console.print(
-        f"heal: step {step} of {plan.reconstruct + plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left",
+        f"heal: step {step} of {plan.reconstruct + plan.steps}, {short}, {rate:,.0f} tokens/s, {left:.0f} s left{worse}",
         markup=False,
     )
     return short
@@ -401,10 +404,16 @@ def _save_state(
 
 
 def _resume(trained: Trainable, optimiser: torch.optim.Optimizer, folder: Path | None, key: str) -> Healed:
-    """The state that an interrupted run left, put into the parameters and the optimiser; else a fresh beginning."""
+    """The state that an interrupted run left, put into the parameters and the optimiser; else, or if a file is damaged, a fresh beginning."""
     if folder is None or not (folder / _STATE).is_file():
         return Healed()
-    tensors, notes = _read(folder / _STATE)
+    try:
+        tensors, notes = _read(folder / _STATE)
+        with safe_open(folder / _BEST, framework="pt"):  # whole, or it does not open
+            pass
+    except (SafetensorError, FileNotFoundError) as error:
+        console.print(f"heal: what was kept in {folder} is damaged ({error}); it begins again", markup=False)
+        return Healed()
     if notes.get("key") != key:
         raise UserError(
             f"{folder} was begun with other models, texts or options; continue with those, or start over with --overwrite"

@@ -30,9 +30,7 @@ __all__ = ["ALONE", "Pieces", "Team", "joined", "mean_perplexity"]
 T = TypeVar("T")
 _FAILED = "the first process has failed"
 _SMALL = 2**20  # numbers of a tensor below which it is sent with others
-_PATIENCE = timedelta(
-    days=1
-)  # while the first process reads and writes texts; torchrun ends the others where one fails
+_PATIENCE = timedelta(days=1)  # with the first process, which reads and writes texts; torchrun ends all where one fails
 
 
 class Team:
@@ -68,7 +66,8 @@ class Team:
         Args:
             last: nobody waits for anything after it, until ``awaited`` is set again.
         """
-        self.awaited = not last
+        if last:
+            self.awaited = False
         if self.world == 1:
             return what  # type: ignore[return-value]
         found = [what]

@@ -46,12 +46,13 @@ USES = {  # use -> what a task's name, or its kind, must hold
     "retrieval": ("kind", ("retrieval",)),
 }
 AGREEMENT = "agreement"  # a task of sweeps: how far a point writes as the dense model does
-HEALING = {
+HEALING: dict[str, Any] = {
     "samples": 96,
     "new_tokens": 48,
     "held_out": 16,
     "steps": 20,
     "batch_size": 6,
+    "learning_rate": 1e-4,  # few steps
 }  # of points that `advise` heals
 _DROPS = {"attn": "attention", "mlp": "MLP", "block": "block", "all": "attention and MLP"}
 _CHANGES = {"sparsify": "weights", "quant": "bits", "joined": "joined", "healed": "healed"}
