@@ -235,8 +235,7 @@ class _Pair:
 
         def more(part: slice, z: Tensor, z_target: Tensor) -> dict[str, Tensor]:
             p, q = ((side / self.temperature).softmax(-1) for side in (z, z_target))
-            found = {"same_sampled": (p * q).sum(-1).double(), "same_sampled_dense": (p * p).sum(-1).double()}
-            return found
+            return {"same_sampled": (p * q).sum(-1).double(), "same_sampled_dense": (p * p).sum(-1).double()}
 
         columns = compare_final(
             states,

@@ -132,10 +132,8 @@ def _folder(output: OutputOptions) -> Iterator[OutputOptions]:
 
 def _weights(loaded: LoadedModel) -> dict[str, str]:
     """How weights are pruned; not at all where that does not go in place."""
-    if not _WEIGHTS:
-        return {}
     try:
-        for goal in (_WEIGHTS["sparsity"], _WEIGHTS["pattern"]):
+        for goal in (value for name, value in _WEIGHTS.items() if name != "method"):
             check_prunable(loaded, "wanda", Goal.parse(goal))
     except UserError as error:
         console.print(f"without pruned weights: {error}", markup=False)

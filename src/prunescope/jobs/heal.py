@@ -195,12 +195,13 @@ def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tu
     student, teacher = _load(options, team)
     check_pair(teacher, student)
     _check_roles(options, student, teacher)
-    options.output.require_space(_disk(options, student))
+    trained = _trainable(options, student)
+    options.output.require_space(_disk(student, trained))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
     )  # fmt: skip
-    trained, held_out = _trainable(options, student), _apart(traces, options)[1]
+    held_out = _apart(traces, options)[1]
     healed, more = _train(options, student, teacher, trained, team.told(traces), staging, team)
     plan = options.plan(student)
     record = _record(options, student, teacher, traces, healed) | more
@@ -297,17 +298,11 @@ def _check_roles(options: HealOptions, student: LoadedModel, teacher: LoadedMode
         )
 
 
-def _disk(options: HealOptions, student: LoadedModel) -> int:
+def _disk(student: LoadedModel, trained: Trainable) -> int:
     """Bytes on the disk at the most: the best weights, the state (weights and AdamW's two means) and the next one beside it; then the checkpoint in
     place of that."""
-    model = student.model
-    places = [block.module for block in student.anatomy.blocks] if options.lora or not options.embeddings else [model]
-    own = {id(p): p for place in places for p in place.parameters() if p.dim() == 2 or not options.lora}.values()
-    trained = (
-        sum(min(options.lora, *p.shape) * sum(p.shape) if options.lora else p.numel() for p in own)
-        * student.dtype.itemsize
-    )
-    return max(7 * trained, 4 * trained + checkpoint_bytes(student, "zeroed"))
+    held = sum(parameter.nbytes for parameter in trained.parameters.values())
+    return max(7 * held, 4 * held + checkpoint_bytes(student, "zeroed"))
 
 
 def _apart(traces: Traces, options: HealOptions) -> tuple[list[Text], list[Text]]:

@@ -34,10 +34,8 @@ __all__ = [
 ]
 
 _TRIAL_STEPS = 4
-_SLOW_ROWS, _QUICK_ROWS = (
-    range(9, 16),
-    16,
-)  # a float32 product of 9 to 15 rows takes MKL longer than one of 16, of 15 twice as long
+_SLOW_ROWS = range(9, 16)  # of a float32 product take MKL longer than `_QUICK_ROWS`, 15 rows twice as long
+_QUICK_ROWS = 16
 _CPU_ROWS, _CPU_CACHE = (
     32,
     2**29,
@@ -197,9 +195,8 @@ def _write_plain(
     """A batch through the model's own `generate()`, which calls the model once a step."""
     count = len(ids)
     if loaded.device.type == "cpu" and loaded.dtype == torch.float32 and count in _SLOW_ROWS:
-        rows = torch.arange(_QUICK_ROWS).clamp(
-            max=count - 1
-        )  # the last text more often; what it writes then is left out
+        # the last text more often; what it writes then is left out
+        rows = torch.arange(_QUICK_ROWS).clamp(max=count - 1)
         ids, mask, draws = ids[rows], mask[rows], draws[rows]
     processors = LogitsProcessorList([_SharedDraws(sampling, draws)] if sampling.temperature else [])
     config = GenerationConfig(max_new_tokens=steps, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)

@@ -110,9 +110,8 @@ class _Sweep:
         width = max(16, 1 << (block_size - 1).bit_length())
         self.inverses, self.above = (torch.empty(len(self.starts), width, width, device=device) for _ in range(2))
         self.scale, self.weighting = (torch.empty(len(self.starts), width, device=device) for _ in range(2))
-        self.stacked, self.carried = (
-            torch.empty(n, sum(rows), device=device) for _ in range(2)
-        )  # D R of the columns done
+        self.stacked = torch.empty(n, sum(rows), device=device)
+        self.carried = torch.empty_like(self.stacked)  # D R of the columns done
         self.lost = torch.empty(min(self.span, n), sum(rows), device=device)
         self.parts = _parts(rows, goals, n, self.starts, block_size, device)
         self.graph: torch.cuda.CUDAGraph | None = None
