@@ -511,7 +511,7 @@ sys.exit(main(sys.argv[3:]))
         (
             "llama",
             "prunescope.prune.blocks:refine",
-            7,
+            9,
             ["--method", "sparsegpt", "--pattern", "2:4", "--refine", "swaps-admm"],
         ),
         ("gpt2", "prunescope.prune.checkpoint:write_shard", 7, ["--method", "structured", "--sparsity", "0.3"]),

@@ -169,9 +169,13 @@ def prune_block(
     shares: dict[str, str] = {}
     if text is not None and chosen:
         if isinstance(text, Pieces):
-            statistics, shares = text.gather(layer, chosen, gram=plan.gram, advance=advance)
+            statistics, shares = text.gather(
+                layer, chosen, gram=plan.gram, advance=advance, hold_out=plan.refine is not None
+            )
         else:
-            statistics, shares = gather(text, layer, chosen, gram=plan.gram, advance=advance)
+            statistics, shares = gather(
+                text, layer, chosen, gram=plan.gram, advance=advance, hold_out=plan.refine is not None
+            )
     if plan.method == "structured":
         assert not isinstance(text, Pieces) or len(text.texts) == 1
         return prune_neurons(
@@ -222,31 +226,31 @@ def _prune_group(
 ) -> list[dict[str, Any]]:
     """Prune matrices that read the same input; gives a row each."""
     rows: list[dict[str, Any]] = []
+    exact = torch.promote_types(group[0].weight.dtype, torch.float32)
+    old = [matrix.weight.to(exact, copy=True) for matrix in group]
+    stored = dtypes[group[0].parameter]
+    advance.note(_note(layer, group[0]))
+    judged = [Judged()] * len(group)
+    if plan.refine is not None and statistic is not None:
+        judged = _judge(plan, group, old, statistic, stored)
+        statistic.add_held_out()
     unseen = calibrated and (statistic is None or statistic.tokens == 0)
     if unseen and (plan.method != "magnitude" or plan.gram):
         statistic = InputStatistic.uniform(group[0].weight, gram=plan.gram)
-    exact = torch.promote_types(group[0].weight.dtype, torch.float32)
-    old = [matrix.weight.to(exact, copy=True) for matrix in group]
-    advance.note(_note(layer, group[0]))
     new, damping = _solve(plan, group, old, statistic)
-    unrefined: list[float | None] = [None] * len(group)
-    if plan.refine is not None:
+    plain = new
+    if any(one.pays for one in judged):
         assert statistic is not None
-        stored = dtypes[group[0].parameter]
-        if not unseen:
-            unrefined = [
-                statistic.relative_error(was, now.to(stored).to(exact)) for was, now in zip(old, new, strict=True)
-            ]
         advance.note(f"{_note(layer, group[0])} {plan.refine}")
-        new = _refine(plan, group, old, new, statistic, stored)
-    for matrix, before, after, worse in zip(group, old, new, unrefined, strict=True):
-        matrix.set(after.to(dtypes[matrix.parameter]).to(matrix.weight.dtype))
+        refined = _refine(plan, group, old, plain, statistic, stored)
+        new = [better if one.pays else was for one, was, better in zip(judged, plain, refined, strict=True)]
+    for matrix, before, was, after, one in zip(group, old, plain, new, judged, strict=True):
+        matrix.set(after.to(stored).to(matrix.weight.dtype))
         row = matrix_row(layer, matrix, plan, before, matrix.weight.to(exact), None if unseen else statistic, damping)
-        rows.append(
-            row
-            | ({"tokens": 0} if unseen else {})
-            | ({} if plan.refine is None else {"error_unrefined": None if worse is None or math.isnan(worse) else worse})
-        )  # fmt: skip
+        rows.append(row | ({"tokens": 0} if unseen else {}))
+        if plan.refine is not None and statistic is not None:
+            error_was = None if unseen else _number(statistic.relative_error(before, was.to(stored).to(exact)))
+            rows[-1] |= {"error_unrefined": error_was} | one.row()
     error = max((row["error"] for row in rows if row["error"] is not None), default=None)
     advance.note(_note(layer, group[0], error))
     if unseen:
@@ -287,6 +291,50 @@ def _solve(
     return [weight.masked_fill(mask, 0.0) for weight, mask in zip(old, masks, strict=True)], None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Relative errors on the samples held out, as the method left a matrix and refined, both fitted to the other samples; None without any."""
+
+    unrefined: float | None = None
+    refined: float | None = None
+
+    @property
+    def pays(self) -> bool:
+        return self.unrefined is not None and self.refined is not None and self.refined < self.unrefined
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "refined": self.pays,
+            "held_out_unrefined": self.unrefined,
+            "held_out_refined": self.refined,
+            "held_out": self.refined if self.pays else self.unrefined,
+        }
+
+
+def _judge(
+    plan: PruningPlan,
+    group: Sequence[Matrix],
+    old: Sequence[Tensor],
+    statistic: InputStatistic,
+    stored: torch.dtype,
+) -> list[Judged]:
+    """Whether refining pays for each matrix: fitted to a part of the text, judged on the other, with the weights as they would be stored."""
+    held = statistic.held_out
+    if held is None or not held.tokens or not statistic.tokens:
+        return [Judged()] * len(group)
+    plain, _ = _solve(plan, group, old, statistic)
+    refined = _refine(plan, group, old, plain, statistic, stored)
+    errors = [
+        [_number(held.relative_error(whole, new.to(stored).to(whole.dtype))) for whole, new in zip(old, found, strict=True)]
+        for found in (plain, refined)
+    ]  # fmt: skip
+    return [Judged(*each) for each in zip(*errors, strict=True)]
+
+
+def _number(error: float) -> float | None:
+    return None if math.isnan(error) else error
+
+
 def _refine(
     plan: PruningPlan,
     group: Sequence[Matrix],
@@ -315,7 +363,9 @@ def _refine(
 def _say_block(layer: int, blocks: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
     errors = [row["error"] for row in rows if row["error"] is not None]
     worst = f", relative error {max(errors):.3f} at worst" if errors else ""
-    unrefined = [row["error_unrefined"] for row in rows if row.get("error_unrefined") is not None]
-    if errors and unrefined:
-        worst += f" ({max(unrefined):.3f} before it was refined)"
+    judged = [row for row in rows if row.get("held_out_refined") is not None]
+    if errors and judged:
+        was, now = (sum(row[name] for row in judged) / len(judged) for name in ("held_out_unrefined", "held_out"))
+        kept = sum(row["refined"] for row in judged)
+        worst += f"; held out {now:.3f} on average, {was:.3f} unrefined, {kept} of {len(judged)} refined"
     console.print(f"block {layer + 1} of {blocks}{worst}, {seconds:.1f} s", markup=False)

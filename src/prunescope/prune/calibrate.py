@@ -20,13 +20,14 @@ from prunescope.models.finding import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
 from prunescope.models.streaming import Recorded, recording
 
-__all__ = ["InputStatistic", "Text", "gather", "overflow"]
+__all__ = ["InputStatistic", "Text", "gather", "held_out_samples", "overflow"]
 
 _SAMPLED_ROWS = (
     1024  # rows of an input that are kept to measure a reconstruction error, where no Gram matrix is gathered
 )
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
+_ONE_IN = 4  # samples is held out
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 _TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
 
@@ -39,6 +40,7 @@ class InputStatistic:
         squares: ``(n,)`` float32, sum of squares of each input.
         gram: ``(n, n)`` float32, sum of x x^T, or None where it is not asked for. Read it through `hessian`.
         rows: ``(k, n)`` some of the rows, each times the root of how many it stands for; empty where a Gram matrix is gathered.
+        held_out: the same of rows that are in none of these sums, to judge by; None where all are in them.
     """
 
     def __init__(self, width: int, device: torch.device, *, gram: bool) -> None:
@@ -46,6 +48,7 @@ class InputStatistic:
         self.squares = torch.zeros(width, device=device)
         self._gram = torch.zeros(width, width, device=device) if gram else None
         self.rows = torch.zeros(0, width, device=device)
+        self.held_out: InputStatistic | None = None
         self._mirrored = not gram
         self._waiting: Tensor | None = None  # (_TOGETHER or 2 n, n), whose first `_held` rows are not in the sum yet
         self._held = 0
@@ -97,8 +100,24 @@ class InputStatistic:
         self._waiting[self._held : self._held + len(x)] = x
         self._held += len(x)
 
+    def hold_out(self, x: Tensor) -> None:
+        """Add rows ``x`` ``(tokens, n)`` to those that are only judged by; here Gram matrices alone are gathered."""
+        if self.held_out is None:
+            self.held_out = InputStatistic(len(self.squares), self.squares.device, gram=True)
+        self.held_out.add(x)
+
+    def add_held_out(self) -> None:
+        """Nothing is held out any longer: it is a part of the sums."""
+        held, self.held_out = self.held_out, None
+        if held is not None:
+            self.merge(held)
+
     def merge(self, other: InputStatistic) -> None:
         """Add what another part of the calibration text gave."""
+        if self.held_out is None:
+            self.held_out = other.held_out
+        elif other.held_out is not None:
+            self.held_out.merge(other.held_out)
         self.tokens += other.tokens
         self.squares += other.squares
         self.rows = torch.cat([self.rows, other.rows])
@@ -193,7 +212,7 @@ class Text:
         batch_size: samples that run at a time.
         used: ``(samples, length)`` bool, the places whose inputs `gather` adds up; None for all.
         limit: bytes of hidden states to hold in memory; more are kept in ``file``.
-        whole: samples of the text that this one is a part of.
+        whole: samples of the text that this one is a part of, of which it has those from ``first`` on.
     """
 
     def __init__(
@@ -205,8 +224,9 @@ class Text:
         file: Path,
         used: Tensor | None = None,
         whole: int | None = None,
+        first: int = 0,
     ) -> None:
-        self.whole = len(tokens) if whole is None else whole
+        self.whole, self.first = len(tokens) if whole is None else whole, first
         self.streamed = streamed
         self.tokens = tokens
         self.used = used
@@ -326,10 +346,18 @@ class Text:
 
 
 def gather(
-    text: Text, layer: int, matrices: Sequence[Matrix], *, gram: bool, advance: Callable[[int], None]
+    text: Text,
+    layer: int,
+    matrices: Sequence[Matrix],
+    *,
+    gram: bool,
+    advance: Callable[[int], None],
+    hold_out: bool = False,
 ) -> tuple[dict[str, InputStatistic], dict[str, str]]:
     """Run block ``layer`` on the text as it stands and gather what its matrices read.
 
+    Args:
+        hold_out: one sample in four apart, to judge by; of the tokens that reach an expert, every fourth. Goes with ``gram``.
     Returns:
         Statistics by the name of the first matrix of each shared input; and for every matrix that ran, the name of that first one.
     Raises:
@@ -341,6 +369,7 @@ def gather(
     picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
     running = samples_done = 0
     counted: Tensor | None = None  # of the running batch, which rows are added up
+    apart = held_out_samples(text.whole)[text.first :].to(text.streamed.device)
 
     def see(matrix: Matrix, entering: Tensor, first: Matrix) -> None:
         if shares.setdefault(matrix.name, first.name) != first.name:
@@ -354,12 +383,20 @@ def gather(
         if matrix.name not in statistics:
             statistics[matrix.name] = InputStatistic(width, rows.device, gram=gram)
         sampled = None
+        one = statistics[matrix.name]
+        judging: Tensor | None = None
+        if hold_out and len(rows) == running * length:
+            judging = apart[samples_done - running : samples_done].repeat_interleave(length)
+        elif hold_out:  # an expert's
+            seen = one.tokens + (0 if one.held_out is None else one.held_out.tokens)
+            judging = torch.arange(seen, seen + len(rows), device=rows.device) % _ONE_IN == _ONE_IN - 1
         if text.used is not None:
             if len(rows) != running * length or counted is None:
                 raise UserError(
                     f"{matrix.name} reads some of the tokens only, as an expert does; calibrate on another text than traces"
                 )
             rows = rows[counted]
+            judging = None if judging is None else judging[counted]
             if not gram and len(rows):
                 few = min(-(-_SAMPLED_ROWS // samples) * running, len(rows))
                 picks = torch.linspace(0, len(rows) - 1, few).round().long()
@@ -369,7 +406,10 @@ def gather(
         elif not gram and len(rows):  # an expert's: some of what it got
             few = min(-(-_EXPERT_ROWS // samples), len(rows))
             sampled = rows[torch.linspace(0, len(rows) - 1, few).round().long()].float() * math.sqrt(len(rows) / few)
-        statistics[matrix.name].add(rows, sampled)
+        if judging is not None:
+            one.hold_out(rows[judging])
+            rows = rows[~judging]
+        one.add(rows, sampled)
 
     with reading(matrices, see) as start:
 
@@ -393,11 +433,16 @@ def gather(
                 f"{matrix.name} is never applied to the calibration text; this architecture is not supported"
             )
     for name, statistic in statistics.items():
-        if not statistic.finite():
+        if not statistic.finite() or not (statistic.held_out is None or statistic.held_out.finite()):
             raise UserError(
                 f"{text.streamed.loaded.ref}: NaN or infinite values enter {name} (block {layer}); {overflow(text.streamed.model.dtype)}"
             )
     return statistics, shares
+
+
+def held_out_samples(count: int) -> Tensor:
+    """``(count,)`` bool, the samples of a text to judge by: one in four, of two or three the second."""
+    return torch.arange(count) % _ONE_IN == (_ONE_IN - 1 if count >= _ONE_IN else 1)
 
 
 def overflow(dtype: torch.dtype) -> str:

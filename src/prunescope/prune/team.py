@@ -128,9 +128,13 @@ class Team:
         """Of the statistics that this process owns: what all have gathered, added up as a tree."""
         if self.world == 1:
             return dict(mine)
+        apart = {_held(name): one.held_out for name, one in mine.items() if one.held_out is not None}
+        for one in mine.values():
+            one.held_out = None
+        mine = {**mine, **apart}
         heads = self.all({name: (one.tokens, one.rows.shape, one.gram is not None) for name, one in mine.items()})
         found: dict[str, InputStatistic] = {}
-        for name, owner in owners.items():
+        for name, owner in [(key, owner) for first, owner in owners.items() for key in (first, _held(first))]:
             if self.rank == owner:
                 parts = [
                     partial(self._part, name, rank, mine, heads, device) if name in heads[rank] else None
@@ -141,6 +145,8 @@ class Team:
             elif name in mine:
                 for tensor in _tensors(mine[name]):
                     distributed.send(tensor, dst=owner)
+        for name in [name for name in owners if name in found]:
+            found[name].held_out = found.pop(_held(name), None)
         return found
 
     def _part(
@@ -154,6 +160,11 @@ class Team:
         for tensor in _tensors(one):
             distributed.recv(tensor, src=rank)
         return one
+
+
+def _held(name: str) -> str:
+    """What the part of a statistic that is only judged by is called on its way."""
+    return f"{name} held out"
 
 
 def _tensors(one: InputStatistic) -> list[Tensor]:
@@ -193,7 +204,7 @@ class Pieces:
         names = [file.with_name(f"{file.stem}-{team.rank}-{i}{file.suffix}") for i in range(len(ranges))]
         self.team = team
         self.texts = [
-            Text(streamed, tokens[own.start : own.stop], batch_size, limit // len(ranges), name, None if used is None else used[own.start : own.stop], len(tokens))
+            Text(streamed, tokens[own.start : own.stop], batch_size, limit // len(ranges), name, None if used is None else used[own.start : own.stop], len(tokens), own.start)
             for own, name in zip(ranges, names, strict=True)
         ]  # fmt: skip
 
@@ -206,7 +217,13 @@ class Pieces:
             text.run(layer, keep=keep, advance=advance)
 
     def gather(
-        self, layer: int, matrices: Sequence[Matrix], *, gram: bool, advance: Callable[[int], None]
+        self,
+        layer: int,
+        matrices: Sequence[Matrix],
+        *,
+        gram: bool,
+        advance: Callable[[int], None],
+        hold_out: bool = False,
     ) -> tuple[dict[str, InputStatistic], dict[str, str]]:
         """As `prunescope.prune.calibrate.gather`, over this process's shares; the names of shared inputs are those of all processes."""
         shares: dict[str, str] = {}
@@ -214,7 +231,7 @@ class Pieces:
         # one share after the other, each added to the tree as soon as its sibling is there, as a binary counter does
         sizes: list[int] = []
         for text in self.texts:
-            statistics, read = gather(text, layer, matrices, gram=gram, advance=advance)
+            statistics, read = gather(text, layer, matrices, gram=gram, advance=advance, hold_out=hold_out)
             shares |= read
             found.append(statistics)
             sizes.append(1)

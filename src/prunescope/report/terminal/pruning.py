@@ -57,12 +57,7 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
             errors = [cells.get((layer, kind), []) for kind in kinds]
             table.add_row(str(layer), *(f"{sum(found) / len(found):.4f}" if found else "-" for found in errors))
         console.print(table)
-    refined = [row for row in modules if row.get("error_unrefined") is not None]
-    if refined:
-        was, now = (sum(row[name] for row in refined) / len(refined) for name in ("error_unrefined", "error"))
-        console.print(
-            Text(f"refined ({record['config']['refine']}): mean relative error {was:.4f} before, {now:.4f} after")
-        )
+    _say_refined(modules, record["config"].get("refine"), console)
     if record["method"] == "experts":
         console.print(Text("experts removed by block, by mean router weight x norm of the output"))
         for row in modules:
@@ -79,6 +74,23 @@ def show_sparsified(record: dict[str, Any], console: Console | None = None) -> N
         console.print(
             Text(f"perplexity: {record['perplexity']['dense']:.3f} dense, {record['perplexity']['pruned']:.3f} pruned")
         )
+
+
+def _say_refined(modules: list[dict[str, Any]], how: str | None, console: Console) -> None:
+    """What refining gained on the samples that it was not fitted to, which decide, and on all."""
+    rows = [row for row in modules if row.get("held_out_refined") is not None]
+    if how is None or not rows:
+        return
+    names = ("held_out_unrefined", "held_out_refined", "held_out", "error_unrefined", "error")
+    was, found, chosen, error_was, error = (sum(row[name] for row in rows) / len(rows) for name in names)
+    kept = sum(row["refined"] for row in rows)
+    console.print(
+        Text(
+            f"refined ({how}): {kept} of {len(rows)} matrices, those whose error fell on the quarter of the samples held out\n"
+            f"mean relative error: held out {was:.4f} before, {found:.4f} with all refined, {chosen:.4f} as chosen; "
+            f"on all samples, which it is fitted to, {error_was:.4f} before, {error:.4f} after"
+        )
+    )
 
 
 def show_healed(record: dict[str, Any], console: Console | None = None) -> None:
