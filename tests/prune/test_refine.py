@@ -12,9 +12,10 @@ from prunescope.models.matrices import Matrix
 from prunescope.progress import Advance
 from prunescope.prune.admm import Solver
 from prunescope.prune.blocks import _prune_group
-from prunescope.prune.calibrate import InputStatistic, held_out_samples
+from prunescope.prune.calibrate import InputStatistic
 from prunescope.prune.magnitude import magnitude
 from prunescope.prune.masks import Goal
+from prunescope.prune.picking import held_out_samples
 from prunescope.prune.plan import PruningPlan
 from prunescope.prune.refine import Refine, refine
 from prunescope.prune.sparsegpt import sparsegpt

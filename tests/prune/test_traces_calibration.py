@@ -32,8 +32,11 @@ def test_which_places_count() -> None:
     assert used.nonzero().tolist() == [
         [i, p] for i, (low, high) in enumerate(((3, 9), (0, 12), (6, 8))) for p in range(low, high)
     ]
+    gathered = found.gathered()
+    assert gathered is not None and bool(gathered[:, 0].all()) and torch.equal(gathered[:, 1:], used[:, 1:])
+    assert not used[0, 0], "scores leave the first place out"
     plain = Calibration(TOKENS, "x", 0)
-    assert plain.used() is None and plain.predicting().sum() == 3 * 11
+    assert plain.used() is None and plain.gathered() is None and plain.predicting().sum() == 3 * 11
     assert found.describe()["tokens_sha256"] != plain.describe()["tokens_sha256"]
 
 
@@ -90,5 +93,11 @@ def test_traces_calibrate_drop_and_sparsify(tmp_path: Path) -> None:
         out=str(tmp_path / "sparse"),
     )  # fmt: skip
     assert written.info["calibration"]["samples"] == 4
+    gathered = found.gathered()
+    assert gathered is not None and {row["tokens"] for row in written.rows} == {int(gathered.sum())}
+    with pytest.raises(UserError, match="give two --samples at least"):
+        prunescope.sparsify(
+            str(tmp_path / "model"), pattern="2:4", calibration=source, samples=1, seq_len=6, cache=False, device="cpu", refine="admm"
+        )  # fmt: skip
     with pytest.raises(UserError, match="nowhere"):
         calibration_tokens(model, "traces:nowhere.txt", samples=4, seq_len=6)

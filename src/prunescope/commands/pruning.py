@@ -186,7 +186,7 @@ def sparsify(
         owl_threshold: owl: multiple of the mean score that makes an outlier
         block_size: sparsegpt: columns per block
         damping: sparsegpt and --refine: damping relative to the mean of the Hessian's diagonal
-        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the best weights for the mask), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights)
+        refine: lower each layer's error after pruning: swaps (of kept and pruned weights), admm (the best weights for the mask), swaps-admm (one after the other), or admm-gradual (a mask of its own that grows with the weights); only of matrices that lose less by it on a quarter of the samples held out
         refine_steps: steps of --refine; default: at most 5 scans of swaps, 20 steps of admm, 50 of admm-gradual
         calibration: self (text that the model samples, for which it is loaded whole), traces:FILE or traces (what it answers to prompts, see drop), a text, JSON or JSONL file, a data set id (c4, wikitext2), or none (magnitude only)
         samples: calibration samples; default: 128 from a text, 32 from the model

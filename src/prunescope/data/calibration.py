@@ -58,6 +58,15 @@ class Calibration:
         states are another's words, and there are often more of them."""
         return None if self.counts is None else self.counts | self.predicting()
 
+    def gathered(self) -> Tensor | None:
+        """As `used`, and the first place of every sample: of Gram matrices these count. In many models all later tokens attend to the first one,
+        whose activations are hundreds of times theirs (Sun et al., arXiv 2402.17762); weights that are fitted without it lose it.
+        """
+        found = self.used()
+        if found is not None:
+            found[:, 0] = True
+        return found
+
     def describe(self) -> dict[str, Any]:
         samples, length = self.tokens.shape
         content = self.tokens.numpy().tobytes() + (b"" if self.counts is None else self.counts.numpy().tobytes())

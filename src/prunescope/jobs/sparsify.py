@@ -238,7 +238,7 @@ def _together(
     try:
         return plan, prune_model(
             streamed, plan, None if text is None else text.tokens, told.folder, perplexity=windows, batch_size=told.batch_size,
-            perplexity_batch_size=windows_at_a_time, limit=options.memory_mb * 2**20, used=None if text is None else text.used(), team=team,
+            perplexity_batch_size=windows_at_a_time, limit=options.memory_mb * 2**20, used=None if text is None else text.gathered(), team=team,
         )  # fmt: skip
     except FloatingPointError as error:
         raise UserError(f"{options.model}: {error}; {overflow(streamed.model.dtype)}") from error

@@ -71,9 +71,11 @@ def prune_model(
         used: ``(samples, length)`` bool, the places of the calibration text that count; None for all.
         team: the processes that share the text and the matrices; the first alone writes. None is this process alone.
     Raises:
-        UserError: see `gather`; a Hessian that cannot be factorised.
+        UserError: see `gather`; a Hessian that cannot be factorised; one sample only where it is refined.
         FloatingPointError: a block's output overflows.
     """
+    if plan.refine is not None and tokens is not None and len(tokens) < 2:
+        raise UserError("--refine is judged on samples that it is not fitted to; give two --samples at least")
     scratch = folder / "scratch"
     team = team or Team()
     writes = team.rank == 0

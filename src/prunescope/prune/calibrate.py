@@ -19,15 +19,12 @@ from prunescope.models.blockwise import StreamedModel
 from prunescope.models.finding import first_output, swap_first_tensor
 from prunescope.models.matrices import Matrix, reading
 from prunescope.models.streaming import Recorded, recording
+from prunescope.prune.picking import ONE_IN, SAMPLED_ROWS, held_out_samples, picked_positions
 
-__all__ = ["InputStatistic", "Text", "gather", "held_out_samples", "overflow"]
+__all__ = ["InputStatistic", "Text", "gather", "overflow"]
 
-_SAMPLED_ROWS = (
-    1024  # rows of an input that are kept to measure a reconstruction error, where no Gram matrix is gathered
-)
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
-_ONE_IN = 4  # samples is held out
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 _TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
 
@@ -366,7 +363,7 @@ def gather(
     statistics: dict[str, InputStatistic] = {}
     shares: dict[str, str] = {}
     samples, length = text.whole, text.tokens.shape[1]
-    picked, stands_for = (t.to(text.streamed.device) for t in _picked_positions(samples, length))
+    picked, stands_for = (t.to(text.streamed.device) for t in picked_positions(samples, length))
     running = samples_done = 0
     counted: Tensor | None = None  # of the running batch, which rows are added up
     apart = held_out_samples(text.whole)[text.first :].to(text.streamed.device)
@@ -389,7 +386,7 @@ def gather(
             judging = apart[samples_done - running : samples_done].repeat_interleave(length)
         elif hold_out:  # an expert's
             seen = one.tokens + (0 if one.held_out is None else one.held_out.tokens)
-            judging = torch.arange(seen, seen + len(rows), device=rows.device) % _ONE_IN == _ONE_IN - 1
+            judging = torch.arange(seen, seen + len(rows), device=rows.device) % ONE_IN == ONE_IN - 1
         if text.used is not None:
             if len(rows) != running * length or counted is None:
                 raise UserError(
@@ -398,7 +395,7 @@ def gather(
             rows = rows[counted]
             judging = None if judging is None else judging[counted]
             if not gram and len(rows):
-                few = min(-(-_SAMPLED_ROWS // samples) * running, len(rows))
+                few = min(-(-SAMPLED_ROWS // samples) * running, len(rows))
                 picks = torch.linspace(0, len(rows) - 1, few).round().long()
                 sampled = rows[picks].float() * math.sqrt(len(rows) / few)
         elif not gram and len(rows) == running * length:
@@ -440,24 +437,8 @@ def gather(
     return statistics, shares
 
 
-def held_out_samples(count: int) -> Tensor:
-    """``(count,)`` bool, the samples of a text to judge by: one in four, of two or three the second."""
-    return torch.arange(count) % _ONE_IN == (_ONE_IN - 1 if count >= _ONE_IN else 1)
-
-
 def overflow(dtype: torch.dtype) -> str:
     """What to do about activations that overflow."""
     if dtype in (torch.float32, torch.float64):
         return f"the model itself overflows in {dtype} on this text; give another text"
     return f"the activations overflow in {dtype}, try --dtype float32"
-
-
-def _picked_positions(samples: int, length: int) -> tuple[Tensor, Tensor]:
-    """Token positions of every sample whose rows are kept, about `_SAMPLED_ROWS` in all, and how many positions each stands for.
-
-    The first position stands for itself alone: in many models its activations are larger than all others together.
-    """
-    each = min(length - 1, max(1, math.ceil(_SAMPLED_ROWS / samples)))
-    others = (torch.arange(each) * (length - 1)) // each + 1 + (length - 1) // each // 2
-    weights = torch.full((each,), (length - 1) / each)
-    return torch.cat([torch.tensor([0]), others.clamp(max=length - 1)]), torch.cat([torch.ones(1), weights])

@@ -58,7 +58,7 @@ def estimate(
             owner = matrix.parameter.rsplit(".", 2)[0]
             widths[owner, matrix.expert, inputs] = outputs
             if plan.method == "sparsegpt":
-                operations += 2.0 * outputs * inputs**2
+                operations += (1 + (plan.refine is not None)) * 2.0 * outputs * inputs**2
             operations += _refining(plan, outputs, inputs)
         if plan.gram:
             operations += sum(1.2 * tokens * n**2 + 2.0 / 3 * n**3 for _, _, n in widths)
@@ -71,7 +71,10 @@ def estimate(
         activations = 8 * tokens_at_a_time * max((m.weight.shape[1] for m in matrices), default=0) * itemsize
         memory = max(
             memory,
-            parameters * itemsize + 12 * largest + activations + grams * (1 + (plan.refine is not None)) * plan.gram,
+            parameters * itemsize
+            + 12 * largest
+            + activations
+            + grams * (1 + 2 * (plan.refine is not None)) * plan.gram,
         )
     hidden = tokens * streamed.loaded.anatomy.hidden_size * streamed.model.dtype.itemsize
     written = sum(tensor.nbytes for tensor in streamed.stored.values())
@@ -88,7 +91,7 @@ def estimate(
 
 
 def _refining(plan: PruningPlan, outputs: int, inputs: int) -> float:
-    """Operations of `refine`. Swaps look at a quarter of a row's pairs in a scan, with some four operations each that wait for memory."""
+    """Operations of `refine`, once on trial and once for good. Swaps look at a quarter of a row's pairs in a scan, with some four operations each that wait for memory."""
     if plan.refine is None:
         return 0.0
     scans, steps = (
@@ -96,7 +99,7 @@ def _refining(plan: PruningPlan, outputs: int, inputs: int) -> float:
         plan.refine_steps or (GRADUAL_STEPS if plan.refine == "admm-gradual" else STEPS),
     )
     products = scans * ("swaps" in plan.refine) * 10.0 + steps * ("admm" in plan.refine) * 2.0
-    return products * outputs * inputs**2
+    return 2 * products * outputs * inputs**2
 
 
 def _rate(device: torch.device) -> float:
