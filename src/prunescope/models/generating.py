@@ -28,6 +28,7 @@ __all__ = [
     "continue_texts",
     "decoding_way",
     "end_tokens",
+    "rows_at_a_time",
     "static_problem",
     "texts_at_a_time",
     "uniform_draws",
@@ -114,6 +115,7 @@ def continue_texts(
     first: int = 0,
     advance: Callable[[int], None] = lambda done: None,
     see: Callable[[Tensor], None] | None = None,
+    recall: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt as `generate()` does: left-padded batches, key/value cache, no hidden settings of the model's generation config.
 
@@ -125,6 +127,7 @@ def continue_texts(
         batch_size: prompts at a time; on a CPU up to `_CPU_ROWS` where their cache is small, unless ``see`` is given.
         advance: told how many prompts are done, batch by batch.
         see: given what the head read, ``(steps, batch, d)``, batch by batch; a text that has ended leaves what follows it without meaning.
+        recall: keep what is written, with its states, in ``loaded.recall``, and take from there what this model has written before.
     Returns:
         The new token ids of each prompt.
     Raises:
@@ -134,13 +137,16 @@ def continue_texts(
     ends = end_tokens(loaded) if stop else []
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     if see is None:
-        batch_size = _at_a_time(loaded, batch_size, max(map(len, prompts), default=0) + max_new_tokens)
+        batch_size = rows_at_a_time(loaded, batch_size, max(map(len, prompts), default=0) + max_new_tokens)
     results: list[list[int]] = []
     kept = Kept()
     for chosen in batches(range(len(prompts)), batch_size):
         ids, mask = _left_padded([prompts[i] for i in chosen], pad, loaded.device)
         draws = uniform_draws(sampling, [first + i for i in chosen], max_new_tokens)
-        write = partial(_write_static, kept=kept) if static_problem(loaded) is None else _write_plain
+        static = static_problem(loaded) is None
+        write = partial(_write_static, kept=kept) if static else _write_plain
+        if recall:
+            write = partial(_recalled, write=write, static=static)
         rows, states = write(loaded, ids, mask, max_new_tokens, sampling, draws, ends, pad, see is not None)
         for row in rows.tolist():
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -151,7 +157,28 @@ def continue_texts(
     return results
 
 
-def _at_a_time(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
+def _recalled(
+    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool,
+    write: Callable[..., _Batch], static: bool,
+) -> _Batch:  # fmt: skip
+    """What ``write`` gives, or gave before. `generate()` makes the same of its first steps however many follow, so that a longer text holds the shorter
+    ones; a fixed cache is as long as the text, and its kernels may be others."""
+    recall, chosen = loaded.recall, draws if sampling.temperature else None
+    key = recall.key(
+        loaded.model, "text", str(loaded.dropped), ids, mask, steps if static else None, sampling, ends, pad
+    )
+    if (found := recall.get(key)) is not None:
+        tokens, states, drawn = found
+        known = drawn.shape[1]  # steps that were asked for
+        if known >= steps and (chosen is None or torch.equal(drawn[:, :steps], chosen)):
+            return tokens[:, :steps], states[:steps]
+    rows, seen = write(loaded, ids, mask, steps, sampling, draws, ends, pad, key is not None or keep)
+    if seen is not None:
+        recall.put(key, rows, seen, draws)
+    return rows, seen
+
+
+def rows_at_a_time(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
     """Prompts of ``tokens`` that are written together: more than asked for on a CPU, as long as keys and values stay below `_CPU_CACHE`."""
     if loaded.device.type != "cpu":
         return batch_size
