@@ -19,7 +19,7 @@ from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.residual import final_states
+from prunescope.models.residual import final_states, headless
 from prunescope.models.variants import Variant
 
 __all__ = [
@@ -197,7 +197,7 @@ def read_states(loaded: LoadedModel, sequences: Sequence[Transcript], *, recall:
         kept = loaded.recall.get(key)
         if kept is None:
             caught: list[Tensor] = []
-            with final_states(loaded, caught.append):
+            with final_states(loaded, caught.append), headless(loaded):
                 loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             kept = (caught[0][index],)
             loaded.recall.put(key, *kept)
