@@ -23,7 +23,7 @@ __all__ = ["demo", "run_demo"]
 _KINDS: tuple[Literal["attn"], Literal["mlp"]] = ("attn", "mlp")
 _DROPPED = 8
 _PAIRS = ("arithmetic", "brackets", "substitution")  # the quick tasks that cost least
-_ITEMS = 20  # of each; also prompts that are written for together
+_ITEMS = 20  # of each; also prompts and questions that are read together
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
@@ -103,7 +103,7 @@ def run_demo(
             keep(f"generate-{name}", generated[name])
             if questions:
                 with clock.stage("72 questions"):
-                    asked = commands.mcq(dense, target)
+                    asked = commands.mcq(dense, target, batch_size=_ITEMS)
                 keep(f"mcq-{name}", asked)
         if questions:
             tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
