@@ -22,6 +22,7 @@ from transformers import Cache
 
 from prunescope.errors import UserError
 from prunescope.files import replacing
+from prunescope.models.attending import any_length
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, other_forwards, swap_first_tensor
@@ -71,7 +72,8 @@ class Recorded:
             args = tuple(cache if isinstance(value, Cache) else value for value in args)
             kwargs = {key: cache if isinstance(value, Cache) else value for key, value in kwargs.items()}
         args, kwargs = swap_first_tensor(args, kwargs, hidden)
-        return first_output(streamed.blocks[layer](*args, **kwargs))
+        with any_length():
+            return first_output(streamed.blocks[layer](*args, **kwargs))
 
     def check(self, streamed: StreamedModel, layer: int) -> None:
         """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model.
