@@ -29,6 +29,7 @@ _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
 _STRIPES = 8  # of the upper triangle of a Gram matrix
 _TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
+_HELD = 2  # times as many at most as there are inputs: the rows that wait are at most as large as the sum
 
 
 class InputStatistic:
@@ -47,7 +48,9 @@ class InputStatistic:
         self._gram = torch.zeros(width, width, device=device) if gram else None
         self.rows = torch.zeros(0, width, device=device)
         self._mirrored = not gram
-        self._waiting: Tensor | None = None  # (_TOGETHER or 2 n, n), whose first `_held` rows are not in the sum yet
+        self._waiting: Tensor | None = (
+            None  # (_TOGETHER or _HELD n, n), whose first `_held` rows are not in the sum yet
+        )
         self._held = 0
 
     @property
@@ -87,7 +90,7 @@ class InputStatistic:
     def _add_rows(self, gram: Tensor, x: Tensor) -> None:
         if not _on_tensor_cores(x):
             return _add_upper_gram(gram, x)
-        most = min(_TOGETHER, 2 * len(gram))
+        most = min(_TOGETHER, _HELD * len(gram))
         if self._waiting is None and len(x) < most:
             self._waiting = x.new_empty(most, len(gram))
         if self._waiting is None or x.dtype != self._waiting.dtype or self._held + len(x) > most:

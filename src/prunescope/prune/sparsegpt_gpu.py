@@ -30,6 +30,8 @@ __all__ = ["full_float32", "repeated_shapes", "sparsegpt_on_gpu", "supported"]
 _WIDEST = 256  # columns of a block that a kernel holds
 _SPAN = 1024  # columns after which those far ahead hear of what was lost
 _LOOP_ROWS, _LOOP_WARPS = 16, 4  # of a tile in the column loop
+_KERNEL = "columns"  # or "rows": a row a thread, where M fits
+_SUB, _AHEAD = 8, 8  # of "rows": columns in registers, and errors read at a time
 _SCAN_ROWS, _SCAN_WARPS = 32, 4  # of a tile in the histograms
 
 
@@ -248,6 +250,13 @@ def _solve_block(
             R=_LOOP_ROWS, C=width, BINS=256, num_warps=_LOOP_WARPS,
         )  # fmt: skip
         part.found[2].cumsum_(0)
+    if _KERNEL == "rows" and part.goal.of <= _SUB:
+        sub = max(1, _SUB // max(1, part.goal.of)) * max(1, part.goal.of)
+        kernels.rows_kernel[(len(part.loop),)](
+            values, weights, dropped, above, scale, weighting, part.loop, part.found, rows, len(part.loop),
+            COUNT=count, KEEP=part.goal.keep, OF=part.goal.of, R=_LOOP_ROWS, C=width, SUB=sub, AHEAD=math.gcd(sub, _AHEAD), num_warps=_LOOP_WARPS,
+        )  # fmt: skip
+        return
     kernels.columns_kernel[(len(part.loop),)](
         values, weights, dropped, above, scale, weighting, part.loop, part.found, rows, len(part.loop),
         COUNT=count, KEEP=part.goal.keep, OF=part.goal.of, R=_LOOP_ROWS, C=width, num_warps=_LOOP_WARPS,
