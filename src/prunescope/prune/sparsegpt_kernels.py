@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["columns_kernel", "histogram_kernel", "ties_kernel"]
+__all__ = ["columns_kernel", "histogram_kernel", "rows_kernel", "ties_kernel"]
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _entry(pointer, column, COUNT: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def rows_kernel(
     values, weights, dropped, upper, scale, weighting, tiles, found, stride, many,
-    COUNT: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, AHEAD: tl.constexpr,
+    COUNT: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """As `columns_kernel`, the same bits, with a row a thread and SUB columns of it in registers, so that no thread waits for another.
 
@@ -208,8 +208,8 @@ def rows_kernel(
                 tied = inside & (bits == bar)
                 rank += tied.to(tl.int32)
                 gone = gone + ((bits < bar) | (tied & (rank <= left)),)
-        for block in range(0, start, AHEAD):
-            for step in tl.static_range(AHEAD):
+        for block in range(0, start, SUB):
+            for step in tl.static_range(SUB):
                 k = block + step
                 error = tl.load(values + k * stride + rows, mask=inside, other=0.0)
                 new = ()
