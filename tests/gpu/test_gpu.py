@@ -30,8 +30,10 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.fusing import norm_way, rotates_plainly
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
+from prunescope.prune.heal import HealPlan, _step
 from prunescope.prune.masks import Goal
 from prunescope.prune.sparsegpt import sparsegpt
+from prunescope.prune.trainable import make_trainable
 
 pytestmark = pytest.mark.gpu
 
@@ -328,3 +330,18 @@ def test_experts_at_real_size_against_float64(texts: int, dtype: torch.dtype) ->
             float((one - expected).norm() / expected.norm())
             < (4 if dtype == torch.bfloat16 else 32) * torch.finfo(dtype).eps
         )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_healing_never_plans_an_attention(compiled: bool) -> None:
+    """cuDNN comes first on an H100 and plans every new length, which takes longer than a step; compiled blocks keep what they were traced with."""
+    student, teacher = (loaded_family("llama", "cuda", dtype) for dtype in (torch.float32, torch.bfloat16))
+    trained = make_trainable(student)
+    optimiser = torch.optim.AdamW(list(trained.parameters.values()), fused=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for step, length in enumerate((9, 12, 13)):
+            texts = [([5, 9], [7 + row] * length) for row in range(4)]
+            _step(student, teacher, trained, optimiser, texts, HealPlan(steps=3, compile=compiled), step)
+    names = [event.key for event in profile.key_averages() if "attention" in event.key]
+    assert names
+    assert not [name for name in names if "cudnn" in name]

@@ -17,11 +17,12 @@ from torch import Tensor
 from families import VOCAB, tiny_folder, tiny_model
 from prunescope.data.traces import padded
 from prunescope.errors import UserError
+from prunescope.models.attending import any_length
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 from prunescope.models.residual import watching
 from prunescope.prune.distil_loss import divergence_and_gradient, forward_kl
-from prunescope.prune.heal import HealPlan, Text, heal, held_out_kl, learning_rate, order
+from prunescope.prune.heal import HealPlan, Text, _step, heal, held_out_kl, learning_rate, order
 from prunescope.prune.reconstruct import reconstruction_error
 from prunescope.prune.trainable import make_trainable
 
@@ -244,6 +245,52 @@ def test_compiled_blocks_give_the_same_curve(tmp_path: Path, monkeypatch: pytest
         curves.append([row["loss"] for row in healed.rows])
         assert all(block.module._compiled_call_impl is None for block in student.anatomy.blocks)
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_new_lengths_and_drops_compile_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for each length, each number of texts, or each block would make every step of a real run wait for the compiler."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    counts, teacher = [], pair(tmp_path)[1]
+    plan = dataclasses.replace(PLAN, batch_size=8, compile=True)
+    for drop, lengths in (("attn=2", (5, 7)), ("attn=1,2", (8, 9, 11, 12, 6)), ("attn=1", (13, 14))):
+        student = pair(tmp_path, drop=drop)[0]
+        trained = make_trainable(student)
+        optimiser = torch.optim.AdamW(list(trained.parameters.values()))
+        for step, length in enumerate(lengths):
+            texts: list[Text] = [([5] * 2, [6 + row] * (length - 2)) for row in range(2 + step)]
+            _step(student, teacher, trained, optimiser, texts, plan, step)
+        counts.append(len(graphs))
+    assert counts == [
+        8,
+        8,
+        8,
+    ]  # teacher, first block, other blocks, blocks without attention; for one length, then for any
+
+
+def test_no_pass_attends_through_cudnn(tmp_path: Path) -> None:
+    """Which plans every new length for longer than a small model's step takes. A stage left out, or a setting that stays after an error."""
+    seen = []
+    student, teacher = pair(tmp_path)
+    for loaded in (student, teacher):
+        loaded.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    plan = dataclasses.replace(PLAN, reconstruct=1, steps=1, micro_batch=2)
+    heal(student, teacher, make_trainable(student), some_texts(5), some_texts(3, 9), plan)
+    assert len(seen) > 8
+    assert not any(seen)
+    for before in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        with pytest.raises(ZeroDivisionError), any_length():
+            1 / 0  # noqa: B018
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 # --- zeros ---------------------------------------------------------------------------------------------------------------

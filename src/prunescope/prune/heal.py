@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from torch import Tensor
 from prunescope.data.traces import padded
 from prunescope.errors import UserError
 from prunescope.files import replacing
+from prunescope.models.attending import any_length
 from prunescope.models.generating import Sampling, continue_texts, texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
@@ -202,10 +203,11 @@ def held_out_kl(
     return float(total) / _counted(texts)
 
 
-def _mixed(student: LoadedModel) -> AbstractContextManager[Any]:
-    """bfloat16 products on a GPU with float32 weights; elsewhere nothing changes."""
-    gpu = student.device.type == "cuda" and student.dtype == torch.float32
-    return torch.autocast("cuda", torch.bfloat16, enabled=gpu, cache_enabled=True)
+@contextmanager
+def _mixed(student: LoadedModel) -> Iterator[None]:
+    """bfloat16 products on a GPU with float32 weights, and attention that takes batches of new lengths as they come; elsewhere nothing changes."""
+    with any_length(), torch.autocast("cuda", torch.bfloat16, enabled=_on_gpu(student), cache_enabled=True):
+        yield
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------------
