@@ -143,6 +143,24 @@ def test_the_checksum_sees_one_bit_and_two_that_change_places() -> None:
     assert fingerprint(model) == before
 
 
+def test_any_tensor_can_be_looked_at() -> None:
+    """Slices that begin at an odd byte, transposed, empty and single numbers, of any dtype. Would catch a view that torch refuses."""
+    model = torch.nn.Module()
+    held = torch.arange(40_001, dtype=torch.int16).view(torch.bfloat16)
+    odd: list[torch.Tensor] = [
+        held[1:],
+        torch.zeros(3, 5).T,
+        torch.zeros(0),
+        torch.tensor(True),
+        torch.zeros(3, dtype=torch.float8_e4m3fn),
+    ]
+    for number, tensor in enumerate(odd):
+        model.register_buffer(f"b{number}", tensor)
+    before, key = fingerprint(model), Recall().key(model)
+    odd[0][20_000] = 1
+    assert fingerprint(model) != before and Recall().key(model) not in (None, key)
+
+
 def test_memory_is_bounded_and_the_oldest_goes_first(dense: LoadedModel, passes: Callable[[], int]) -> None:
     recall = Recall(limit=100)
     model = torch.nn.Linear(2, 2)

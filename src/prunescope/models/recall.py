@@ -85,7 +85,10 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in _tensors(model):
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat = _bytes(tensor)
+        flat = (
+            flat.clone() if flat.storage_offset() % 8 else flat
+        )  # a slice of a file in memory need not begin at a number of 64 bits
         whole = flat.numel() // (8 * _WIDTH) * (8 * _WIDTH)
         if whole:
             rows = flat[:whole].view(torch.int64).view(-1, _WIDTH)
@@ -96,12 +99,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _glance(tensors: list[Tensor]) -> str:
-    """Some numbers from all over every tensor."""
-    taken = []
+    """Some numbers from all over every tensor, with one copy from each device."""
+    taken: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:_GLANCE]
-        taken.append(flat[:: max(1, flat.nbytes // _GLANCE)].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return hashlib.sha256(b"".join(taken)).hexdigest()
+        some = flat[:: max(1, flat.nbytes // _GLANCE)].contiguous()
+        taken.setdefault(tensor.device, []).append(_bytes(some))
+    return hashlib.sha256(b"".join(torch.cat(parts).cpu().numpy().tobytes() for parts in taken.values())).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
