@@ -30,5 +30,5 @@ def _writer(
 ) -> Compute:
     """Numbers of prompts -> their continuations."""
     return lambda batch: continue_texts(
-        dense, [prompts[i] for i in batch], steps, batch_size=len(batch), sampling=sampling, stop=stop, first=batch[0]
+        dense, [prompts[i] for i in batch], steps, batch_size=len(batch), sampling=sampling, stop=stop, numbers=batch
     )
