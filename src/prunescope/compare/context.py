@@ -17,6 +17,7 @@ from prunescope.compare.columns import least_memory
 from prunescope.compare.head import Head
 from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.errors import UserError
+from prunescope.models.attending import any_length
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
@@ -181,6 +182,7 @@ def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) ->
 
 
 @torch.no_grad()
+@any_length()
 def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
     """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``.
 

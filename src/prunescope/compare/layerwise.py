@@ -47,6 +47,7 @@ from prunescope.compare.streams import (
 from prunescope.compare.writing import written_texts
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS
+from prunescope.models.attending import any_length
 from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import plain_copy
@@ -344,6 +345,7 @@ def product_error(
 
 
 @torch.no_grad()
+@any_length()
 def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
     """The same rows as `dense_streams` of one sequence, from a prefill and one cached forward per further token."""
     taken: list[DenseRows] = []

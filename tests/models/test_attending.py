@@ -1,0 +1,31 @@
+"""Passes over texts of many lengths keep away from the attention that plans every length anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import tiny_folder
+from prunescope.compare.context import Transcript, read_states
+from prunescope.compare.layerwise import layerwise_rows
+from prunescope.models.loading import load_model
+
+
+@pytest.mark.parametrize("what", ["drop", "target", "states"])
+def test_no_pass_over_given_texts_attends_through_cudnn(what: str, tmp_path: Path) -> None:
+    """A pass left out (of the dense model, of the target, of the noise floor), and a setting that stays behind."""
+    dense, target = (load_model(tiny_folder("llama", tmp_path / name, seed=i)) for i, name in enumerate("ab"))
+    seen: list[bool] = []
+    for loaded in (dense, target):
+        loaded.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    prompts, texts = [[5, 6, 7], [8, 9]], [[11, 12, 13], [14, 15]]
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    if what == "states":
+        read_states(dense, [Transcript(p, t) for p, t in zip(prompts, texts, strict=True)])
+    else:
+        layerwise_rows(dense, target if what == "target" else None, prompts, texts=texts)
+    assert len(seen) >= (1 if what == "states" else 5)
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
