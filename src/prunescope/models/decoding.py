@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prunescope.models.attending import any_length
 from prunescope.models.capturing import on_the_device
 from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
@@ -218,7 +219,8 @@ class _Loop:
         self.tokens.fill_(self.pad)
         self.finished.zero_()
         places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        self.read.copy_(self._forward(ids, self.seen[:, :width], places)[:, None])
+        with any_length():
+            self.read.copy_(self._forward(ids, self.seen[:, :width], places)[:, None])
         self.places.copy_(places[:, -1:])
 
     def step(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from prunescope.models.attending import any_length
 from prunescope.models.generating import batches, check_cache
 from prunescope.models.loaded import LoadedModel
 
@@ -83,6 +84,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), shortest)
 
 
+@any_length()
 def _read(loaded: LoadedModel, cache: Cache | None, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
     """Logits ``(rows, 1, vocab)`` after the last token of each row, all of one length, and the cache that has read them."""
     check_cache(loaded)
@@ -105,6 +107,7 @@ def _repeated(cache: Cache | None, times: Sequence[int]) -> Cache | None:
     return result
 
 
+@any_length()
 def _scores(
     loaded: LoadedModel, last: Tensor, cache: Cache, options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
