@@ -67,7 +67,7 @@ def test_whatever_decides_a_text_gives_another_entry(dense: LoadedModel, passes:
     write(dense)
     passes()
     others: list[dict[str, Any]] = [
-        {"batch_size": 2}, {"stop": True}, {"sampling": Sampling(1.0)}, {"sampling": Sampling(1.0, seed=1)}, {"sampling": Sampling(1.0), "first": 3},
+        {"batch_size": 2}, {"stop": True}, {"sampling": Sampling(1.0)}, {"sampling": Sampling(1.0, seed=1)}, {"sampling": Sampling(1.0), "numbers": [3, 4, 5]},
         {"sampling": Sampling(1.0, top_p=0.9)}, {"sampling": Sampling(0.5)},
     ]  # fmt: skip
     for options in others:

@@ -91,8 +91,8 @@ def _write(
     """Let the model write, and keep the last position's state of every step."""
     states: list[Tensor] = []
     texts = continue_texts(
-        loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop, first=first, see=states.append,
-        recall=recall,
+        loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop,
+        numbers=range(first, first + len(prompts)), see=states.append, recall=recall,
     )  # fmt: skip
     return _Written(texts, states[0])
 

@@ -37,6 +37,6 @@ def _writer(
         batch_size=len(batch),
         sampling=sampling,
         stop=stop,
-        first=batch[0],
+        numbers=batch,
         recall=True,
     )

@@ -29,10 +29,10 @@ from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
-__all__ = ["LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
+__all__ = ["ALIGNMENT", "LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
 
 LOOK = 16  # steps between two looks of the host at whether all texts have ended
-_ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels want their masks
+ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels want their masks
 
 
 @dataclass
@@ -285,7 +285,7 @@ def decode(
         Exception: whatever the model, or the capture, refuses.
     """
     graph = ids.device.type == "cuda" if graph is None else graph
-    batch, length = len(ids), -(-(ids.shape[1] + steps) // _ALIGNMENT) * _ALIGNMENT
+    batch, length = len(ids), -(-(ids.shape[1] + steps) // ALIGNMENT) * ALIGNMENT
     kept, alone = Kept() if kept is None else kept, kept is None
     if kept.shape != (batch, length, steps):
         kept.loop = kept.captured = None  # before others are made: both hold memory
