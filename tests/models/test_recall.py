@@ -205,3 +205,16 @@ def test_commands_find_the_same_with_and_without(tmp_path: Path) -> None:
         assert kept.samples() == anew.samples()
         assert kept.info["noise_floor"] == anew.info["noise_floor"]
     assert counts[True] <= counts[False] - 8 - 8 - 3  # the text, twice, and what `mcq` and the floors read
+
+
+def test_every_command_looks_at_all_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row written through ``.data`` between two commands, where no glance falls. Would catch scores of the weights of before."""
+    monkeypatch.setattr("prunescope.models.recall._glance", lambda tensors: "")
+    dense = prunescope.load(str(characters_folder(tmp_path / "dense")))
+    first = prunescope.mcq(dense, "drop:mlp=2", limit=3)
+    dense.model.get_input_embeddings().weight.data[:, 3] += 0.5
+    changed = prunescope.mcq(dense, "drop:mlp=2", limit=3)
+    dense.recall.limit = 0
+    anew = prunescope.mcq(dense, "drop:mlp=2", limit=3)
+    told = [repr(run.table().to_pydict()) for run in (first, changed, anew)]
+    assert told[1] == told[2] != told[0]

@@ -66,9 +66,13 @@ class Recall:
         while self.nbytes > self.limit:
             self._entries.popitem(last=False)
 
+    def look_again(self) -> None:
+        """The next key reads all weights: between two commands anything may have been written to them."""
+        self._seen = None, ""
+
     def _weights(self, model: nn.Module) -> str | None:
-        """`fingerprint`, taken anew where a tensor was exchanged or written to, and where a glance at each finds other numbers: what is
-        written through ``.data`` is not counted by torch."""
+        """`fingerprint`, taken once a command (`look_again`), and anew where a tensor was exchanged or written to, or where a glance at each finds
+        other numbers: what is written through ``.data`` is not counted by torch."""
         tensors = list(_tensors(model))
         if any(tensor.is_meta or type(tensor.data) is not Tensor for tensor in tensors):
             return None
