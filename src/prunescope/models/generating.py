@@ -194,9 +194,10 @@ def _recalled(
     """What ``write`` gives, or gave before. `generate()` makes the same of its first steps however many follow, so that a longer text holds the shorter
     ones; a fixed cache is as long as the text, and its kernels may be others."""
     recall, chosen = loaded.recall, draws if sampling.temperature else None
-    key = recall.key(
-        loaded.model, "text", str(loaded.dropped), ids, mask, steps if static else None, sampling, ends, pad
-    )
+    key = None
+    if len(ids) * steps * loaded.anatomy.hidden_size * loaded.dtype.itemsize <= recall.limit:  # the states
+        what = (str(loaded.dropped), ids, mask, steps if static else None, sampling, ends, pad)
+        key = recall.key(loaded.model, "text", *what)
     if (found := recall.get(key)) is not None:
         tokens, states, drawn = found
         known = drawn.shape[1]  # steps that were asked for
