@@ -24,6 +24,7 @@ import torch
 from families import tiny_folder
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
+from prunescope.report.figures.beside import Beside
 from prunescope.runs.result import RunResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,6 +77,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     wider scope has them too."""
     if request.node.get_closest_marker("draws") is None:
         monkeypatch.setattr(RunResult, "draw", lambda self, draw, folder: None)
+        monkeypatch.setattr(Beside, "add", lambda self, draw, folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -503,6 +503,6 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ]
     assert set(told["texts"][0]) == {"prompt", "dense", "without 2 attn", "without 2 mlp"}
     stages = {row["stage"]: row["seconds"] for row in told["stages"]}
-    assert len(stages) == 7 and min(stages.values()) >= 0 < stages["every sublayer in turn"] < 600
+    assert len(stages) == 8 and min(stages.values()) >= 0 < stages["every sublayer in turn"] < 600
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "--overwrite" in capfd.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ from prunescope import commands
 from prunescope.progress import console
 from prunescope.report import KIND_NAMES
 from prunescope.results import DemoResult, DropResult, GenerateResult, LayerwiseResult
-from prunescope.runs.folder import check_free, staged, write_config, write_json, write_run
+from prunescope.runs.folder import check_free, staged, write_config, write_json
 from prunescope.runs.result import RunResult
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["demo", "run_demo"]
 _KINDS: tuple[Literal["attn"], Literal["mlp"]] = ("attn", "mlp")
 _DROPPED = 8
 _PAIRS = ("arithmetic", "brackets", "substitution")  # the quick tasks that cost least
-_ITEMS = 20  # of each; also prompts that are written for together
+_ITEMS = 20  # of each; also prompts and questions that are read together
 _SHOWN_PROMPTS = ("mc-1", "math-1", "open-1")
 
 
@@ -61,6 +61,7 @@ def run_demo(
         questions: False makes no mcq and evaluate runs: a tokenizer that has no letters cannot answer.
     """
     from prunescope.models.references import BUNDLED
+    from prunescope.report.figures.beside import Beside
     from prunescope.report.page.html import open_folder, write_report
 
     check_free(out, overwrite=overwrite)
@@ -70,16 +71,15 @@ def run_demo(
     samples, seq_len = calibration
     chat = bool(dense.tokenizer.chat_template)
     drops: dict[str, DropResult] = {}
-    with staged(out, overwrite=overwrite) as staging:
+    with staged(out, overwrite=overwrite) as staging, Beside() as beside:
         written = []
 
         def keep(name: str, result: RunResult, *, figures: bool = True) -> None:
             (staging / name).mkdir()
-            with clock.stage("figures and files"):
-                if figures:
-                    result.write(staging / name)
-                else:
-                    write_run(staging / name, result.info, result.tables(), result.samples())
+            with clock.stage("files"):
+                result.write(staging / name, figures=False)
+            if figures and (draw := result.drawing()) is not None:
+                beside.add(draw, staging / name)
             written.append(staging / name)
 
         for kind in _KINDS:
@@ -103,7 +103,7 @@ def run_demo(
             keep(f"generate-{name}", generated[name])
             if questions:
                 with clock.stage("72 questions"):
-                    asked = commands.mcq(dense, target)
+                    asked = commands.mcq(dense, target, batch_size=_ITEMS)
                 keep(f"mcq-{name}", asked)
         if questions:
             tasks = ",".join(f"{pair}-{way}" for pair in _PAIRS for way in ("gen", "mc"))
@@ -118,6 +118,8 @@ def run_demo(
         write_config(staging, {"out": str(out), "overwrite": overwrite})
         with clock.stage("page"):
             write_report([open_folder(folder) for folder in on_page], staging / "report.html")
+        with clock.stage("figures, beside the rest", also=lambda: beside.cpu_seconds):
+            beside.finish()
         found = {"schema_version": 1, "sentences": sentences, "texts": texts, "stages": clock.rows()}
         write_json(staging / "demo.json", found)
     folder = Path(out).expanduser()
@@ -198,11 +200,12 @@ class _Clock:
         self._found: dict[str, tuple[float, float]] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, also: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+        """``also``: processor seconds of other processes, asked for in the end."""
         started, used = time.perf_counter(), time.process_time()
         yield
         seconds, cpu = self._found.get(name, (0.0, 0.0))
-        self._found[name] = (seconds + time.perf_counter() - started, cpu + time.process_time() - used)
+        self._found[name] = (seconds + time.perf_counter() - started, cpu + time.process_time() - used + also())
 
     def rows(self) -> list[dict[str, Any]]:
         return [

@@ -107,11 +107,11 @@ class RetrieveResult(RunResult):
 
         return cls(run.info, run.table(), run.samples(), read_rankings(run.folder))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, figures: bool = True) -> None:
         from prunescope.compare.retrieval import write_rankings
 
         write_rankings(folder, self.rankings)
-        super().write(folder)
+        super().write(folder, figures=figures)
 
     def drawing(self) -> Draw:
         from prunescope.report.figures.retrieval import draw_retrieval
@@ -129,7 +129,7 @@ class EvaluateResult(RunResult):
     harness: dict[str, Any] = field(default_factory=dict, repr=False)
     """What lm-evaluation-harness itself returned, by task; empty for a run that was read from its folder."""
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, figures: bool = True) -> None:
         from prunescope.report.terminal.scoring import summary_page
 
         if self.harness:
@@ -139,7 +139,7 @@ class EvaluateResult(RunResult):
             for name, found in self.harness.items():
                 write_harness(folder / "harness", name, labels[int(name.partition("-")[0])], found)
         (folder / "summary.md").write_text(summary_page(self.info), "utf-8")
-        super().write(folder)
+        super().write(folder, figures=figures)
 
 
 class SpeedResult(RunResult):

@@ -278,7 +278,7 @@ def test_draws_belong_to_the_prompt_not_to_the_batch(dense: LoadedModel, monkeyp
     assert len(together.unique()) == 15
     prompts = [[5, 9], [8], [30]]
     texts = continue_texts(dense, prompts, 6, batch_size=3, sampling=sampling)
-    assert continue_texts(dense, prompts[2:], 6, batch_size=1, sampling=sampling, first=2) == texts[2:]
+    assert continue_texts(dense, prompts[2:], 6, batch_size=1, sampling=sampling, numbers=[2]) == texts[2:]
     told: list[int] = []
     assert continue_texts(dense, prompts, 6, batch_size=1, sampling=sampling, advance=told.append) == texts
     monkeypatch.setattr(generating, "_CPU_CACHE", 0)

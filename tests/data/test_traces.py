@@ -11,10 +11,19 @@ import torch
 from families import characters_folder
 from prunescope.data.traces import Traces, write_traces
 from prunescope.errors import UserError
+from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+MIXED = [
+    "ab",
+    "a long prompt, of which there is more than of the others, 60",
+    "def f(",
+    "some words of middle length",
+    "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +88,48 @@ def test_texts_are_kept_batch_by_batch(model: LoadedModel, tmp_path: Path, monke
     """An interrupted call goes on: what was written is not written again."""
     import prunescope.data.traces as module
 
+    (tmp_path / "a.txt").write_text("\n".join(MIXED), "utf-8")
+    files: list[str] = [str(tmp_path / "a.txt"), "self"]
     options = {"samples": 6, "new_tokens": 4, "batch_size": 2}
-    expected = write_traces(model, [], **options)  # type: ignore[arg-type]
-    calls: list[int] = []
+    expected = write_traces(model, files, **options)  # type: ignore[arg-type]
+    calls: list[list[int]] = []
     write = module.continue_texts
 
-    def counting(*args: object, **more: object) -> list[list[int]]:
-        calls.append(1)
+    def counting(loaded: LoadedModel, prompts: list[list[int]], *args: object, **more: object) -> list[list[int]]:
+        calls.append([len(prompt) for prompt in prompts])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return write(*args, **more)  # type: ignore[arg-type]
+        return write(loaded, prompts, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "continue_texts", counting)
     with pytest.raises(KeyboardInterrupt):
-        write_traces(model, [], cache=tmp_path, **options)  # type: ignore[arg-type]
-    assert write_traces(model, [], cache=tmp_path, **options) == expected and len(calls) == 4  # type: ignore[arg-type]
+        write_traces(model, files, cache=tmp_path, **options)  # type: ignore[arg-type]
+    assert write_traces(model, files, cache=tmp_path, **options) == expected and len(calls) == 4  # type: ignore[arg-type]
+    # sorted over all of the call; what was interrupted is asked for again, and nothing else
+    assert [n for batch in calls[:3] for n in batch] == sorted((len(row.prompt) for row in expected.rows), reverse=True)
+    assert calls[3] == calls[2] and calls[0][0] > calls[2][-1]
+    write_traces(model, files, cache=tmp_path, **options)  # type: ignore[arg-type]
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_does_not_depend_on_what_is_written_with_it(
+    temperature: float, model: LoadedModel, tmp_path: Path
+) -> None:
+    """Prompts of 1 to 60 tokens in the order of the mix. Would catch texts given to another's prompt, and draws that follow from the place in a
+    batch: alone, a prompt has no place but the first."""
+    (tmp_path / "a.txt").write_text("\n".join(MIXED), "utf-8")
+    files = ["self", str(tmp_path / "a.txt")]
+    options = {"samples": 12, "new_tokens": 6, "temperature": temperature, "seed": 5}
+    found = write_traces(model, files, **options)  # type: ignore[arg-type]
+    assert [row.source for row in found.rows] == files * 6 and len({len(row.prompt) for row in found.rows}) > 3
+    assert found == write_traces(model, files, batch_size=1, **options)  # type: ignore[arg-type]
+    assert found == write_traces(model, files, batch_size=5, **options)  # type: ignore[arg-type]
+    for number, row in enumerate(found.rows):
+        alone = continue_texts(
+            model, [row.prompt], 6, batch_size=1, sampling=Sampling(temperature, seed=5), numbers=[number]
+        )
+        assert tuple(alone[0]) == row.continuation
 
 
 def test_bad_input_is_one_line(model: LoadedModel, tmp_path: Path) -> None:

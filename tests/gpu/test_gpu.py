@@ -28,7 +28,7 @@ from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import all_experts, chosen_experts, grouped_experts
 from prunescope.models.dropping import DropSpec
 from prunescope.models.fusing import norm_way, rotates_plainly
-from prunescope.models.generating import Sampling, decoding_way, uniform_draws
+from prunescope.models.generating import Sampling, choose, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.prune.heal import HealPlan, _step
 from prunescope.prune.masks import Goal
@@ -302,6 +302,40 @@ def test_one_graph_writes_batch_after_batch(sampling: Sampling, monkeypatch: pyt
     assert len(captured) == 1
     monkeypatch.setattr(generating, "static_problem", lambda loaded: "none of it")
     assert found == generating.continue_texts(loaded, prompts, 20, batch_size=4, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, 50, 0.9)])
+def test_the_token_is_that_of_a_cpu(sampling: Sampling) -> None:
+    """At the size of a real vocabulary, with words of no probability, and in no more memory than `texts_at_a_time` counts: as float32 divided
+    by the temperature 4 bytes a word, as float64 8. Would catch a float64 copy, and a sum in parallel that stops on a word of no probability."""
+    turn = torch.Generator().manual_seed(3)
+    scores = torch.randn(256, 151_936, generator=turn) * 3
+    scores[:, :700] = scores[:, -300:] = scores[::2, 1000:9000] = -torch.inf
+    draws = torch.rand(256, generator=turn, dtype=torch.float64)
+    draws[:8], draws[8:16] = 0, 1 - 2.0**-53
+    held, given = scores.cuda(), draws.cuda()
+    choose(held, sampling, given)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = choose(held, sampling, given)
+    if not sampling.top_k:
+        assert torch.cuda.max_memory_allocated() - before < 13 * scores.numel()
+    assert scores.gather(1, found.cpu()[:, None]).isfinite().all()
+    assert (found.cpu() == choose(scores, sampling, draws)).double().mean() > 0.99  # exp differs in its last bit
+
+
+def test_as_many_texts_as_fit_are_written_as_by_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,100 prompts of 1 to 40 tokens, sampled: two batches, the second of another length. Would catch rows in the order of the batches."""
+    loaded = loaded_family("llama", "cuda")
+    prompts = [[(7 * i + 5 * j) % 60 + 4 for j in range(1 + 37 * i % 40)] for i in range(1100)]
+    sampling = Sampling(1.0, seed=2)
+    found = generating.continue_texts(loaded, prompts, 12, batch_size=None, sampling=sampling)
+    monkeypatch.setattr(generating, "static_problem", lambda loaded: "none of it")
+    expected = generating.continue_texts(loaded, prompts, 12, batch_size=64, sampling=sampling)
+    assert (
+        sum(a == b for a, b in zip(found, expected, strict=True)) > 1090
+    )  # a draw on a border may fall on either side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

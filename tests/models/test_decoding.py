@@ -180,7 +180,7 @@ def test_batches_of_one_shape_share_their_buffers(
     alone: list[list[int]] = []
     fixed()
     for start in (0, 4, 8):
-        alone += continue_texts(loaded, prompts[start : start + 4], STEPS, batch_size=4, sampling=sampling, first=start, see=lambda states: None)  # fmt: skip
+        alone += continue_texts(loaded, prompts[start : start + 4], STEPS, batch_size=4, sampling=sampling, numbers=range(start, start + len(prompts[start : start + 4])), see=lambda states: None)  # fmt: skip
     loops: list[Any] = []
     places: set[tuple[int, ...]] = set()
     plain, restart = decoding._Loop.__init__, decoding._Loop.restart

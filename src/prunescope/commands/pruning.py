@@ -107,7 +107,7 @@ def drop(
         calibration: self (text the model samples), traces:FILE (what it answers to prompts, commas between files; traces alone: it writes them too), a text, JSON or JSONL file, or a data set id (c4, wikitext2)
         samples: calibration samples; default: 128 from a text, 32 from the model
         seq_len: tokens per sample; default: 2048 from a text, 256 from the model, never past its context
-        batch_size: samples per batch; default: 32 while the model samples, 8 while it scores
+        batch_size: samples per batch; default: 32 while the model samples (on a GPU as many as fit), 8 while it scores
         seed: seed of the choice of calibration samples
         dtype: auto is the checkpoint's own on an accelerator and float32 on a CPU
         device: a torch device; auto is cuda if there is one, else cpu

@@ -17,9 +17,10 @@ from prunescope.compare.columns import least_memory
 from prunescope.compare.head import Head
 from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.errors import UserError
+from prunescope.models.attending import any_length
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.residual import final_states
+from prunescope.models.residual import final_states, headless
 from prunescope.models.variants import Variant
 
 __all__ = [
@@ -181,19 +182,28 @@ def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) ->
 
 
 @torch.no_grad()
-def read_states(loaded: LoadedModel, sequences: Sequence[Transcript]) -> list[Tensor]:
+@any_length()
+def read_states(loaded: LoadedModel, sequences: Sequence[Transcript], *, recall: bool = False) -> list[Tensor]:
     """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``.
 
     A model whose weights stay on disk must have read the texts: `prunescope.models.streaming.having_read`.
+
+    Args:
+        recall: keep the states in ``loaded.recall``, and take from there what this model has read before; not to be changed in place.
     """
-    ids = padded(sequences, loaded.device)
-    caught: list[Tensor] = []
+    ids, index = padded(sequences, loaded.device), step_index(sequences, loaded.device)
     if loaded.source is not None:
-        caught.append(loaded.source.states(ids))
+        found = loaded.source.states(ids)[index]
     else:
-        with final_states(loaded, caught.append):
-            loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    found = caught[0][step_index(sequences, loaded.device)]
+        key = loaded.recall.key(loaded.model, "states", str(loaded.dropped), ids, *index) if recall else None
+        kept = loaded.recall.get(key)
+        if kept is None:
+            caught: list[Tensor] = []
+            with final_states(loaded, caught.append), headless(loaded):
+                loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            kept = (caught[0][index],)
+            loaded.recall.put(key, *kept)
+        (found,) = kept
     return list(found.split([len(s.continuation) for s in sequences]))
 
 

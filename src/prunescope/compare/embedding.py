@@ -17,6 +17,7 @@ from torch import Tensor
 from prunescope.compare.context import at_least_float32
 from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
+from prunescope.models.attending import any_length
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
@@ -101,7 +102,7 @@ def embed(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     pooled: list[Tensor] = []
     caught: list[Tensor] = []
-    with final_states(model, caught.append):
+    with final_states(model, caught.append), any_length():
         for start in range(0, len(order), batch_size):
             chosen = [sequences[i] for i in order[start : start + batch_size]]
             lengths = torch.tensor([len(tokens) for tokens in chosen], device=model.device)

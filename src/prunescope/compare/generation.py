@@ -86,11 +86,13 @@ def _write(
     max_new_tokens: int,
     sampling: Sampling,
     stop: bool,
+    recall: bool = False,
 ) -> _Written:
     """Let the model write, and keep the last position's state of every step."""
     states: list[Tensor] = []
     texts = continue_texts(
-        loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop, first=first, see=states.append
+        loaded, prompts, max_new_tokens, batch_size=len(prompts), sampling=sampling, stop=stop,
+        numbers=range(first, first + len(prompts)), see=states.append, recall=recall,
     )  # fmt: skip
     return _Written(texts, states[0])
 
@@ -125,10 +127,10 @@ class _Batch:
         if given is not None:
             self.decoding = {"dense": "given"}
             self.ours = [Transcript(list(p), t) for p, t in zip(prompts, given, strict=True)]
-            self.our_states = self.written_states = read_states(dense, self.ours)
+            self.our_states = self.written_states = read_states(dense, self.ours, recall=True)
         else:
             self.decoding = {"dense": decoding_way(dense)}
-            written = _write(dense, prompts, *how)
+            written = _write(dense, prompts, *how, recall=True)
             self.ours = [Transcript(list(p), t) for p, t in zip(prompts, written.texts, strict=True)]
             self.our_states = self.written_states = _of_sequences(written)
         self.theirs: list[Transcript] | None = None
@@ -153,7 +155,7 @@ class _Batch:
         if self.theirs is None:
             # nothing was written by the target: read both, so that equal models are equal to the bit
             if not self.given and self.of_target is not self.dense:
-                self.our_states = read_states(self.dense, self.ours)
+                self.our_states = read_states(self.dense, self.ours, recall=True)
             return [found[i] for i in range(len(self.ours))]
         return [
             torch.cat([self.their_states[i][: shared[i]], found[i][shared[i] :]])
@@ -364,7 +366,7 @@ def _noise_floor(batch: _Batch) -> dict[str, Any]:
         ``floor``: per deviation column the largest absolute value; beside it how much was looked at.
     """
     looked_at = _looked_at(batch.ours)
-    alone = torch.cat([read_states(batch.dense, [s])[0] for s in looked_at])
+    alone = torch.cat([read_states(batch.dense, [s], recall=True)[0] for s in looked_at])
     written = torch.cat([states[:_FLOOR_STEPS] for states in batch.written_states[:_FLOOR_PROMPTS]])
     head = final_head(batch.dense)
     columns = compare_final(

@@ -47,10 +47,11 @@ from prunescope.compare.streams import (
 from prunescope.compare.writing import written_texts
 from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS
+from prunescope.models.attending import any_length
 from prunescope.models.generating import Sampling
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import plain_copy
-from prunescope.models.residual import watching
+from prunescope.models.residual import headless, watching
 from prunescope.progress import progress
 from prunescope.runs.parts import computed, resume_state, save_state
 from prunescope.runs.workers import Compute, Workers, sharing
@@ -344,11 +345,12 @@ def product_error(
 
 
 @torch.no_grad()
+@any_length()
 def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
     """The same rows as `dense_streams` of one sequence, from a prefill and one cached forward per further token."""
     taken: list[DenseRows] = []
     cache = None
-    with watching(dense, lambda passage: taken[-1].see(passage)):
+    with watching(dense, lambda passage: taken[-1].see(passage)), headless(dense):
         for ids in pieces(sequence):
             taken.append(DenseRows(last_place(dense.device), 2 * len(dense.anatomy) + 1))
             ids = ids.to(dense.device)

@@ -134,14 +134,14 @@ def mcq_passes(asked: Sequence[Asked], batch_size: int) -> tuple[list[list[Trans
 # --- what the models say -----------------------------------------------------------------------------------------------
 
 
-def _likelihoods(model: LoadedModel, asked: Sequence[Asked]) -> list[Tensor]:
+def _likelihoods(model: LoadedModel, asked: Sequence[Asked], *, recall: bool = False) -> list[Tensor]:
     """Sequence log-likelihoods of the options of each question, ``(options,)`` float64."""
     result = []
     head = final_head(model)
     for question in asked:
         sequences = _sequences(question)
         log_p = (
-            head.logits(torch.cat(read_states(model, sequences)), at_least_float32(model.dtype))
+            head.logits(torch.cat(read_states(model, sequences, recall=recall)), at_least_float32(model.dtype))
             .double()
             .log_softmax(-1)
         )
@@ -161,7 +161,8 @@ def _batch(dense: LoadedModel, target: Changed, asked: Sequence[Asked], first: i
     """Two rows a question; the most likely tokens of both models are in the table's metadata."""
     prompts = _prompts(asked)
     by_sequence = [question for question in asked if not question.by_token]
-    h, sequence_scores = torch.cat(read_states(dense, prompts)), _likelihoods(dense, by_sequence)
+    h = torch.cat(read_states(dense, prompts, recall=True))
+    sequence_scores = _likelihoods(dense, by_sequence, recall=True)
     with switched(dense, target) as other:
         h_target, sequence_scores_target = torch.cat(read_states(other, prompts)), _likelihoods(other, by_sequence)
     gold = torch.tensor([q.option_tokens[q.question.answer][0] if q.by_token else -1 for q in asked])
@@ -321,11 +322,11 @@ def _batches(dense: LoadedModel, target: Changed, *, asked: Sequence[Asked], set
 def _noise_floor(dense: LoadedModel, asked: Sequence[Asked], settings: _Settings) -> dict[str, Any]:
     """The dense model against itself: prompts in a padded batch against each alone; per column the largest absolute value."""
     prompts = _floor_prompts(asked)
-    alone = torch.cat([read_states(dense, [prompt])[0] for prompt in prompts])
+    alone = torch.cat([read_states(dense, [prompt], recall=True)[0] for prompt in prompts])
     head = final_head(dense)
     columns = compare_final(
         alone,
-        torch.cat(read_states(dense, prompts)),
+        torch.cat(read_states(dense, prompts, recall=True)),
         head,
         head,
         temperature=settings.temperature,

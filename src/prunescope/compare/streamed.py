@@ -104,6 +104,7 @@ def streamed_layerwise_rows(
             with dense.block(rows.layer, mapped=True), rows.target_block():
                 carried.run(rows.before, rows.after)
             advance(1)
+        carried.settle()
     steps = [len(s.continuation) for s in sequences]
     with dense.ending():
         head = lens_head(dense.loaded, lens)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prunescope.compare.context import TargetModel, Transcript, padded, step_index, switched
 from prunescope.models.anatomy import KINDS, Kind
+from prunescope.models.attending import any_length
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import is_sharded
@@ -130,6 +131,7 @@ class TargetRows:
 
 
 @torch.no_grad()
+@any_length()
 def dense_streams(
     dense: LoadedModel, sequences: Sequence[Transcript], keep: dict[tuple[int, Kind], Kept] | None, spare: int = 0
 ) -> DenseRows:
@@ -140,6 +142,7 @@ def dense_streams(
 
 
 @torch.no_grad()
+@any_length()
 def streams_of(dense: LoadedModel, target: TargetModel, sequences: Sequence[Transcript]) -> Streams:
     layers = len(dense.anatomy)
     pairs = slot_pairs(target, layers)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from prunescope.compare.context import TargetModel
-from prunescope.models.generating import Sampling, batches, continue_texts
+from prunescope.models.generating import Sampling, batches, continue_texts, rows_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 from prunescope.runs.workers import Compute, Workers, gathered, sharing
@@ -19,6 +19,7 @@ def written_texts(
 ) -> list[list[int]]:  # fmt: skip
     """What the dense model writes after each prompt."""
     make = partial(_writer, prompts=prompts, steps=steps, sampling=sampling, stop=stop)
+    batch_size = rows_at_a_time(dense, batch_size, max(map(len, prompts), default=0) + steps)
     with progress(f"{dense.ref} writes {len(prompts)} continuations of up to {steps} tokens", len(prompts)) as advance:
         numbers = list(batches(range(len(prompts)), batch_size))
         found = gathered(sharing(workers, make), numbers, make(dense, None), lambda texts: advance(len(texts)))
@@ -30,5 +31,12 @@ def _writer(
 ) -> Compute:
     """Numbers of prompts -> their continuations."""
     return lambda batch: continue_texts(
-        dense, [prompts[i] for i in batch], steps, batch_size=len(batch), sampling=sampling, stop=stop, first=batch[0]
+        dense,
+        [prompts[i] for i in batch],
+        steps,
+        batch_size=len(batch),
+        sampling=sampling,
+        stop=stop,
+        numbers=batch,
+        recall=True,
     )

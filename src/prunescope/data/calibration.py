@@ -93,7 +93,7 @@ def calibration_tokens(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     cache: Path | None = None,
     sampler: Callable[[], LoadedModel] | None = None,
 ) -> Calibration:
@@ -108,6 +108,7 @@ def calibration_tokens(
             ``seq_len`` is the number of new tokens at most, and a prompt comes on top.
         seed: of the sampling, or of the choice of windows from a text. Windows do not overlap; if a text has fewer than
             asked for, all of them are taken and it is said.
+        batch_size: texts that the model writes at a time, by default as many as `texts_at_a_time` says.
         cache: folder in which self-sampled tokens are kept; None keeps none.
         sampler: gives the model that samples, where ``loaded`` cannot run; only called if tokens must be sampled.
     Raises:
@@ -191,7 +192,7 @@ def perplexity_tokens(
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int) -> list[list[int]]:
+def _sample_self(loaded: LoadedModel, samples: int, length: int, seed: int, batch_size: int | None) -> list[list[int]]:
     tokenizer = loaded.tokenizer
     start = next(
         (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), None

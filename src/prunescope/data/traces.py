@@ -19,7 +19,7 @@ from prunescope.cache import remembered
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import chat_text, encode
 from prunescope.errors import UserError
-from prunescope.models.generating import Sampling, batches, continue_texts
+from prunescope.models.generating import Sampling, batches, by_length, continue_texts, texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
 
@@ -86,10 +86,10 @@ def write_traces(
     new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     cache: Path | None = None,
 ) -> Traces:
-    """Let ``dense`` write.
+    """Let ``dense`` write: prompts of about the same length together, the longest first; each text's draws follow from its number in the mix.
 
     Prompts of several files are mixed evenly, each file's in an order of its own; a file that is too short is gone through again, with other draws.
     Where the tokenizer has a chat template a prompt is the user's turn in it, unless its row says ``"chat": false``. With no file, and for ``self``
@@ -98,6 +98,7 @@ def write_traces(
     Args:
         files: see `read_prompts`; or ``self``.
         samples, new_tokens: so many texts, of at most so many new tokens each.
+        batch_size: texts at a time, by default as many as `texts_at_a_time` says.
         cache: folder in which texts are kept, batch by batch, so that an interrupted call continues; None keeps none.
     Raises:
         UserError: a file that cannot be read, a prompt too long for the model, or a model with no start token.
@@ -113,21 +114,23 @@ def write_traces(
     its = iter(_own_prompts(dense, own, new_tokens, seed, batch_size, kept, model) if own else [])
     given = iter(_from_files(dense, [file for file in sources if file != SELF], samples - own, new_tokens, seed))
     prompts = [next(its if sources[i % len(sources)] == SELF else given) for i in range(samples)]
-    rows: list[Trace] = []
+    rows: list[Trace | None] = [None] * samples
+    fitting = texts_at_a_time(dense, new_tokens) if batch_size is None else lambda longest: batch_size
     with progress(f"writing {len(prompts)} traces of {new_tokens} tokens", len(prompts)) as advance:
-        for chosen in batches(range(len(prompts)), batch_size):
+        for chosen in by_length([len(ids) for ids, _ in prompts], fitting):
             asked = [prompts[i][0] for i in chosen]
-            key = {"what": "traces 1", **model, "prompts": asked, "first": chosen[0], "new": new_tokens, "t": temperature, "seed": seed}  # fmt: skip
+            key = {"what": "traces 2", **model, "prompts": asked, "numbers": chosen, "new": new_tokens, "t": temperature, "seed": seed}  # fmt: skip
             written = remembered(
                 kept,
                 key,
-                lambda asked=asked, first=chosen[0]: continue_texts(  # type: ignore[misc]
-                    dense, asked, new_tokens, batch_size=len(asked), sampling=sampling, first=first
+                lambda asked=asked, numbers=chosen: continue_texts(  # type: ignore[misc]
+                    dense, asked, new_tokens, batch_size=len(asked), sampling=sampling, numbers=numbers
                 ),
             )
-            rows += [Trace(tuple(prompts[i][0]), tuple(text), prompts[i][1]) for i, text in zip(chosen, written, strict=True)]  # fmt: skip
+            for i, text in zip(chosen, written, strict=True):
+                rows[i] = Trace(tuple(prompts[i][0]), tuple(text), prompts[i][1])
             advance(len(chosen))
-    return Traces(tuple(rows), new_tokens, temperature, seed)
+    return Traces(tuple(row for row in rows if row is not None), new_tokens, temperature, seed)
 
 
 _Prompts = list[tuple[list[int], str]]  # token ids, where they come from
@@ -151,7 +154,7 @@ def _from_files(dense: LoadedModel, files: Sequence[str], samples: int, new_toke
 
 
 def _own_prompts(
-    dense: LoadedModel, samples: int, new_tokens: int, seed: int, batch_size: int, cache: Path | None, model: dict[str, Any]
+    dense: LoadedModel, samples: int, new_tokens: int, seed: int, batch_size: int | None, cache: Path | None, model: dict[str, Any]
 ) -> _Prompts:  # fmt: skip
     tokenizer = dense.tokenizer
     if not tokenizer.chat_template:

@@ -187,7 +187,7 @@ def _seconds(
     first, times = prompts[:_BATCH], -(-len(prompts) // _BATCH)
     count = limit if asked.rows is None else min(limit, asked.rows)
     started = time.monotonic()
-    texts = write_texts(loaded, encode(loaded, first, asked.steps), asked.steps, batch_size=_BATCH)
+    texts = write_texts(loaded, encode(loaded, first, asked.steps), asked.steps, batch_size=_BATCH, recall=False)
     wrote = time.monotonic() - started
     reference = DenseReference(loaded, texts)
     started = time.monotonic()

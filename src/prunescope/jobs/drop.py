@@ -123,7 +123,7 @@ def _drop(
     cache = cache_folder() if options.cache else None
     calibration = calibration_tokens(
         dense, options.calibration, samples=options.samples, seq_len=options.seq_len, seed=options.seed,
-        batch_size=options.batch_size or 32, cache=cache,
+        batch_size=options.batch_size, cache=cache,
     )  # fmt: skip
     choice = _choose(options, dense, calibration, select, task, cache, passing)
     folds = fit_maps(dense, choice.spec, calibration, options.batch_size or 8) if options.compensate else []

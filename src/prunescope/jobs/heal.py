@@ -25,7 +25,6 @@ from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.jobs.options import LoadOptions, Model, Options, OutputOptions, listed
 from prunescope.models.dropping import DropSpec
-from prunescope.models.generating import texts_at_a_time
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 from prunescope.models.placing import refuse_sharded
@@ -199,7 +198,7 @@ def _heal(options: HealOptions, staging: Path, team: Team, started: float) -> tu
     options.output.require_space(_disk(student, trained))
     traces = write_traces(
         teacher, listed(options.traces) if options.traces else [], samples=options.samples, new_tokens=options.new_tokens,
-        temperature=options.temperature, seed=options.seed, batch_size=texts_at_a_time(teacher, 2 * options.new_tokens), cache=cache_folder() if options.cache else None,
+        temperature=options.temperature, seed=options.seed, cache=cache_folder() if options.cache else None,
     )  # fmt: skip
     held_out = _apart(traces, options)[1]
     healed, more = _train(options, student, teacher, trained, team.told(traces), staging, team)

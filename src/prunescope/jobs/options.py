@@ -81,10 +81,12 @@ class LoadOptions(Group):
     def _load(self, ref: Model, revision: str | None, adapter: str | None, headless: bool) -> LoadedModel:
         from prunescope.models.loading import load_model
 
-        return load_model(
+        loaded = load_model(
             ref, dtype=self.dtype, device=self.device, revision=revision, adapter=adapter, trust_remote_code=self.trust_remote_code,
             headless=headless, dequantise=self.dequantise,
         )  # fmt: skip
+        loaded.recall.look_again()
+        return loaded
 
 
 @dataclass(frozen=True)

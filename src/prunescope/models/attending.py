@@ -12,9 +12,9 @@ __all__ = ["any_length"]
 
 @contextmanager
 def any_length() -> Iterator[None]:
-    """No attention by cuDNN inside the block. It makes a plan for every new (batch, length), forward and backward, which takes longer than a whole
-    step of a small model; the other kernels of `scaled_dot_product_attention` are made once for all. Since torch 2.10 or so cuDNN comes first on
-    an H100, H200 or B200. What torch.compile traces inside the block stays with the kernel that it found there."""
+    """No attention by cuDNN inside the block. It makes a plan for every (batch, length) that is new to the process: 65 ms forward and 73 ms backward on an
+    H200, where a small model's whole step takes 150 ms; the other kernels of `scaled_dot_product_attention` are there for every length. With torch
+    2.11 cuDNN comes first on an H100, H200 or B200. What torch.compile traces inside the block stays with the kernel that it found there."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -65,6 +65,7 @@ class StreamedModel:
     ahead: Ahead | None = field(default=None, repr=False)  # fetches the next block while one runs
     large: int | None = None  # bytes of a block's experts from which on they are read one at a time
     seconds: float = 0.0  # that it took to read all of it once, when it was opened
+    checked: bool = False  # every weight was found to be finite then
 
     @property
     def model(self) -> Any:
@@ -84,16 +85,19 @@ class StreamedModel:
         source = self.weights if weights is None else weights
         ahead, prefix = self.ahead if weights is None else None, self.names[layer] + "."
         ready = {} if ahead is None else ahead.take(layer, self._names(layer))
+        if ahead is not None and layer + 1 < len(self.blocks):
+            ahead.begin(layer + 1, self._names(layer + 1))
         experts = self._large(layer)
         left = {id(p) for module in experts.values() for p in module.parameters(recurse=False)}
         # copies: what lies in a mapped file is aligned at random, and products round by that
         with ExitStack() as stack:
             block = self.blocks[layer]
-            stack.enter_context(_filled(block, prefix, source, self.device, left, copies=not mapped, ready=ready))
+            check = weights is not None or not self.checked
+            stack.enter_context(
+                _filled(block, prefix, source, self.device, left, copies=not mapped, ready=ready, check=check)
+            )
             for name, module in experts.items():
                 stack.enter_context(one_at_a_time(module, f"{prefix}{name}.", source, self.device))
-            if ahead is not None and layer + 1 < len(self.blocks):
-                ahead.begin(layer + 1, self._names(layer + 1))
             yield
         if self.device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):  # of glibc, which keeps a block's pieces
             _LIBC.malloc_trim(0)
@@ -115,7 +119,7 @@ class StreamedModel:
         ready: Mapping[str, Tensor] = {}
         if self.ahead is not None:
             ready = self.ahead.take(-1, [name for name, p in self.model.named_parameters() if id(p) not in skipped])
-        with _filled(self.model, "", self.weights, self.device, skipped, ready=ready):
+        with _filled(self.model, "", self.weights, self.device, skipped, ready=ready, check=not self.checked):
             yield
 
     @contextmanager
@@ -263,7 +267,7 @@ def stream_model(
     with streamed.running(), _looking(streamed):
         streamed.probe_ids = probe_ids(model)
         loaded.anatomy = find_anatomy(model)
-    streamed.seconds = time.monotonic() - started
+    streamed.seconds, streamed.checked = time.monotonic() - started, True
     loaded.layer_map, loaded.dense_layers = layers_of(ref, record, len(blocks))
     loaded.source = streamed
     return streamed
@@ -380,6 +384,10 @@ def _offloaded(model: nn.Module) -> Mapping[str, Tensor]:
     raise UserError(f"{type(model).__name__}: accelerate left no map of the weights on disk; use another version of it")
 
 
+def _finite(value: Tensor) -> bool:
+    return bool(torch.stack([torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)]).all())
+
+
 @contextmanager
 def _filled(
     module: nn.Module,
@@ -389,8 +397,10 @@ def _filled(
     skipped: Collection[int] = (),
     copies: bool = False,
     ready: Mapping[str, Tensor] | None = None,
+    check: bool = True,
 ) -> Iterator[None]:
-    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once. What is ``ready`` need not be read."""
+    """Parameters on the meta device replaced by real ones; one that occurs twice (tied) is loaded once. What is ``ready`` need not be read.
+    ``check``: that all are finite."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     fresh: dict[int, nn.Parameter] = {}
     try:
@@ -403,8 +413,7 @@ def _filled(
                     value = weights[prefix + name].to(device=device, dtype=parameter.dtype, copy=copies)
                 else:
                     value = found.to(parameter.dtype)
-                finite = [torch.isfinite(piece).all() for piece in value.flatten().split(_PIECE)]
-                if not torch.stack(finite).all():
+                if check and not _finite(value):
                     raise UserError(f"{prefix}{name} holds NaN or infinite weights; the checkpoint is broken")
                 fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
             path, _, leaf = name.rpartition(".")

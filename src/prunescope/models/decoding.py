@@ -23,15 +23,16 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prunescope.models.attending import any_length
 from prunescope.models.capturing import on_the_device
 from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 
-__all__ = ["LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
+__all__ = ["ALIGNMENT", "LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
 
 LOOK = 16  # steps between two looks of the host at whether all texts have ended
-_ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels want their masks
+ALIGNMENT = 16  # the cache's length is a multiple of it, as attention kernels want their masks
 
 
 @dataclass
@@ -218,7 +219,8 @@ class _Loop:
         self.tokens.fill_(self.pad)
         self.finished.zero_()
         places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        self.read.copy_(self._forward(ids, self.seen[:, :width], places)[:, None])
+        with any_length():
+            self.read.copy_(self._forward(ids, self.seen[:, :width], places)[:, None])
         self.places.copy_(places[:, -1:])
 
     def step(self) -> None:
@@ -283,7 +285,7 @@ def decode(
         Exception: whatever the model, or the capture, refuses.
     """
     graph = ids.device.type == "cuda" if graph is None else graph
-    batch, length = len(ids), -(-(ids.shape[1] + steps) // _ALIGNMENT) * _ALIGNMENT
+    batch, length = len(ids), -(-(ids.shape[1] + steps) // ALIGNMENT) * ALIGNMENT
     kept, alone = Kept() if kept is None else kept, kept is None
     if kept.shape != (batch, length, steps):
         kept.loop = kept.captured = None  # before others are made: both hold memory

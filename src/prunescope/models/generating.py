@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from prunescope.errors import UserError, first_line
 from prunescope.models.capturing import trial_rows
-from prunescope.models.decoding import Kept, decode, foreign_cache
+from prunescope.models.decoding import ALIGNMENT, Kept, decode, foreign_cache, forward_options
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import is_sharded
 from prunescope.models.residual import final_states
@@ -23,11 +23,13 @@ from prunescope.models.residual import final_states
 __all__ = [
     "Sampling",
     "batches",
+    "by_length",
     "check_cache",
     "choose",
     "continue_texts",
     "decoding_way",
     "end_tokens",
+    "rows_at_a_time",
     "static_problem",
     "texts_at_a_time",
     "uniform_draws",
@@ -40,6 +42,9 @@ _CPU_ROWS, _CPU_CACHE = (
     32,
     2**29,
 )  # a product of 8 rows takes a CPU as long as one of 16, and 0.7 times as long as one of 32
+_GPU_ROWS = 1024
+_BLOCK = 512  # probabilities whose sum `choose` looks at before it looks at them
+_CHOOSING = 40  # bytes a word: logits 2 or 4, as float32 4, divided by the temperature 4, float64 8; in the captured step, and before it
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     distribution. The same draw chooses the same token from the same distribution, whatever the batch, the device or the model."""
     if not sampling.temperature:
         return scores.argmax(-1)
-    p = (scores.float() / sampling.temperature).softmax(-1, dtype=torch.float64)
+    scaled = scores.float() / sampling.temperature
+    p = (scaled - scaled.amax(-1, keepdim=True).double()).exp_()  # float64, and a softmax but for its divisor
     if sampling.top_k:
         p = p.where(p >= p.topk(min(sampling.top_k, p.shape[-1]), -1).values[:, -1:], 0)
     if sampling.top_p < 1:
@@ -79,9 +85,23 @@ def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         before = falling.cumsum(-1) - falling
         least = falling.where(before < sampling.top_p * p.sum(-1, keepdim=True), torch.inf).amin(-1, keepdim=True)
         p = p.where(p >= least, 0)
-    mass = p.cumsum(-1)
-    draw = draws[:, None].to(mass.device) * mass[:, -1:]
-    return torch.searchsorted(mass, draw, right=True).clamp(max=mass.shape[-1] - 1)[:, 0]
+    whole = p.shape[-1] // _BLOCK
+    body, tail = p[:, : whole * _BLOCK], p[:, whole * _BLOCK :]
+    sums = torch.cat([body.unflatten(-1, (whole, _BLOCK)).sum(-1), tail.sum(-1, keepdim=True)], -1)  # (rows, blocks)
+    block, rest = _fall(sums, draws[:, None].to(p.device) * sums.sum(-1, keepdim=True))
+    places = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    within = p.gather(-1, places.clamp(max=p.shape[-1] - 1)) * (places < p.shape[-1])
+    return (block * _BLOCK + _fall(within, rest)[0])[:, 0]
+
+
+def _fall(parts: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Of parts of a mass ``(rows, n)`` and a place in it ``(rows, 1)``: the number of the part in which it falls and how far into that part, both
+    ``(rows, 1)``. Where rounding puts it past the end it is the last part; it is never one of no mass."""
+    mass, number = parts.cumsum(-1), torch.arange(parts.shape[-1], device=parts.device)
+    # 0 without mass; 1 to n before the place, the last most; above n past it, the first most
+    rank = (parts > 0) * (number + 1 + (mass > at) * 2 * (len(number) - number))
+    found = rank.argmax(-1, keepdim=True)
+    return found, at - (mass.gather(-1, found) - parts.gather(-1, found))
 
 
 class _SharedDraws(LogitsProcessor):
@@ -108,50 +128,88 @@ def continue_texts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    batch_size: int,
+    batch_size: int | None,
     sampling: Sampling = Sampling(),
     stop: bool = True,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda done: None,
     see: Callable[[Tensor], None] | None = None,
+    recall: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt as `generate()` does: left-padded batches, key/value cache, no hidden settings of the model's generation config.
+    Prompts of about the same length are written together, so that little is padded, unless ``see`` is given.
 
     Args:
         prompts: token ids, at least one a prompt.
         max_new_tokens: at most so many new tokens each.
         stop: end a text at an end-of-text token, which is kept as its last token.
-        first: the number of the first prompt, from which the uniform draws of sampling follow.
-        batch_size: prompts at a time; on a CPU up to `_CPU_ROWS` where their cache is small, unless ``see`` is given.
+        numbers: of the prompts, from which the uniform draws of sampling follow; by default 0, 1, ...
+        batch_size: prompts at a time, by default as many as `texts_at_a_time` says; on a CPU up to `_CPU_ROWS` where their cache is small,
+            unless ``see`` is given.
         advance: told how many prompts are done, batch by batch.
         see: given what the head read, ``(steps, batch, d)``, batch by batch; a text that has ended leaves what follows it without meaning.
+        recall: keep what is written, with its states, in ``loaded.recall``, and take from there what this model has written before.
     Returns:
-        The new token ids of each prompt.
+        The new token ids of each prompt, in the order of the prompts.
     Raises:
         UserError: transformers cannot keep a cache of this model.
     """
     check_cache(loaded)
     ends = end_tokens(loaded) if stop else []
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+    fitting = texts_at_a_time(loaded, max_new_tokens) if batch_size is None else lambda longest: batch_size
+    lengths = [len(prompt) for prompt in prompts]
     if see is None:
-        batch_size = _at_a_time(loaded, batch_size, max(map(len, prompts), default=0) + max_new_tokens)
-    results: list[list[int]] = []
+        together = list(
+            by_length(lengths, lambda longest: rows_at_a_time(loaded, fitting(longest), longest + max_new_tokens))
+        )
+        if len(together) == 1:  # in the order of a caller who wants the states: found again in ``recall``
+            together = [range(len(prompts))]
+    else:
+        together = list(batches(range(len(prompts)), fitting(max(lengths, default=0))))
+    numbers = range(len(prompts)) if numbers is None else numbers
+    results: list[list[int]] = [[] for _ in prompts]
     kept = Kept()
-    for chosen in batches(range(len(prompts)), batch_size):
+    for chosen in together:
         ids, mask = _left_padded([prompts[i] for i in chosen], pad, loaded.device)
-        draws = uniform_draws(sampling, [first + i for i in chosen], max_new_tokens)
-        write = partial(_write_static, kept=kept) if static_problem(loaded) is None else _write_plain
+        draws = uniform_draws(sampling, [numbers[i] for i in chosen], max_new_tokens)
+        static = static_problem(loaded) is None
+        write = partial(_write_static, kept=kept) if static else _write_plain
+        if recall:
+            write = partial(_recalled, write=write, static=static)
         rows, states = write(loaded, ids, mask, max_new_tokens, sampling, draws, ends, pad, see is not None)
-        for row in rows.tolist():
+        for i, row in zip(chosen, rows.tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-            results.append(row[:length])
+            results[i] = row[:length]
         if see is not None and states is not None:
             see(states)
         advance(len(chosen))
     return results
 
 
-def _at_a_time(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
+def _recalled(
+    loaded: LoadedModel, ids: Tensor, mask: Tensor, steps: int, sampling: Sampling, draws: Tensor, ends: list[int], pad: int, keep: bool,
+    write: Callable[..., _Batch], static: bool,
+) -> _Batch:  # fmt: skip
+    """What ``write`` gives, or gave before. `generate()` makes the same of its first steps however many follow, so that a longer text holds the shorter
+    ones; a fixed cache is as long as the text, and its kernels may be others."""
+    recall, chosen = loaded.recall, draws if sampling.temperature else None
+    key = None
+    if len(ids) * steps * loaded.anatomy.hidden_size * loaded.dtype.itemsize <= recall.limit:  # the states
+        what = (str(loaded.dropped), ids, mask, steps if static else None, sampling, ends, pad)
+        key = recall.key(loaded.model, "text", *what)
+    if (found := recall.get(key)) is not None:
+        tokens, states, drawn = found
+        known = drawn.shape[1]  # steps that were asked for
+        if known >= steps and (chosen is None or torch.equal(drawn[:, :steps], chosen)):
+            return tokens[:, :steps], states[:steps]
+    rows, seen = write(loaded, ids, mask, steps, sampling, draws, ends, pad, key is not None or keep)
+    if seen is not None:
+        recall.put(key, rows, seen, draws)
+    return rows, seen
+
+
+def rows_at_a_time(loaded: LoadedModel, batch_size: int, tokens: int) -> int:
     """Prompts of ``tokens`` that are written together: more than asked for on a CPU, as long as keys and values stay below `_CPU_CACHE`."""
     if loaded.device.type != "cpu":
         return batch_size
@@ -167,16 +225,42 @@ def check_cache(loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def texts_at_a_time(loaded: LoadedModel, tokens: int) -> int:
-    """How many texts of ``tokens`` may be written together: 32 on a CPU; on a GPU up to 256, where their keys and values, and the
-    probabilities among which a step chooses, take a quarter of the free memory."""
+def texts_at_a_time(loaded: LoadedModel, new_tokens: int) -> Callable[[int], int]:
+    """How many texts may be written together, by the length of the longest prompt among them: 32 on a CPU; on a GPU up to `_GPU_ROWS`, as long as
+    what they hold (`_text_bytes`) is at most a quarter of the free memory."""
     if loaded.device.type != "cuda":
-        return 32
+        return lambda longest: 32
+    unused = torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device)
+    free = torch.cuda.mem_get_info(loaded.device)[0] + unused
+    text = _text_bytes(loaded, new_tokens)
+    return lambda longest: _round_down(min(_GPU_ROWS, int(free // 4 // text(longest))))
+
+
+def _text_bytes(loaded: LoadedModel, new_tokens: int) -> Callable[[int], int]:
+    """What a text holds while it is written, by the length of its prompt: keys and values, the probabilities among which a step chooses, and what
+    a block and the head make of its prompt while they read it."""
     first = loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=loaded.device), use_cache=True)
     layers = getattr(first.past_key_values, "layers", [])
-    cached = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values) if part is not None)
-    free = torch.cuda.mem_get_info(loaded.device)[0]
-    return int(max(1, min(256, free / 4 / (cached * tokens + 40 * loaded.anatomy.vocab_size))))
+    parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    cached = sum(int(part.nbytes) for part in parts if part is not None)
+    anatomy = loaded.anatomy
+    matrices = (p for block in anatomy.blocks for p in block.module.parameters() if p.dim() > 1)
+    widest = max((size for matrix in matrices for size in matrix.shape[-2:]), default=0)
+    read: int = loaded.dtype.itemsize * (8 * anatomy.hidden_size + 3 * widest)
+    if not forward_options(loaded.model):  # logits of the whole prompt
+        read += first.logits.element_size() * anatomy.vocab_size
+
+    def text(longest: int) -> int:
+        places = -(-(longest + new_tokens) // ALIGNMENT) * ALIGNMENT
+        return cached * places + read * longest + _CHOOSING * anatomy.vocab_size
+
+    return text
+
+
+def _round_down(count: int) -> int:
+    """To a power of two or one and a half: a little less free memory than yesterday leaves the batches, and what is kept of them, as they are."""
+    power = 1 << max(1, count).bit_length() - 1
+    return power + power // 2 if power + power // 2 <= count else power
 
 
 _Batch = tuple[Tensor, Tensor | None]  # new tokens (batch, steps), states (steps, batch, d) if asked for
@@ -282,6 +366,15 @@ def _differing(loaded: LoadedModel, rows: int) -> str | None:
 def batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def by_length(lengths: Sequence[int], rows: Callable[[int], int]) -> Iterator[Sequence[int]]:
+    """Numbers of all texts in batches, the longest first, equal ones in their order; ``rows`` says how many by the longest of a batch."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = max(1, rows(lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from prunescope.errors import UserError
 from prunescope.models.anatomy import KINDS, Anatomy
 from prunescope.models.dropping import Dropped, DropSpec, drop_sublayers
 from prunescope.models.packed import format_of, is_packed
+from prunescope.models.recall import Recall
 
 __all__ = ["LoadedModel", "Source"]
 
@@ -55,6 +56,8 @@ class LoadedModel:
     _drops: list[Dropped] = field(default_factory=list)
     # by what is dropped: why texts are written by generate(), None if they are not (`prunescope.models.generating.static_problem`)
     decoding: dict[str, str | None] = field(default_factory=dict)
+    # what it has read and written, for the next command that asks the same of it
+    recall: Recall = field(default_factory=Recall, repr=False)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.ref}{f' without {self.dropped}' if self.dropped else ''}>"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,14 +22,16 @@ from transformers import Cache
 
 from prunescope.errors import UserError
 from prunescope.files import replacing
+from prunescope.models.attending import any_length
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, other_forwards, swap_first_tensor
+from prunescope.models.keeping import Keeper
 from prunescope.progress import progress
 
 __all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
 
-_AT_ONCE = 2**28  # bytes of hidden states that a GPU is given, and gives back, in one copy
+_AT_ONCE = 2**29  # bytes of hidden states, those in front of a block, that a GPU keeps
 
 
 @dataclass
@@ -71,7 +73,8 @@ class Recorded:
             args = tuple(cache if isinstance(value, Cache) else value for value in args)
             kwargs = {key: cache if isinstance(value, Cache) else value for key, value in kwargs.items()}
         args, kwargs = swap_first_tensor(args, kwargs, hidden)
-        return first_output(streamed.blocks[layer](*args, **kwargs))
+        with any_length():
+            return first_output(streamed.blocks[layer](*args, **kwargs))
 
     def check(self, streamed: StreamedModel, layer: int) -> None:
         """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model.
@@ -145,7 +148,8 @@ class Carried:
     """Forward passes on their way through a streamed model, all of them in front of the same block.
 
     Their hidden states are a file of ``folder``, ``part-NAME-LAYER.bin``, read a pass at a time and written anew beside it while a block runs;
-    so memory holds one pass, and an interrupted run goes on in front of the block that it had reached, with the same bytes.
+    so memory holds one pass, and an interrupted run goes on in front of the block that it had reached, with the same bytes. A GPU keeps them if
+    they are few (`_AT_ONCE`), and the file is written behind the run's back, see `Keeper`.
 
     Args:
         inputs: token ids of each pass, ``(batch, tokens)``.
@@ -172,6 +176,9 @@ class Carried:
         self.layer = int(found[-1].stem.rpartition("-")[2]) if found else 0  # the block that is next
         for older in found[:-1]:  # of a run that was cut off between two blocks
             older.unlink()
+        self._held: list[Tensor] | None = None  # where the device keeps the states
+        self._keeper = Keeper(self._file)
+        self._keeper.begin(self.layer)
         self._embed(inputs, stepped, write=not found)
 
     @torch.no_grad()
@@ -227,19 +234,22 @@ class Carried:
         layer, streamed = self.layer, self.streamed
         if check:
             self.recorded.check(streamed, layer)
-        together = _at_once(self)
-        with self._file(layer).open("rb") as file, replacing(self._file(layer + 1)) as beside, beside.open("wb") as out:
-            entering = self._read_all(file) if together else None
-            finite: list[Tensor] = []
-            leaving: list[Tensor] = []
+        held = _at_once(self)
+        entering = self._held or (self._read_all() if held else None)
+        leaving: list[Tensor] = []
+        finite: list[Tensor] = []
+        with ExitStack() as files:
+            file = None if held else files.enter_context(self._file(layer).open("rb"))
+            beside = None if held else files.enter_context(replacing(self._file(layer + 1)))
+            out = None if beside is None else files.enter_context(beside.open("wb"))
 
             def one(number: int, cache: Cache | None = None) -> None:
-                hidden = self._read(file, number) if entering is None else entering[number].clone()
+                hidden = self._read(file, number) if entering is None else entering[number]
                 before(number)
                 found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
                 finite.append(torch.isfinite(found).all())
-                if together:
-                    leaving.append(found.detach().flatten())
+                if held:
+                    leaving.append(found.detach())
                 else:
                     _all_finite(finite, layer)
                     finite.clear()
@@ -256,11 +266,15 @@ class Carried:
                     one(number, cache)
                     cache.layers[layer] = others
                     _fill(cache, layer, self._shapes[number][1])
-            if together:
-                _all_finite(finite, layer)
-                _write(out, torch.cat(leaving))
-        self._file(layer).unlink()
+        if held:
+            _all_finite(finite, layer)
+            self._held = leaving
         self.layer += 1
+        if held:
+            self._keeper.offer(self.layer, leaving, must=self.layer == len(streamed.blocks))
+        else:
+            self._file(layer).unlink()
+            self._keeper.begin(self.layer)
 
     def _cache(self, empty: Cache, numbers: Sequence[int], number: int) -> Cache:
         """The cache of a pass of a stepped text: the blocks before the next one have seen the pass, the others what came before it."""
@@ -273,19 +287,26 @@ class Carried:
                     _fill(cache, layer, tokens)
         return self._caches[number]
 
+    def settle(self) -> None:
+        """Wait until the states are in their file."""
+        self._keeper.finish()
+
     def close(self) -> None:
         """Remove the file of the hidden states."""
-        self._file(self.layer).unlink(missing_ok=True)
+        self._keeper.close()
 
     def stream(self, number: int) -> Tensor:
         """The stream of a pass in front of the block that is next, or after the last, ``(batch, tokens, d)``."""
+        if self._held is not None:
+            return self._held[number]
         with self._file(self.layer).open("rb") as file:
             file.seek(sum(map(prod, self._shapes[:number])) * self._dtype.itemsize)
             return self._read(file, number)
 
-    def _read_all(self, file: Any) -> list[Tensor]:
+    def _read_all(self) -> list[Tensor]:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+        with self._file(self.layer).open("rb") as file:
+            file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
         every = buffer.view(self._dtype).to(self.streamed.device).split([prod(shape) for shape in self._shapes])
         return [piece.view(shape) for piece, shape in zip(every, self._shapes, strict=True)]
 
@@ -348,6 +369,7 @@ def having_read(
             with streamed.block(carried.layer, mapped=True):
                 carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
             advance(1)
+        carried.settle()
     norm = streamed.loaded.anatomy.final_norm
 
     def read(ids: Tensor) -> Tensor:
@@ -367,7 +389,7 @@ def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
 
 
 def _at_once(carried: Carried) -> bool:
-    """Whether the hidden states go to the device, and come back, as a whole: each copy that is waited for costs a GPU more than it moves."""
+    """Whether the hidden states stay on the device: each copy that is waited for costs a GPU more than it moves."""
     return carried.streamed.device.type != "cpu" and carried.nbytes <= _AT_ONCE
 
 

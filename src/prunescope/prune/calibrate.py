@@ -21,12 +21,12 @@ from prunescope.models.matrices import Matrix, reading
 from prunescope.models.streaming import Recorded, recording
 from prunescope.prune.picking import ONE_IN, SAMPLED_ROWS, held_out_samples, picked_positions
 
-__all__ = ["InputStatistic", "Text", "gather", "overflow"]
+__all__ = ["InputStatistic", "Text", "gather", "overflow", "rows_held"]
 
 _EXPERT_ROWS = 256  # the same for one expert among many
 _HALF = (torch.bfloat16, torch.float16)
 _STRIPES = 8  # of the upper triangle of a Gram matrix
-_TOGETHER = 8192  # tokens that one product takes on a GPU: their sum is read and written once
+_TOGETHER = 16384  # tokens that one product takes on a GPU: their sum is read and written once
 
 
 class InputStatistic:
@@ -47,7 +47,7 @@ class InputStatistic:
         self.rows = torch.zeros(0, width, device=device)
         self.held_out: InputStatistic | None = None
         self._mirrored = not gram
-        self._waiting: Tensor | None = None  # (_TOGETHER or 2 n, n), whose first `_held` rows are not in the sum yet
+        self._waiting: Tensor | None = None  # (rows_held(n), n), whose first `_held` rows are not in the sum yet
         self._held = 0
 
     @property
@@ -85,15 +85,15 @@ class InputStatistic:
             self._mirrored = False
 
     def _add_rows(self, gram: Tensor, x: Tensor) -> None:
-        if not _on_tensor_cores(x):
+        most = rows_held(len(gram))
+        if not _on_tensor_cores(x) or 2 * len(x) >= most:  # copying these would take what a larger product saves
             return _add_upper_gram(gram, x)
-        most = min(_TOGETHER, 2 * len(gram))
-        if self._waiting is None and len(x) < most:
+        if self._waiting is None:
             self._waiting = x.new_empty(most, len(gram))
-        if self._waiting is None or x.dtype != self._waiting.dtype or self._held + len(x) > most:
-            _ = self.gram  # adds the rows that wait
-        if self._waiting is None or x.dtype != self._waiting.dtype or len(x) >= most:
+        if x.dtype != self._waiting.dtype:
             return _add_upper_gram(gram, x)
+        if self._held + len(x) > most:
+            _ = self.gram  # adds the rows that wait
         self._waiting[self._held : self._held + len(x)] = x
         self._held += len(x)
 
@@ -153,6 +153,11 @@ class InputStatistic:
         if self.gram is not None:
             return max(0.0, float(((weight @ self.hessian()) * weight).sum(dtype=torch.float64)))
         return float((self.rows @ weight.T).square().sum(dtype=torch.float64))
+
+
+def rows_held(n: int) -> int:
+    """Rows of n inputs in half precision that wait at most on a GPU, to be multiplied together: never more memory than their Gram matrix."""
+    return min(_TOGETHER, 2 * n)
 
 
 def _on_tensor_cores(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.matrices import find_neurons
+from prunescope.prune.calibrate import rows_held
 from prunescope.prune.plan import RESHAPING, PruningPlan, removed_neurons, smaller_config
 from prunescope.prune.refine import GRADUAL_STEPS, SCANS, STEPS
 
@@ -62,8 +63,8 @@ def estimate(
             operations += _refining(plan, outputs, inputs)
         if plan.gram:
             operations += sum(1.2 * tokens * n**2 + 2.0 / 3 * n**3 for _, _, n in widths)
-        waiting = 2 * 8192 if streamed.device.type == "cuda" else 0  # rows that `InputStatistic` holds back
-        grams = sum(4 * n * n + n * min(waiting, 4 * n) for _, _, n in widths) + 8 * max(
+        waits = 2 if streamed.device.type == "cuda" else 0  # bytes of each number that `InputStatistic` holds back
+        grams = sum(4 * n * n + waits * n * rows_held(n) for _, _, n in widths) + 8 * max(
             (n * n for _, _, n in widths), default=0
         )
         largest = max((m.weight.numel() for m in matrices), default=0)

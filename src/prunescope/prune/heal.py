@@ -25,7 +25,7 @@ from prunescope.data.traces import padded
 from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.models.attending import any_length
-from prunescope.models.generating import Sampling, continue_texts, texts_at_a_time
+from prunescope.models.generating import Sampling, continue_texts
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states
 from prunescope.progress import Advance, console
@@ -115,11 +115,10 @@ def _own_texts(student: LoadedModel, texts: Sequence[Text], plan: HealPlan, step
     flat = [text for group in asked for text in group]
     most = max(len(continuation) for _, continuation in flat)
     draws = Sampling(1.0, seed=plan.seed + 1)
-    mine, longest = team.span(len(flat)), max(len(prompt) for prompt, _ in flat) + most
-    prompts, first = [list(flat[i][0]) for i in mine], step * plan.batch_size + mine.start
-    at_a_time = max(1, min(len(mine), texts_at_a_time(student, longest)))
+    mine = team.span(len(flat))
+    prompts, numbers = [list(flat[i][0]) for i in mine], [step * plan.batch_size + i for i in mine]
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if _on_gpu(student) else nullcontext():
-        wrote = continue_texts(student, prompts, most, batch_size=at_a_time, sampling=draws, first=first)
+        wrote = continue_texts(student, prompts, most, batch_size=None, sampling=draws, numbers=numbers)
     found = iter([own for part in team.all(wrote) for own in part])
     return [[(prompt, own) for (prompt, _), own in zip(group, found, strict=False) if own] for group in asked]
 

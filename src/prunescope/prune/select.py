@@ -26,7 +26,7 @@ from prunescope.models.anatomy import KINDS, Kind
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.residual import Passage, watching
+from prunescope.models.residual import Passage, headless, watching
 from prunescope.progress import progress
 
 __all__ = [
@@ -127,6 +127,7 @@ def score_sublayers(
     with (
         progress(f"scoring {2 * blocks} sublayers on {tokens.numel()} tokens", len(tokens)) as advance,
         watching(loaded, see),
+        headless(loaded),
     ):
         chunks = [list(chosen) for chosen in batches(range(len(tokens)), batch_size)]
 

@@ -29,7 +29,8 @@ __all__ = ["full_float32", "repeated_shapes", "sparsegpt_on_gpu", "supported"]
 
 _WIDEST = 256  # columns of a block that a kernel holds
 _SPAN = 1024  # columns after which those far ahead hear of what was lost
-_LOOP_ROWS, _LOOP_WARPS = 16, 4  # of a tile in the column loop
+_SUB = 8  # columns in registers where a row is a thread
+_FILLED = 16384  # rows, and so threads, from which that is faster for unstructured masks
 _SCAN_ROWS, _SCAN_WARPS = 32, 4  # of a tile in the histograms
 
 
@@ -53,13 +54,32 @@ def full_float32() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """How the column loop goes: `rows_kernel` with ``sub`` columns in registers, or `columns_kernel` where that is 0."""
+
+    rows: int  # of a tile
+    warps: int
+    sub: int
+
+
+def _loop(goal: Goal, rows: int) -> _Loop:
+    """The faster loop for matrices of so many rows in all, pruned to one pattern; both give the same bits. A row a thread waits for nobody, and ranks
+    groups of M columns in its registers; without groups to rank, few rows leave most of a GPU idle."""
+    if goal.of > _SUB or (not goal.of and rows < _FILLED):
+        return _Loop(rows=16, warps=4, sub=0)
+    of = max(1, goal.of)
+    return _Loop(rows=32, warps=1, sub=_SUB // of * of)
+
+
 @dataclass
 class _Part:
     """Matrices that are pruned to one pattern, by tiles of their rows."""
 
     goal: Goal
-    loop: Tensor  # (tiles, 4) int32, see sparsegpt_kernels.py
-    scan: Tensor
+    loop: _Loop
+    tiles: Tensor  # (tiles, 4) int32, see sparsegpt_kernels.py
+    scan: Tensor  # the same for the histograms
     wanted: Tensor | None  # (blocks, matrices) int32, for an unstructured goal
     counts: Tensor | None  # (blocks, matrices, 4, 256) int32
     found: Tensor | None  # (3, tiles) int32
@@ -206,7 +226,8 @@ def _parts(
     parts = []
     for (_, of), members in kinds.items():
         spans = [(firsts[i], firsts[i + 1]) for i in members]
-        loop, scan = (_tiles(spans, height).to(device) for height in (_LOOP_ROWS, _SCAN_ROWS))
+        loop = _loop(goals[members[0]], sum(high - low for low, high in spans))
+        tiles, scan = (_tiles(spans, height).to(device) for height in (loop.rows, _SCAN_ROWS))
         wanted = counts = found = None
         if not of:
             so_far = torch.tensor(
@@ -214,8 +235,8 @@ def _parts(
             )  # fmt: skip
             wanted = so_far.diff(dim=0).to(device=device, dtype=torch.int32)
             counts = torch.zeros(len(starts), len(members), 4, 256, dtype=torch.int32, device=device)
-            found = torch.empty(3, len(loop), dtype=torch.int32, device=device)
-        parts.append(_Part(goals[members[0]], loop, scan, wanted, counts, found))
+            found = torch.empty(3, len(tiles), dtype=torch.int32, device=device)
+        parts.append(_Part(goals[members[0]], loop, tiles, scan, wanted, counts, found))
     return parts
 
 
@@ -231,11 +252,12 @@ def _tiles(spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
 def _solve_block(
     part: _Part, block: int, values: Tensor, weights: Tensor, dropped: Tensor, above: Tensor, scale: Tensor, weighting: Tensor
 ) -> None:  # fmt: skip
-    """Choose and prune a block of columns ``(columns, rows)``: ``weights`` become the pruned ones, ``dropped`` what they lost."""
+    """Choose and prune a block of columns ``(columns, rows)``: ``weights`` become the pruned ones, ``dropped`` what they lost,
+    ``values`` scratch."""
     from prunescope.prune import sparsegpt_kernels as kernels
 
     count, rows = values.shape
-    width = len(above)
+    width, many, loop = len(above), len(part.tiles), part.loop
     if part.wanted is not None and part.counts is not None and part.found is not None:
         wanted, counts = part.wanted[block], part.counts[block]
         for step in range(4):
@@ -243,12 +265,13 @@ def _solve_block(
                 values, weighting, part.scan, wanted, counts, rows, count,
                 PASS=step, R=_SCAN_ROWS, C=width, BINS=256, num_warps=_SCAN_WARPS,
             )  # fmt: skip
-        kernels.ties_kernel[(len(part.loop),)](
-            values, weighting, part.loop, wanted, counts, part.found, rows, count, len(part.loop),
-            R=_LOOP_ROWS, C=width, BINS=256, num_warps=_LOOP_WARPS,
+        kernels.ties_kernel[(many,)](
+            values, weighting, part.tiles, wanted, counts, part.found, rows, count, many,
+            R=loop.rows, C=width, BINS=256, num_warps=loop.warps,
         )  # fmt: skip
         part.found[2].cumsum_(0)
-    kernels.columns_kernel[(len(part.loop),)](
-        values, weights, dropped, above, scale, weighting, part.loop, part.found, rows, len(part.loop),
-        COUNT=count, KEEP=part.goal.keep, OF=part.goal.of, R=_LOOP_ROWS, C=width, num_warps=_LOOP_WARPS,
+    kernel, more = (kernels.rows_kernel, {"SUB": loop.sub}) if loop.sub else (kernels.columns_kernel, {})
+    kernel[(many,)](
+        values, weights, dropped, above, scale, weighting, part.tiles, part.found, rows, many,
+        COUNT=count, KEEP=part.goal.keep, OF=part.goal.of, R=loop.rows, C=width, num_warps=loop.warps, **more,
     )  # fmt: skip

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: RUF005, SIM108  (Triton knows neither)
 """Triton kernels of SparseGPT's blocks of columns: selection of the lowest scores by their bits, and the column loop.
 
 A score is a float32 that is not negative, so its bits order it as an integer. Its k-th lowest is found in four passes of 8, 8, 8 and 7 bits,
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["columns_kernel", "histogram_kernel", "ties_kernel"]
+__all__ = ["columns_kernel", "histogram_kernel", "rows_kernel", "ties_kernel"]
 
 
 @triton.jit
@@ -152,3 +153,100 @@ def columns_kernel(
     weight = tl.load(weights + place, mask=inside, other=0.0)
     tl.store(dropped + place, weight - kept, mask=inside)
     tl.store(weights + place, kept, mask=inside)
+
+
+@triton.jit
+def _entry(pointer, column, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """What is read for a column; 0 where a block has no such column."""
+    if EVEN:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=column < COUNT, other=0.0)
+    return value
+
+
+@triton.jit
+def rows_kernel(
+    values, weights, dropped, upper, scale, weighting, tiles, found, stride, many,
+    COUNT: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """As `columns_kernel`, the same bits, with a row a thread and SUB columns of it in registers, so that no thread waits for another.
+
+    A column hears of the columns before it in their order: first of those in front of its SUB columns, whose errors are read back, then of its
+    neighbours. ``values`` becomes the errors. OF divides SUB.
+    """
+    tile = tl.program_id(0)
+    _, first, last, first_tile = _tile(tiles, tile)
+    rows = first + tl.arange(0, R)
+    inside = rows < last
+    EVEN: tl.constexpr = COUNT % SUB == 0
+    bar, left, rank = 0, 0, tl.zeros([R], tl.int32)
+    if OF == 0:
+        bar = tl.load(found + tile)
+        left = tl.load(found + many + tile)
+        sums = found + 2 * many
+        before = tl.load(sums + tile - 1, mask=tile > 0, other=0) - tl.load(
+            sums + first_tile - 1, mask=first_tile > 0, other=0
+        )
+        tied_in_row = tl.zeros([R], tl.int32)
+        for column in range(0, COUNT):
+            value = tl.load(values + column * stride + rows, mask=inside, other=0.0)
+            score = value * value * tl.load(weighting + column)
+            tied_in_row += (inside & ((score.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == bar)).to(tl.int32)
+        rank = before + tl.cumsum(tied_in_row, 0) - tied_in_row  # ties in front of the row
+    for start in range(0, COUNT, SUB):
+        now = ()
+        weigh = ()
+        for j in tl.static_range(SUB):
+            here = inside if EVEN else inside & (start + j < COUNT)
+            now = now + (tl.load(values + (start + j) * stride + rows, mask=here, other=0.0),)
+            weigh = weigh + (_entry(weighting + start + j, start + j, COUNT, EVEN),)
+        gone = ()
+        if OF == 0:
+            for j in tl.static_range(SUB):
+                bits = (now[j] * now[j] * weigh[j]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                tied = inside & (bits == bar)
+                rank += tied.to(tl.int32)
+                gone = gone + ((bits < bar) | (tied & (rank <= left)),)
+        for block in range(0, start, SUB):
+            for step in tl.static_range(SUB):
+                k = block + step
+                error = tl.load(values + k * stride + rows, mask=inside, other=0.0)
+                new = ()
+                for j in tl.static_range(SUB):
+                    new = new + (now[j] - error * _entry(upper + k * C + start + j, start + j, COUNT, EVEN),)
+                now = new
+        errors = ()
+        for i in tl.static_range(SUB):
+            if OF > 0:
+                if i % OF == 0:
+                    scores = ()
+                    for a in tl.static_range(OF):
+                        scores = scores + (now[i + a] * now[i + a] * weigh[i + a],)
+                    for a in tl.static_range(OF):
+                        below = tl.zeros([R], tl.int32)
+                        for b in tl.static_range(OF):
+                            if b < a:
+                                below += (scores[b] <= scores[a]).to(tl.int32)
+                            if b > a:
+                                below += (scores[b] < scores[a]).to(tl.int32)
+                        gone = gone + (below < OF - KEEP,)
+            error = tl.where(gone[i], now[i], 0.0) * _entry(scale + start + i, start + i, COUNT, EVEN)
+            errors = errors + (error,)
+            new = ()
+            for j in tl.static_range(SUB):
+                if j > i:
+                    new = new + (now[j] - error * _entry(upper + (start + i) * C + start + j, start + j, COUNT, EVEN),)
+                else:
+                    new = new + (now[j],)
+            now = new
+        tl.debug_barrier()
+        for j in tl.static_range(SUB):
+            here = inside if EVEN else inside & (start + j < COUNT)
+            place = (start + j) * stride + rows
+            kept = tl.where(gone[j], 0.0, now[j])
+            weight = tl.load(weights + place, mask=here, other=0.0)
+            tl.store(dropped + place, weight - kept, mask=here)
+            tl.store(weights + place, kept, mask=here)
+            tl.store(values + place, errors[j], mask=here)
+        tl.debug_barrier()

@@ -71,8 +71,9 @@ class RunResult(Result):
             self.write(staging)
         return open_run(folder)
 
-    def write(self, folder: Path) -> None:
-        draw = self.drawing()
+    def write(self, folder: Path, *, figures: bool = True) -> None:
+        """Write everything into ``folder``, which exists; without ``figures`` all but these."""
+        draw = self.drawing() if figures else None
         if draw is not None:
             (folder / "figures").mkdir(exist_ok=True)
             self.draw(draw, folder / "figures")

@@ -36,10 +36,10 @@ _FLOOR_TEXTS = 2
 
 
 def write_texts(
-    dense: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, *, batch_size: int
+    dense: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, *, batch_size: int, recall: bool = True
 ) -> list[Transcript]:
-    """What the dense model writes after each prompt, greedily, to its end or to ``max_new_tokens``."""
-    texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size)
+    """What the dense model writes after each prompt, greedily, to its end or to ``max_new_tokens``; ``recall`` as in `continue_texts`."""
+    texts = continue_texts(dense, prompts, max_new_tokens, batch_size=batch_size, recall=recall)
     return [Transcript(list(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
@@ -63,17 +63,17 @@ class DenseReference:
         self.texts, self.batch_size, self.temperature, self.seed = list(texts), batch_size, temperature, seed
         least = least_memory(final_head(dense), at_least_float32(dense.dtype))
         self.memory = max(memory, least)
-        self.states = self._read(dense)
+        self.states = self._read(dense, recall=True)
         self._owner = torch.cat([torch.full((len(t.continuation),), i) for i, t in enumerate(self.texts)])
         self._next = torch.tensor([token for text in self.texts for token in text.continuation])
 
-    def _read(self, loaded: LoadedModel) -> Tensor:
+    def _read(self, loaded: LoadedModel, *, recall: bool = False) -> Tensor:
         """``(steps of all texts, d)``."""
         return torch.cat(
             [
                 states
                 for chosen in batches(range(len(self.texts)), self.batch_size)
-                for states in read_states(loaded, [self.texts[i] for i in chosen])
+                for states in read_states(loaded, [self.texts[i] for i in chosen], recall=recall)
             ]
         )
 
@@ -133,7 +133,7 @@ class DenseReference:
     def floor(self, loaded: LoadedModel) -> dict[str, Any]:
         """The dense model against itself: two texts alone against in their batch. ``loaded`` must be dense."""
         few = self.texts[:_FLOOR_TEXTS]
-        alone = torch.cat([read_states(loaded, [text])[0] for text in few])
+        alone = torch.cat([read_states(loaded, [text], recall=True)[0] for text in few])
         head = final_head(loaded)
         columns = compare_final(
             self.states[: len(alone)], alone, head, head, temperature=self.temperature, memory=self.memory

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from prunescope.models.attending import any_length
 from prunescope.models.generating import batches, check_cache
 from prunescope.models.loaded import LoadedModel
 
@@ -83,6 +84,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), shortest)
 
 
+@any_length()
 def _read(loaded: LoadedModel, cache: Cache | None, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
     """Logits ``(rows, 1, vocab)`` after the last token of each row, all of one length, and the cache that has read them."""
     check_cache(loaded)
@@ -105,28 +107,30 @@ def _repeated(cache: Cache | None, times: Sequence[int]) -> Cache | None:
     return result
 
 
+@any_length()
 def _scores(
     loaded: LoadedModel, last: Tensor, cache: Cache, options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """Summed log-likelihoods of the options of each row; ``last`` are the logits ``(rows, vocab)`` before their first token."""
     first = last.double().log_softmax(-1).cpu()
     found = [[float(first[row, option[0]]) for option in each] for row, each in enumerate(options)]
-    longest = max(len(option) for each in options for option in each)
-    if longest == 1:
+    # what is read of an option, all but its last token, is read once where several of a prompt's options begin so
+    read = [list(dict.fromkeys(tuple(option[:-1]) for option in each if len(option) > 1)) for each in options]
+    longest = max((len(begin) for each in read for begin in each), default=0)
+    if not longest:
         return found
-    own = _repeated(cache, [len(each) for each in options])
-    flat = [option for each in options for option in each]
-    rows = [
-        [*option[:-1], *[option[0]] * (longest - len(option))] for option in flat
-    ]  # what is padded is not looked at
+    own = _repeated(cache, [len(each) for each in read])
+    flat = [begin for each in read for begin in each]
+    rows = [[*begin, *[begin[0]] * (longest - len(begin))] for begin in flat]  # what is padded is not looked at
     out = loaded.model(input_ids=torch.tensor(rows, device=loaded.device), past_key_values=own, use_cache=True)
     rest = out.logits.double().log_softmax(-1).cpu()
-    number = 0
-    for each in found:
-        for i in range(len(each)):
-            tail = flat[number][1:]
-            each[i] += sum(float(rest[number, step, token]) for step, token in enumerate(tail))
-            number += 1
+    first_row = 0
+    for scores, each, begins in zip(found, options, read, strict=True):
+        for i, option in enumerate(each):
+            if len(option) > 1:
+                row = rest[first_row + begins.index(tuple(option[:-1]))]
+                scores[i] += sum(float(row[step, token]) for step, token in enumerate(option[1:]))
+        first_row += len(begins)
     return found
 
 

@@ -168,6 +168,18 @@ def _of_key(typing: Any, key: Any) -> Any:
 
 
 @_intrinsic
+def _wide(typing: Any) -> Any:
+    """Let LLVM use the widest vectors of the machine in this function: on Intel's AVX-512 it takes half as wide ones by itself, with which the sums took
+    1.3 to 1.5 times as long. llvmlite knows the names of attributes without a value alone."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return _I32(0)
+
+    return types.int32(), code
+
+
+@_intrinsic
 def _no_denormals(typing: Any) -> Any:
     """Let this thread take denormal numbers for zero, which are far below any rounding and cost some CPUs a hundred cycles; returns what was set."""
 
@@ -234,6 +246,7 @@ _GEOMETRY, _MOMENTS, _DIVERGENCES, _RANK = (PAIR_SUMS.index(name) for name in ("
 @_kernel
 def _largest(x: Any) -> Any:
     """The largest number of a piece, as a key."""
+    _wide()
     largest = _LEAST
     for k in range(len(x)):
         key = _key(x[k])
@@ -243,6 +256,7 @@ def _largest(x: Any) -> Any:
 
 @_kernel
 def _mean(x: Any) -> Any:
+    _wide()
     total = _ZERO
     for k in range(len(x)):
         total = _add(total, x[k])
@@ -252,6 +266,7 @@ def _mean(x: Any) -> Any:
 @_kernel
 def _row_block(x: Any, peak: Any, shift: Any, scale: Any, sums: Any) -> None:
     """Add the mass below the peak, lowered / log 2, off, off2 and the number of peaks of a block to ``sums`` (5)."""
+    _wide()
     mass = lowered = off = off2 = peaks = _ZERO
     for k in range(len(x)):
         t = (x[k] - peak) * scale
@@ -273,6 +288,7 @@ def _row_block(x: Any, peak: Any, shift: Any, scale: Any, sums: Any) -> None:
 @_kernel
 def _rows(flat: Any, stride: int, vocab: int, start: int, stop: int, scale: Any, out: Any, top: Any) -> None:
     """Rows ``start`` to ``stop``; each begins at a multiple of ``stride`` in ``flat``."""
+    _wide()
     before = _no_denormals()
     keep = top.shape[1]
     best = np.empty(keep, np.float32)
@@ -321,6 +337,7 @@ def _rows(flat: Any, stride: int, vocab: int, start: int, stop: int, scale: Any,
 @_kernel
 def _geometry(x: Any, y: Any, p: Any, q: Any, g: Any, scale: Any, sums: Any) -> None:
     """The sums of the logits, and p and q for the loops that follow. ``g`` are the pilots."""
+    _wide()
     coef, far, mean, mean_d, best = g[_Z_COEF], g[_Z_FAR] > _ZERO, g[_MEAN], g[_MEAN_D], g[_BEST]
     of_target = g[_MEAN_TARGET] if far else mean_d
     peak, log_mass = g[_PEAK], g[_LOG_MASS] * _LOG2_E
@@ -353,6 +370,7 @@ def _geometry(x: Any, y: Any, p: Any, q: Any, g: Any, scale: Any, sums: Any) -> 
 @_kernel
 def _moments(x: Any, y: Any, p: Any, q: Any, g: Any, sums: Any) -> None:
     """The moments of the change under p, q, p^2 and q^2."""
+    _wide()
     anchor_p, anchor_q, anchor_r, anchor_t = g[_ANCHOR_P], g[_ANCHOR_Q], g[_ANCHOR_R], g[_ANCHOR_T]
     p_v = p_v2 = q_v = q_v2 = r_v = r_v2 = t_v = t_v2 = p2 = q2 = _ZERO
     for k in range(len(x)):
@@ -394,6 +412,7 @@ def _moments(x: Any, y: Any, p: Any, q: Any, g: Any, sums: Any) -> None:
 @_kernel
 def _divergences(x: Any, y: Any, p: Any, q: Any, g: Any, inverse: Any, sums: Any) -> None:
     """The sums of the divergences; ``inverse`` is 1 / T."""
+    _wide()
     anchor, offset, coef, far = g[_ANCHOR_P], g[_OFFSET], g[_P_COEF], g[_P_FAR] > _ZERO
     m = total_g = g_rev = js = dp1 = sq = rp2 = rpp = _ZERO
     for k in range(len(x)):
@@ -443,6 +462,7 @@ def _pairs(
     flat: Any, stride: int, vocab: int, pairs: Any, pilots: Any, start: int, stop: int, inverse: Any, out: Any
 ) -> None:
     """Pairs ``start`` to ``stop``; row i begins at ``i * stride`` in ``flat``."""
+    _wide()
     before = _no_denormals()
     p, q = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     scale = inverse * _LOG2_E

@@ -223,7 +223,7 @@ def pilots(z: Tensor, pairs: Tensor, rows: RowStats, temperature: float) -> Tens
     p_alpha = (ours.p**2 * torch.expm1((ours.delta / temperature - log_ratio[:, None]).clamp(max=80))).sum(1) / (
         ours.p**2
     ).sum(1)
-    sample = z[:, _sampled(z.shape[1], z.device)]
+    sample = _sampled(z)
     x, y = sample[i], sample[j]
     z_alpha = ((x * (y - x)).sum(1) / (x * x).sum(1)).nan_to_num(0, 0, 0).double()
     z_far, p_far = ((alpha.abs() > 0.5).double() for alpha in (z_alpha, p_alpha))
@@ -236,10 +236,16 @@ def pilots(z: Tensor, pairs: Tensor, rows: RowStats, temperature: float) -> Tens
     return torch.stack(values, 1).float()
 
 
-def _sampled(vocab: int, device: torch.device) -> Tensor:
-    """Some tokens from all over the vocabulary, in runs that a memory bus likes."""
-    runs = torch.arange(_RUNS, device=device)[:, None] * (vocab // _RUNS) + torch.arange(_RUN, device=device)
-    return runs.flatten().clamp(max=vocab - 1)
+def _sampled(z: Tensor) -> Tensor:
+    """The logits of some tokens from all over the vocabulary, ``(rows, tokens)``, in runs that a memory bus likes; of a small vocabulary the last one
+    more than once."""
+    vocab = z.shape[1]
+    if vocab // _RUNS >= _RUN:
+        return torch.cat(
+            [z[:, start : start + _RUN] for start in range(0, _RUNS * (vocab // _RUNS), vocab // _RUNS)], 1
+        )
+    runs = torch.arange(_RUNS, device=z.device)[:, None] * (vocab // _RUNS) + torch.arange(_RUN, device=z.device)
+    return z[:, runs.flatten().clamp(max=vocab - 1)]
 
 
 def _variance(first: Tensor, second: Tensor, total: Tensor | float) -> Tensor:

@@ -1,0 +1,103 @@
+"""The file behind a run whose hidden states stay on the device, as on a GPU; here the device is the CPU."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_streamed import assert_same, both_ways
+
+from families import tiny_folder
+from prunescope.models import keeping, streaming
+from prunescope.models.blockwise import stream_model
+from prunescope.models.dropping import DropSpec
+from prunescope.models.keeping import Keeper
+from prunescope.models.streaming import Carried
+
+
+def bytes_of(path: Path) -> list[float]:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32).tolist()
+
+
+def test_what_is_kept_and_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that are changed after they were offered, a run that waits for a slow disk, two files at once, a last state that is lost."""
+    go, plain = threading.Event(), keeping.replacing
+    monkeypatch.setattr(keeping, "replacing", lambda path: (go.wait(20), plain(path))[1])
+    keeper = Keeper(lambda layer: tmp_path / f"part-{layer}.bin")
+    states = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])]
+    keeper.offer(1, states)
+    states[0].zero_()
+    keeper.offer(2, states)  # the disk is busy
+    assert not list(tmp_path.glob("*"))
+    go.set()
+    keeper.offer(3, [torch.tensor([[7.0, 8.0]]), torch.tensor([9.0])], must=True)
+    keeper.finish()
+    assert [p.name for p in tmp_path.glob("*")] == ["part-3.bin"]
+    assert bytes_of(tmp_path / "part-3.bin") == [7.0, 8.0, 9.0]
+    keeper.close()
+    assert not list(tmp_path.glob("*"))
+
+
+def test_states_offered_once_are_those_of_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file written from the states themselves, which later blocks may change in place."""
+    go, plain = threading.Event(), keeping.replacing
+    monkeypatch.setattr(keeping, "replacing", lambda path: (go.wait(20), plain(path))[1])
+    keeper, states = Keeper(lambda layer: tmp_path / f"{layer}"), [torch.tensor([1.0, 2.0])]
+    keeper.offer(1, states)
+    states[0].zero_()
+    go.set()
+    keeper.finish()
+    assert bytes_of(tmp_path / "1") == [1.0, 2.0]
+
+
+def test_a_disk_that_is_full_is_not_passed_over(tmp_path: Path) -> None:
+    """A run that says nothing while nothing of it is kept."""
+    keeper = Keeper(lambda layer: tmp_path / "missing" / f"{layer}")
+    keeper.offer(1, [torch.ones(2)])
+    with pytest.raises(FileNotFoundError):
+        keeper.finish()
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "model"), ("gemma2", "drop"), ("mixtral", "drop")])
+def test_columns_of_states_that_stay(family: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is given another's stream, and one whose stream a block before has changed."""
+    monkeypatch.setattr(streaming, "_at_once", lambda carried: True)
+    dense, other = (tiny_folder(family, tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    assert_same(*both_ways(dense, other if target == "model" else DropSpec(mlp=(1,)), tmp_path / "scratch"))
+
+
+def test_goes_on_from_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of one block taken for those of another after an interruption, and a file that stays behind."""
+    monkeypatch.setattr(streaming, "_at_once", lambda carried: True)
+    folder, texts = (
+        str(tiny_folder("llama", tmp_path / "model")),
+        [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 4]])],
+    )
+    (tmp_path / "parts").mkdir()
+
+    def opened() -> Carried:
+        return Carried(stream_model(folder, tmp_path / "scratch", device="cpu"), texts, tmp_path / "parts")
+
+    def blocks(carried: Carried, until: int) -> None:
+        while carried.layer < until:
+            with carried.streamed.block(carried.layer):
+                carried.run(lambda number: None, lambda number, hidden: None)
+
+    cut = opened()
+    blocks(cut, 3)
+    cut.settle()
+    again = opened()
+    assert again.layer in (1, 2, 3)  # of what came while the file was being written nothing is kept
+    blocks(again, 6)
+    found = [again.stream(i).clone() for i in range(2)]
+    again.settle()
+    assert len(list((tmp_path / "parts").glob("*"))) == 1
+    again.close()
+    assert not list((tmp_path / "parts").glob("*"))
+    monkeypatch.setattr(streaming, "_at_once", lambda carried: False)
+    plain = opened()
+    blocks(plain, 6)
+    for number, stream in enumerate(found):
+        assert torch.equal(stream, plain.stream(number))

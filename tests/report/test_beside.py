@@ -1,0 +1,89 @@
+"""Figures drawn by another process are those that are drawn here, and what it cannot draw is drawn here or complained of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import prunescope
+from families import tiny_folder
+from prunescope.report.figures import beside as module
+from prunescope.report.figures.beside import Beside
+from prunescope.runs.result import RunResult
+
+pytestmark = pytest.mark.draws
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "prompts.txt").write_text("w5 w9\nw7\n")
+    model = str(tiny_folder("llama", folder / "dense"))
+    return prunescope.generate(model, "drop:attn=1", prompts=str(folder / "prompts.txt"), max_new_tokens=4)
+
+
+def written(run: RunResult, folder: Path) -> Path:
+    folder.mkdir()
+    run.write(folder, figures=False)
+    return folder
+
+
+def figures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+
+
+def test_another_process_draws_the_same_bytes(run: RunResult, tmp_path: Path) -> None:
+    """Would catch figures that owe something to what the files do not hold. Which of several folders the other process gets to is left open."""
+    (tmp_path / "here").mkdir()
+    run.write(tmp_path / "here")
+    draw = run.drawing()
+    assert draw is not None
+    with Beside() as beside:
+        one = written(run, tmp_path / "one")
+        assert not (one / "figures").exists()
+        assert beside._drawn(f"{draw.__module__}:{draw.__qualname__}", one)
+        assert beside.cpu_seconds > 0
+        rest = [written(run, tmp_path / name) for name in ("two", "three")]
+        for folder in rest:
+            beside.add(draw, folder)
+        beside.finish()
+    assert all(figures(folder) == figures(tmp_path / "here") for folder in (one, *rest))
+    assert beside._process is not None and beside._process.returncode == 0
+
+
+def test_what_it_cannot_draw_is_drawn_here(run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that cannot be started, or that dies, costs nothing but time."""
+    draw = run.drawing()
+    assert draw is not None
+    for number, command in enumerate((str(tmp_path / "no-python"), shutil.which("true") or "true")):
+        monkeypatch.setattr(module.sys, "executable", command)
+        folder = written(run, tmp_path / str(number))
+        with Beside() as beside:
+            beside.add(draw, folder)
+            beside.finish()
+        assert figures(folder)
+
+
+def test_a_figure_that_fails_is_said(run: RunResult, tmp_path: Path) -> None:
+    """The error is the one that drawing here raises. Would catch one that stays in the other process."""
+    draw = run.drawing()
+    assert draw is not None
+    folder = written(run, tmp_path / "run")
+    (folder / "generation.parquet").write_bytes(b"no table")
+    with Beside() as beside:
+        beside.add(draw, folder)
+        with pytest.raises(Exception, match=r"(?i)parquet|generation"):
+            beside.finish()
+
+
+def test_leaving_early_stops_it(run: RunResult, tmp_path: Path) -> None:
+    """An error elsewhere does not wait for figures. Would catch a process that is left behind."""
+    draw = run.drawing()
+    assert draw is not None
+    with Beside() as beside:
+        for name in ("one", "two", "three"):
+            beside.add(draw, written(run, tmp_path / name))
+    assert beside._thread is not None and not beside._thread.is_alive()
+    assert beside._process is None or beside._process.poll() is not None
