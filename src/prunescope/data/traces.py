@@ -115,7 +115,7 @@ def write_traces(
     given = iter(_from_files(dense, [file for file in sources if file != SELF], samples - own, new_tokens, seed))
     prompts = [next(its if sources[i % len(sources)] == SELF else given) for i in range(samples)]
     rows: list[Trace | None] = [None] * samples
-    fitting = texts_at_a_time(dense, new_tokens) if batch_size is None else lambda longest: batch_size
+    fitting = texts_at_a_time(dense, new_tokens, batch_size)
     with progress(f"writing {len(prompts)} traces of {new_tokens} tokens", len(prompts)) as advance:
         for chosen in by_length([len(ids) for ids, _ in prompts], fitting):
             asked = [prompts[i][0] for i in chosen]

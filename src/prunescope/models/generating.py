@@ -157,7 +157,7 @@ def continue_texts(
     check_cache(loaded)
     ends = end_tokens(loaded) if stop else []
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
-    fitting = texts_at_a_time(loaded, max_new_tokens) if batch_size is None else lambda longest: batch_size
+    fitting = texts_at_a_time(loaded, max_new_tokens, batch_size)
     lengths = [len(prompt) for prompt in prompts]
     if see is None:
         together = list(
@@ -225,11 +225,11 @@ def check_cache(loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def texts_at_a_time(loaded: LoadedModel, new_tokens: int) -> Callable[[int], int]:
-    """How many texts may be written together, by the length of the longest prompt among them: 32 on a CPU; on a GPU up to `_GPU_ROWS`, as long as
-    what they hold (`_text_bytes`) is at most a quarter of the free memory."""
-    if loaded.device.type != "cuda":
-        return lambda longest: 32
+def texts_at_a_time(loaded: LoadedModel, new_tokens: int, asked: int | None = None) -> Callable[[int], int]:
+    """How many texts are written together, by the length of the longest prompt among them: as many as are ``asked`` for; else 32 on a CPU, and on a
+    GPU up to `_GPU_ROWS`, as long as what they hold (`_text_bytes`) is at most a quarter of the free memory."""
+    if asked is not None or loaded.device.type != "cuda":
+        return lambda longest: asked or 32
     unused = torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device)
     free = torch.cuda.mem_get_info(loaded.device)[0] + unused
     text = _text_bytes(loaded, new_tokens)
