@@ -66,12 +66,13 @@ def run_demo(
 
     check_free(out, overwrite=overwrite)
     clock = _Clock()
-    with clock.stage("load the model"):
-        dense = commands.load(model or BUNDLED)
     samples, seq_len = calibration
-    chat = bool(dense.tokenizer.chat_template)
     drops: dict[str, DropResult] = {}
     with staged(out, overwrite=overwrite) as staging, Beside() as beside:
+        beside.start()
+        with clock.stage("load the model"):
+            dense = commands.load(model or BUNDLED)
+        chat = bool(dense.tokenizer.chat_template)
         written = []
 
         def keep(name: str, result: RunResult, *, figures: bool = True) -> None:

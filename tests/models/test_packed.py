@@ -405,6 +405,13 @@ def test_what_counts_as_packed() -> None:
     broken = torch.tensor([1.0, float("nan")])
     assert not is_finite(broken) and not is_finite(broken.to(torch.float8_e4m3fn))
     assert is_finite(torch.tensor([1], dtype=torch.int32)) and is_finite(torch.ones(2).to(torch.float8_e4m3fn))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        numbers = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)  # their sum is infinite, they are not
+        assert is_finite(numbers) and is_finite(numbers[:0])
+        for bad in ("nan", "inf", "-inf"):
+            numbers = torch.zeros(3, 5, dtype=dtype)
+            numbers[1, 2] = float(bad)
+            assert not is_finite(numbers) and not is_finite(numbers.T)
     model = torch.nn.Module()
     model.config = type("Config", (), {})()  # type: ignore[assignment]
     assert format_of(model) is None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import prunescope
 from families import tiny_folder
 from prunescope.report.figures import beside as module
+from prunescope.report.figures import style
 from prunescope.report.figures.beside import Beside
 from prunescope.runs.result import RunResult
 
@@ -87,3 +90,40 @@ def test_leaving_early_stops_it(run: RunResult, tmp_path: Path) -> None:
             beside.add(draw, written(run, tmp_path / name))
     assert beside._thread is not None and not beside._thread.is_alive()
     assert beside._process is None or beside._process.poll() is not None
+
+
+def test_it_can_be_started_before_there_is_anything_to_draw(run: RunResult, tmp_path: Path) -> None:
+    """The same process draws later, and one that was given nothing ends too."""
+    draw = run.drawing()
+    assert draw is not None
+    with Beside() as idle:
+        idle.start()
+        first = idle._process
+        assert first is not None and first.poll() is None
+        assert idle._drawn(f"{draw.__module__}:{draw.__qualname__}", written(run, tmp_path / "run"))
+        assert idle._process is first
+    assert first.poll() is not None and figures(tmp_path / "run")
+
+
+def test_powers_of_ten_are_parsed_once(tmp_path: Path) -> None:
+    """A file drawn after another is the one that matplotlib draws by itself. Would catch a parser that keeps what another file needs otherwise."""
+    from matplotlib import textpath
+    from matplotlib.figure import Figure
+
+    parsed = textpath.MathTextParser._parse_cached.cache_info
+
+    def drawn() -> tuple[bytes, int]:
+        """The SVG, and how many labels were parsed for it."""
+        before = parsed().misses
+        with style.style():
+            figure = Figure()
+            figure.subplots().set(yscale="log", ylim=(1e-3, 1e4))
+            figure.savefig(tmp_path / "drawn.svg", metadata={"Date": None})
+        return (tmp_path / "drawn.svg").read_bytes(), parsed().misses - before
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(style, "patch", SimpleNamespace(object=lambda *_: nullcontext()))  # matplotlib's own way
+        drawn()
+        plain, anew = drawn()
+    assert anew > 0 and drawn()[0] == plain
+    assert drawn() == (plain, 0)

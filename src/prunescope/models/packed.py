@@ -30,7 +30,10 @@ def is_finite(weight: Tensor) -> bool:
         weight = weight.dequantize()
     if weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         weight = weight.float()
-    return not weight.is_floating_point() or bool(torch.isfinite(weight).all())
+    if not weight.is_floating_point() or not weight.numel():
+        return True
+    # one read of the numbers, which a NaN goes through; `isfinite(weight).all()` makes two tensors as large first, and takes six times as long
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
 
 
 def nonzero(weight: Tensor) -> int:

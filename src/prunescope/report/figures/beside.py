@@ -69,6 +69,11 @@ class Beside:
                     pipe.close()
             self._process.wait()
 
+    def start(self) -> None:
+        """Start the other process now: what it imports is there by the time that there is something to draw."""
+        with contextlib.suppress(OSError):  # tried again, and drawn here
+            self._process = _start()
+
     def add(self, draw: Draw, folder: Path) -> None:
         """Draw the complete run folder with ``draw``, a function of a module."""
         with self._changed:
@@ -138,6 +143,8 @@ def _start() -> subprocess.Popen[str]:
 
 def main(asked: IO[str], told: IO[str]) -> None:
     """The other process: a line for every folder, a line back."""
+    importlib.import_module("prunescope.report.figures.style")  # matplotlib, while nothing waits for it
+    importlib.import_module("pyarrow.parquet")
     for line in asked:
         name, folder = json.loads(line)
         drawn = True

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import matplotlib as mpl
+import matplotlib.text
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
+from matplotlib.textpath import text_to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,13 +52,17 @@ def drawable(text: str) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of all figures, for the length of a ``with`` block."""
-    with mpl.rc_context(
-        {
+    """The look of all figures, for the length of a ``with`` block.
+
+    matplotlib parses the powers of ten beside an axis anew for every SVG, since each has a `TextToPath` of its own.
+    """
+    with (
+        patch.object(matplotlib.text, "TextToPath", lambda: text_to_path),
+        mpl.rc_context({
             "font.size": 8, "axes.titlesize": 8.5, "axes.titley": 1.0, "figure.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
             "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#DDDDDD",
             "lines.linewidth": 1.2, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "prunescope", "figure.dpi": 100,
-        }
+        }),
     ):  # fmt: skip
         yield
 
