@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ import transformers
 
 from prunescope.compare import generation
 from prunescope.errors import first_line
-from prunescope.models import capturing, decoding, generating
+from prunescope.models import capturing, decoding, fusing, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
@@ -60,6 +60,11 @@ CLASSES = {
 }
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
+    "fusing": [(decoding, "fused", lambda *_: nullcontext())],
+    "norms": [(fusing, "norm_way", lambda module: None)],
+    "products": [(fusing, "sibling_forwards", lambda *_: {})],
+}
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
 
 
@@ -313,6 +318,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--rows", type=int, default=0, help="steps of generate() with all columns; 0 leaves it out")
+    parser.add_argument(
+        "--without", default="fusing", help="time a step without each of these too: " + ", ".join(REPLACED)
+    )
     parser.add_argument("--family", choices=sorted(CLASSES), default="qwen2")
     parser.add_argument("--skip-families", action="store_true")
     run(parser.parse_args())
@@ -344,9 +352,12 @@ def run(args: Namespace) -> None:
     middle = median(found)
     say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
         f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
-    with patch.object(decoding, "fused", lambda model: nullcontext()):
-        unfused, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
-    say(f"norms and rotations as transformers runs them: {median(unfused):.2f} ms ({min(unfused):.2f} .. {max(unfused):.2f}), ratio {median(unfused) / floor:.2f}")  # fmt: skip
+    for name in [name for name in args.without.split(",") if name]:
+        with ExitStack() as stack:
+            for place, attribute, other in REPLACED[name]:
+                stack.enter_context(patch.object(place, attribute, other))
+            spent, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
+        say(f"without {name}: {median(spent):.2f} ms ({min(spent):.2f} .. {max(spent):.2f}), ratio {median(spent) / floor:.2f}")  # fmt: skip
     if args.profile and device.type == "cuda":
         profile_step(models[0], prompts)
     plain = []

@@ -27,6 +27,7 @@ from prunescope.models.attending import any_length
 from prunescope.models.capturing import on_the_device
 from prunescope.models.fusing import fused
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.products import Siblings, shared_inputs
 from prunescope.models.residual import final_states
 
 __all__ = ["ALIGNMENT", "LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
@@ -172,9 +173,9 @@ def _grouped_attention() -> Iterator[None]:
 
 
 @contextmanager
-def stepping(model: Any) -> Iterator[None]:
-    """How a step is run, and captured: `_grouped_attention`, norms and rotations of one kernel, nothing that the host is needed for."""
-    with _grouped_attention(), on_the_device(model), fused(model):
+def stepping(model: Any, shared: Sequence[Siblings] = ()) -> Iterator[None]:
+    """How a step is run, and captured: `_grouped_attention`, fewer kernels (`fused`), nothing that the host is needed for."""
+    with _grouped_attention(), on_the_device(model), fused(model, shared):
         yield
 
 
@@ -296,8 +297,9 @@ def decode(
     with ExitStack() as stack:
         if keep_states:
             stack.enter_context(final_states(loaded, loop.found.append))
-        loop.restart(ids, mask)
-        stack.enter_context(stepping(loaded.model))
+        with shared_inputs(loaded.model) as shared:
+            loop.restart(ids, mask)
+        stack.enter_context(stepping(loaded.model, shared))
         if graph and steps > 2:
             if captured is None:
                 loop_stream = torch.cuda.Stream(ids.device)

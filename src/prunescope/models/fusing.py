@@ -1,4 +1,4 @@
-"""Norms and rotations of a step in one kernel each, where the plain code launches eight and ten.
+"""Norms and rotations of a step in one kernel each, where the plain code launches eight and ten; products of the same rows in one (`products`).
 
 What may be replaced is tried, not listed. A module with one vector of weights is a norm if it gives on random numbers, with random weights, what
 one of the three ways of `step_kernels` gives; a function of the modelling code that is called ``apply_rotary_pos_emb`` must give the same bits as
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.models.finding import other_forwards
+from prunescope.models.products import Siblings, sibling_forwards
 
 __all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly"]
 
@@ -38,14 +39,16 @@ def _kernels_run(device: torch.device) -> bool:
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's norms and rotations are one kernel each, where that was found to be the same."""
+def fused(model: nn.Module, shared: Sequence[Siblings] = ()) -> Iterator[None]:
+    """Within the block the model's norms and rotations are one kernel each, where that was found to be the same, and so are the products of
+    the layers that were seen to share an input (`products.shared_inputs`)."""
     first = next(model.parameters())
     if not _kernels_run(first.device):
         yield
         return
     norms = [(module, norm_way(module)) for module in model.modules()]
-    forwards = {module: partial(fused_norm, module, way) for module, way in norms if way is not None}
+    forwards = sibling_forwards(model, shared)
+    forwards |= {module: partial(fused_norm, module, way) for module, way in norms if way is not None}
     homes = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
     places = [vars(sys.modules[name]) for name in sorted(homes) if callable(vars(sys.modules[name]).get(_ROTARY))]
     before = [(place, place[_ROTARY]) for place in places]

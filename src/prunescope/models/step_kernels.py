@@ -1,5 +1,5 @@
-"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code, and products of experts with the rows that
-chose them. The launch code is in `fusing` and `capturing`."""
+"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code, products of few rows with several matrices, and
+products of experts with the rows that chose them. The launch code is in `fusing`, `products` and `capturing`."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["grouped_kernel", "norm_kernel", "rotary_kernel"]
+__all__ = ["grouped_kernel", "norm_kernel", "product_kernel", "rotary_kernel"]
 
 
 @triton.jit
@@ -58,6 +58,72 @@ def rotary_kernel(
     plain = (second * cos_2.to(tl.float32)).to(kind).to(tl.float32)
     turned = (first * sin_2.to(tl.float32)).to(kind).to(tl.float32)
     tl.store(goal + HALF, (plain + turned).to(kind), mask=own)
+
+
+@triton.jit
+def product_kernel(
+    x_ptr, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_ptr, part_ptr, count_ptr, rows, ins, x_stride, stride_0, stride_1, stride_2,
+    outs_0, outs_1, outs_2, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+):  # fmt: skip
+    """``x weight^T + bias`` of one to three matrices that are given the same ``(rows, ins)``; some outputs of one of them a program, which reads one
+    of ``SPLIT`` parts of their inputs. The outputs lie one matrix after another, each ``(rows, outs)``.
+
+    The parts of a tile go to memory in float32, and the program that is the last to finish adds them from the first to the last: which one that is
+    changes nothing. The counters must be zero before, and are zero after.
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tiles_0, tiles_1 = tl.cdiv(outs_0, OUTS), tl.cdiv(outs_1, OUTS)
+    at = tl.arange(0, OUTS)
+    bias = tl.zeros((OUTS,), tl.float32)
+    if tile < tiles_0:
+        weight, stride, outs, goal = weight_0, stride_0, outs_0, out_ptr
+        outer = tile * OUTS + at
+        if BIAS_0:
+            bias = tl.load(bias_0 + outer, mask=outer < outs, other=0.0).to(tl.float32)
+    elif tile < tiles_0 + tiles_1:
+        weight, stride, outs, goal = weight_1, stride_1, outs_1, out_ptr + rows * outs_0
+        outer = (tile - tiles_0) * OUTS + at
+        if BIAS_1:
+            bias = tl.load(bias_1 + outer, mask=outer < outs, other=0.0).to(tl.float32)
+    else:
+        weight, stride, outs, goal = weight_2, stride_2, outs_2, out_ptr + rows * (outs_0 + outs_1)
+        outer = (tile - tiles_0 - tiles_1) * OUTS + at
+        if BIAS_2:
+            bias = tl.load(bias_2 + outer, mask=outer < outs, other=0.0).to(tl.float32)
+    row, inner = tl.arange(0, ROWS), tl.arange(0, INS)
+    # what lies outside is read from the last row: its results are not stored
+    weights = weight + tl.minimum(outer, outs - 1)[:, None].to(tl.int64) * stride + inner[None, :]
+    inputs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + inner[:, None]
+    steps = tl.cdiv(ins, INS)
+    each = tl.cdiv(steps, SPLIT)
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    for step in range(part * each, tl.minimum(part * each + each, steps)):
+        begin = step * INS
+        if EVEN:
+            left = tl.load(weights + begin, eviction_policy="evict_first")
+            right = tl.load(inputs + begin)
+        else:
+            left = tl.load(weights + begin, mask=inner[None, :] < ins - begin, other=0.0, eviction_policy="evict_first")
+            right = tl.load(inputs + begin, mask=inner[:, None] < ins - begin, other=0.0)
+        total = tl.dot(left, right, total)
+    last = True
+    if SPLIT > 1:
+        place = at[:, None] * ROWS + row[None, :]
+        parts = part_ptr + tile.to(tl.int64) * (SPLIT * OUTS * ROWS) + place
+        tl.store(parts + part * (OUTS * ROWS), total)
+        tl.debug_barrier()
+        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        if last:
+            total = tl.load(parts, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLIT):
+                total += tl.load(parts + other * (OUTS * ROWS), cache_modifier=".cg")
+            tl.store(count_ptr + tile, 0)
+    if last:
+        found = (total + bias[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(
+            goal + row[None, :] * outs + outer[:, None], found, mask=(row < rows)[None, :] & (outer < outs)[:, None]
+        )
 
 
 @triton.jit

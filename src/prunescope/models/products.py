@@ -1,0 +1,212 @@
+"""Products of few rows with several matrices in one kernel: queries, keys and values of a step.
+
+With one new token a text, a product costs what reading its weights costs, unless they are too few to keep the memory busy: keys and values of a model
+whose query heads share them are such. Which products are taken together is seen, not listed: in the pass that reads the prompts, plain linear layers
+of one parent that are given one and the same tensor. In a step the first of them computes all, and the others hand out what was found only if
+they are given that tensor too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prunescope.models.finding import hooks
+
+__all__ = ["Siblings", "Tile", "products", "shared_inputs", "sibling_forwards", "tile_of"]
+
+Siblings = tuple[nn.Linear, ...]
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_ROWS = 64  # at most; more are a matter of operations, not of bytes
+_TOGETHER = 3  # matrices a kernel
+_SMALL = 2**25  # bytes of a matrix that does not keep the memory busy alone
+_COUNTERS = 2**13  # tiles of a launch at most
+_COUNTS: WeakKeyDictionary[nn.Module, Tensor] = (
+    WeakKeyDictionary()
+)  # of a model, as long as it: captured steps point there
+_TRIED: dict[tuple[Any, ...], bool] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: outputs of a program, inputs of a step of its loop, parts of the inputs; its warps, and the steps that are loaded ahead."""
+
+    outs: int
+    ins: int
+    split: int
+    warps: int
+    stages: int
+
+
+def tile_of(ins: int, outs: int, rows: int) -> Tile:
+    """The cut of ``(rows, ins)`` times matrices of ``outs`` outputs in all; the one place that knows."""
+    return Tile(outs=64, ins=128, split=4, warps=4, stages=4 if rows <= 32 else 3)
+
+
+def products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], counts: Tensor, tile: Tile | None = None
+) -> list[Tensor]:
+    """``x weight^T + bias`` of each matrix, the sums in float32, rounded once.
+
+    Args:
+        x: ``(..., ins)``, at most 64 rows.
+        weights: one to three ``(outs, ins)`` whose rows are contiguous; ins and every outs are multiples of 16.
+        biases: ``(outs,)`` or None of each.
+        counts: int32 zeros, at least as many as tiles; zeros again afterwards.
+    Returns:
+        ``(..., outs)`` of each, contiguous.
+    """
+    from prunescope.models.step_kernels import product_kernel
+
+    ins = x.shape[-1]
+    flat = x.reshape(-1, ins)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    rows, outs = len(flat), [len(weight) for weight in weights]
+    tile = tile_of(ins, sum(outs), rows) if tile is None else tile
+    tiles, wide = sum(-(-count // tile.outs) for count in outs), max(16, 1 << (rows - 1).bit_length())
+    found = torch.empty(rows * sum(outs), dtype=x.dtype, device=x.device)
+    parts = torch.empty(tiles * tile.split * tile.outs * wide if tile.split > 1 else 0, dtype=torch.float32, device=x.device)  # fmt: skip
+    absent = _TOGETHER - len(weights)
+    padded = [*weights, *[weights[0]] * absent]
+    given = [*biases, *[None] * absent]
+    product_kernel[tiles, tile.split](
+        flat, *padded, *(padded[0] if bias is None else bias for bias in given), found, parts, counts, rows, ins, flat.stride(0),
+        *(weight.stride(0) for weight in padded), *outs, *[0] * absent, *(bias is not None for bias in given),
+        SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    split = found.split([rows * count for count in outs])
+    return [part.view(*x.shape[:-1], count) for part, count in zip(split, outs, strict=True)]
+
+
+# --- who is given the same ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
+    """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor."""
+    parents = {child: module for module in model.modules() for child in module.children() if _is_plain(child)}
+    runs: dict[Siblings, None] = {}
+    found: list[Siblings] = []
+    given: tuple[nn.Module, Tensor] | None = None
+    members: list[nn.Linear] = []
+
+    def close() -> None:
+        nonlocal members
+        if len(set(members)) > 1:
+            runs[tuple(dict.fromkeys(members))] = None
+        members = []
+
+    def saw(parent: nn.Module, module: Any, args: tuple[Any, ...]) -> None:
+        nonlocal given
+        if given is None or not args or given[0] is not parent or given[1] is not args[0]:
+            close()
+            given = (parent, args[0]) if args else None
+        members.append(module)
+
+    with hooks() as handles:
+        for child, parent in parents.items():
+            handles.append(child.register_forward_pre_hook(partial(saw, parent)))
+        yield found
+    close()
+    found.extend(runs)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer and nothing else: no hooks, no forward of somebody else's, no parametrised or packed weights."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype in _DTYPES
+        and weight.stride(1) == 1
+        and not any(number % 16 for number in (*weight.shape, weight.stride(0)))
+        and not weight.data_ptr() % 16
+        and (bias is None or bias.dtype == weight.dtype)
+    )
+
+
+def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of linear layers that compute together what `shared_inputs` saw, where one of them is small."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for run in shared:
+        if any(module in forwards or not _is_plain(module) for module in run):
+            continue
+        if min(module.weight.nbytes for module in run) > _SMALL or len({module.weight.dtype for module in run}) > 1:
+            continue
+        device = run[0].weight.device
+        if model not in _COUNTS:
+            _COUNTS[model] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        for first in range(0, len(run), _TOGETHER):
+            members = run[first : first + _TOGETHER]
+            group = _Group(members, _COUNTS[model])
+            forwards |= {module: partial(group, module) for module in members}
+    return forwards
+
+
+class _Group:
+    """Linear layers of which the first computes all."""
+
+    def __init__(self, members: Siblings, counts: Tensor) -> None:
+        self.members, self.counts = members, counts
+        self.weights, self.biases = [m.weight for m in members], [m.bias for m in members]
+        self.given: tuple[Tensor, int] | None = None
+        self.found: dict[nn.Module, Tensor] = {}
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        if self.given is not None and x is self.given[0] and x._version == self.given[1] and module in self.found:
+            found = self.found.pop(module)
+        elif module is self.members[0] and self._fits(x):
+            together = products(x, self.weights, self.biases, self.counts)
+            self.given, self.found = (x, x._version), dict(zip(self.members[1:], together[1:], strict=True))
+            found = together[0]
+        else:
+            return functional.linear(x, module.weight, module.bias)
+        if not self.found:
+            self.given = None
+        return found
+
+    def _fits(self, x: Tensor) -> bool:
+        first = self.weights[0]
+        rows = x.numel() // max(1, x.shape[-1])
+        if x.dtype != first.dtype or x.device != first.device or not 0 < rows <= _ROWS or x.is_inference() or x.data_ptr() % 16:  # fmt: skip
+            return False
+        if x.stride(-1) == 1 and x.dim() > 1 and x.reshape(-1, x.shape[-1]).stride(0) % 16:
+            return False
+        key = (x.dtype, x.device, x.shape[-1], rows, tuple((len(w), b is None) for w, b in zip(self.weights, self.biases, strict=True)))  # fmt: skip
+        if key not in _TRIED:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            _TRIED[key] = self._tried(rows)
+        return _TRIED[key]
+
+    @torch.no_grad()
+    def _tried(self, rows: int) -> bool:
+        """Whether random rows give what the plain products give, but for the order of the sums."""
+        first = self.weights[0]
+        x = torch.randn(rows, first.shape[1], generator=torch.Generator().manual_seed(0)).to(first)
+        try:
+            found = products(x, self.weights, self.biases, self.counts)
+        except Exception:  # a compiler that is missing, or a kernel that does not fit there
+            return False
+        return all(
+            _same_sums(x, weight, bias, one) for weight, bias, one in zip(self.weights, self.biases, found, strict=True)
+        )
+
+
+def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None, found: Tensor) -> bool:
+    expected = functional.linear(x, weight, bias).float()
+    size = functional.linear(x.float().abs(), weight.float().abs())  # of the terms
+    bound = 2 * torch.finfo(x.dtype).eps * expected.abs() + 2e-6 * size
+    return bool(((found.float() - expected).abs() <= bound).all())
