@@ -64,6 +64,8 @@ REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
     "fusing": [(decoding, "fused", lambda *_: nullcontext())],
     "norms": [(fusing, "norm_way", lambda module: None)],
     "products": [(fusing, "sibling_forwards", lambda *_: {})],
+    "activations": [(fusing, "gate_forwards", lambda *_: {})],
+    "cache": [(fusing, "_writes", lambda *_: False)],
 }
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
 

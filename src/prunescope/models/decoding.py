@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prunescope.models.attending import any_length
 from prunescope.models.capturing import on_the_device
-from prunescope.models.fusing import fused
+from prunescope.models.fusing import fused, write_token
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.products import Siblings, shared_inputs
 from prunescope.models.residual import final_states
@@ -92,8 +92,7 @@ class _FixedLayer(CacheLayerMixin):
             self.keys[:, :, :tokens] = key_states
             self.values[:, :, :tokens] = value_states
             return key_states, value_states
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        write_token(self.keys, self.values, key_states, value_states, self.position)
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:

@@ -1,4 +1,5 @@
-"""Norms and rotations of a step in one kernel each, where the plain code launches eight and ten; products of the same rows in one (`products`).
+"""Norms and rotations of a step in one kernel each, where the plain code launches eight and ten; products of the same rows in one (`products`),
+an activation and its product with the other branch in one (`gating`), keys and values written in one.
 
 What may be replaced is tried, not listed. A module with one vector of weights is a norm if it gives on random numbers, with random weights, what
 one of the three ways of `step_kernels` gives; a function of the modelling code that is called ``apply_rotary_pos_emb`` must give the same bits as
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunescope.models.agreeing import next_to
 from prunescope.models.finding import other_forwards
+from prunescope.models.gating import gate_forwards
 from prunescope.models.products import Siblings, sibling_forwards
 
-__all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly"]
+__all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly", "write_token"]
 
 _ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps")
 _WIDEST = 2**14  # of a row that one program holds
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOVED = 2e-3  # share of the entries of a norm that may be the next number of their dtype
 _Key = tuple[Any, ...]
 _WAYS: dict[_Key, int | None] = {}  # what was tried in this process, by class and dtype
 _PLAIN: dict[_Key, bool] = {}
@@ -40,14 +42,14 @@ def _kernels_run(device: torch.device) -> bool:
 
 @contextmanager
 def fused(model: nn.Module, shared: Sequence[Siblings] = ()) -> Iterator[None]:
-    """Within the block the model's norms and rotations are one kernel each, where that was found to be the same, and so are the products of
-    the layers that were seen to share an input (`products.shared_inputs`)."""
+    """Within the block the model's norms, rotations and activations are one kernel each, where that was found to be the same, and so are the
+    products of the layers that were seen to share an input (`products.shared_inputs`)."""
     first = next(model.parameters())
     if not _kernels_run(first.device):
         yield
         return
     norms = [(module, norm_way(module)) for module in model.modules()]
-    forwards = sibling_forwards(model, shared)
+    forwards = gate_forwards(model) | sibling_forwards(model, shared)
     forwards |= {module: partial(fused_norm, module, way) for module, way in norms if way is not None}
     homes = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
     places = [vars(sys.modules[name]) for name in sorted(homes) if callable(vars(sys.modules[name]).get(_ROTARY))]
@@ -97,20 +99,10 @@ def _tried(module: nn.Module, weight: Tensor) -> int | None:
         expected = type(module).forward(other, x)
         if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
             return None
-        fits = [way for way in range(3) if _next_to(fused_norm(other, way, x), expected)]
+        fits = [way for way in range(3) if next_to(fused_norm(other, way, x), expected)]
     except Exception:  # whatever reads something else, or a compiler that is missing
         return None
     return fits[0] if len(fits) == 1 or (x.dtype == torch.float32 and fits) else None
-
-
-def _next_to(found: Tensor, expected: Tensor) -> bool:
-    """The same bits but for a few entries, which are off by one place; in float32 all may be off by some."""
-    off = (found.double() - expected.double()).abs()
-    eps = torch.finfo(expected.dtype).eps
-    if expected.dtype == torch.float32:
-        return bool((off <= 4 * eps * expected.double().abs()).all())
-    few = max(1.0, _MOVED * expected.numel())
-    return bool((off <= 2 * eps * expected.double().abs()).all()) and int((off > 0).sum()) <= few
 
 
 def fused_norm(module: Any, way: int, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -184,3 +176,46 @@ def fused_rotation(
         HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return q_out, k_out
+
+
+# --- keys and values ---------------------------------------------------------------------------------------------------
+
+
+def write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:
+    """Keys and values ``(batch, heads, 1, width)`` of one token into buffers ``(batch, heads, length, width)`` at ``position (1,)``."""
+    pairs = ((keys, new_keys), (values, new_values))
+    if (
+        not _kernels_run(keys.device)
+        or keys.shape[:3] != values.shape[:3]
+        or any(new.shape[2] != 1 or new.stride(-1) != 1 or new.dtype != held.dtype or not held.is_contiguous() for held, new in pairs)
+        or not _writes(keys.dtype, keys.device)
+    ):  # fmt: skip
+        for held, new in pairs:
+            held.index_copy_(2, position, new)
+        return
+    _write_token(keys, values, new_keys, new_values, position)
+
+
+def _write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:
+    from prunescope.models.step_kernels import store_kernel
+
+    batch, heads, length, width = keys.shape
+    wide = max(width, values.shape[-1])
+    store_kernel[(batch * heads,)](
+        keys, values, new_keys, new_values, position, heads, length, *new_keys.stride()[:2], *new_values.stride()[:2],
+        KEY=width, VALUE=values.shape[-1], WIDE=1 << (wide - 1).bit_length(), num_warps=1,
+    )  # fmt: skip
+
+
+def _writes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel can be had there."""
+    key = ("token", dtype, device)
+    if key not in _PLAIN:
+        keys, values = torch.zeros(2, 2, 2, 3, 8, dtype=dtype, device=device)
+        ones, place = keys.new_ones(2, 2, 1, 8), torch.ones(1, dtype=torch.long, device=device)
+        try:
+            _write_token(keys, values, ones, ones, place)
+            _PLAIN[key] = all(bool((x[:, :, 1] == 1).all()) and not x[:, :, ::2].any() for x in (keys, values))
+        except Exception:  # a compiler that is missing, or a dtype that it does not know
+            _PLAIN[key] = False
+    return _PLAIN[key]

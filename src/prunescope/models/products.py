@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunescope.models.agreeing import same_sums
 from prunescope.models.finding import hooks
 
 __all__ = ["Siblings", "Tile", "products", "shared_inputs", "sibling_forwards", "tile_of"]
@@ -200,13 +201,6 @@ class _Group:
             found = products(x, self.weights, self.biases, self.counts)
         except Exception:  # a compiler that is missing, or a kernel that does not fit there
             return False
-        return all(
-            _same_sums(x, weight, bias, one) for weight, bias, one in zip(self.weights, self.biases, found, strict=True)
-        )
-
-
-def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None, found: Tensor) -> bool:
-    expected = functional.linear(x, weight, bias).float()
-    size = functional.linear(x.float().abs(), weight.float().abs())  # of the terms
-    bound = 2 * torch.finfo(x.dtype).eps * expected.abs() + 2e-6 * size
-    return bool(((found.float() - expected).abs() <= bound).all())
+        plain = [functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        sizes = [functional.linear(x.float().abs(), weight.float().abs()) for weight in self.weights]
+        return all(map(same_sums, found, plain, sizes))

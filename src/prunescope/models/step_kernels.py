@@ -1,13 +1,14 @@
-"""A norm and a rotation of queries and keys in one kernel each, with the roundings of the plain code, products of few rows with several matrices, and
-products of experts with the rows that chose them. The launch code is in `fusing`, `products` and `capturing`."""
+"""A norm, a rotation of queries and keys, and a gate in one kernel each, with the roundings of the plain code, one write of keys and values, products of few rows with several matrices, and
+products of experts with the rows that chose them. The launch code is in `fusing`, `gating`, `products` and `capturing`."""
 
 # mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-__all__ = ["grouped_kernel", "norm_kernel", "product_kernel", "rotary_kernel"]
+__all__ = ["gate_kernel", "grouped_kernel", "norm_kernel", "product_kernel", "rotary_kernel", "store_kernel"]
 
 
 @triton.jit
@@ -58,6 +59,45 @@ def rotary_kernel(
     plain = (second * cos_2.to(tl.float32)).to(kind).to(tl.float32)
     turned = (first * sin_2.to(tl.float32)).to(kind).to(tl.float32)
     tl.store(goal + HALF, (plain + turned).to(kind), mask=own)
+
+
+@triton.jit
+def gate_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: tl.constexpr, WIDE: tl.constexpr):
+    """``act(gate) * up``, both rounded, as PyTorch computes them in float32. KIND 0: SiLU; 1: GELU by tanh. LIBRARY: by CUDA's functions,
+    which the interpreter lacks."""
+    at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    own = at < count
+    gate = tl.load(gate_ptr + at, mask=own, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=own, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    if KIND == 0:
+        power = libdevice.exp(-gate) if LIBRARY else tl.exp(-gate)
+        found = tl.div_rn(gate, 1.0 + power)
+    else:
+        inner = 0.7978845608028654 * (gate + 0.044715 * (gate * gate * gate))
+        turned = (
+            libdevice.tanh(inner)
+            if LIBRARY
+            else (1.0 - 2.0 / (tl.exp(2.0 * inner.to(tl.float64)) + 1.0)).to(tl.float32)
+        )
+        found = 0.5 * gate * (1.0 + turned)
+    tl.store(out_ptr + at, (found.to(kind).to(tl.float32) * up).to(kind), mask=own)
+
+
+@triton.jit
+def store_kernel(
+    keys_ptr, values_ptr, k_ptr, v_ptr, position_ptr, heads, length, k_batch, k_head, v_batch, v_head,
+    KEY: tl.constexpr, VALUE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A head of a text a program: its key and its value of one token to their place."""
+    row = tl.program_id(0).to(tl.int64)
+    text, head = row // heads, row % heads
+    place = row * length + tl.load(position_ptr)
+    at = tl.arange(0, WIDE)
+    key = tl.load(k_ptr + text * k_batch + head * k_head + at, mask=at < KEY)
+    value = tl.load(v_ptr + text * v_batch + head * v_head + at, mask=at < VALUE)
+    tl.store(keys_ptr + place * KEY + at, key, mask=at < KEY)
+    tl.store(values_ptr + place * VALUE + at, value, mask=at < VALUE)
 
 
 @triton.jit

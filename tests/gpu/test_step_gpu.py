@@ -1,4 +1,4 @@
-"""Products of few rows with several matrices at the sizes of real models. `make test-gpu`."""
+"""The kernels of a step at the sizes of real models. `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunescope.models import fusing, gating
 from prunescope.models.products import Tile, products, tile_of
 
 pytestmark = pytest.mark.gpu
@@ -50,3 +51,26 @@ def test_products_of_a_real_block(
 def test_the_own_cut_fills_the_device() -> None:
     tile = tile_of(QWEN[1], sum(QWEN[0]), 32)
     assert sum(-(-count // tile.outs) for count in QWEN[0]) * tile.split >= 132
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_of_a_real_block(dtype: torch.dtype, kind: int) -> None:
+    """Against PyTorch's own kernels, both roundings included: few entries may be the next number. Prints how many."""
+    gate, up = ((torch.randn(32, 1, 18944, device="cuda") * 3).to(dtype) for _ in range(2))
+    assert gating._kernel_fits(kind, dtype, gate.device)
+    found, plain = gating.gated(gate, up, kind), gating._ACTIVATIONS[kind](gate) * up
+    moved = int((found != plain).sum())
+    print(f"{moved} of {plain.numel()} entries are other ones")
+    assert moved <= plain.numel() // 500
+    torch.testing.assert_close(found, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_keys_and_values_of_a_real_block() -> None:
+    keys, values = torch.zeros(2, 32, 4, 160, 128, device="cuda", dtype=torch.bfloat16)
+    new_keys, new_values = (torch.randn(32, 4, 1, 128, device="cuda").to(torch.bfloat16) for _ in range(2))
+    position = torch.tensor([77], device="cuda")
+    assert fusing._writes(keys.dtype, keys.device)
+    expected = keys.index_copy(2, position, new_keys), values.index_copy(2, position, new_values)
+    fusing.write_token(keys, values, new_keys, new_values, position)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
