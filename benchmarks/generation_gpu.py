@@ -31,7 +31,7 @@ import transformers
 
 from prunescope.compare import generation
 from prunescope.errors import first_line
-from prunescope.models import capturing, decoding, fusing, generating
+from prunescope.models import capturing, decoding, deferring, fusing, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
@@ -65,6 +65,7 @@ REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
     "norms": [(fusing, "norm_way", lambda module: None)],
     "products": [(fusing, "sibling_forwards", lambda *_: {})],
     "activations": [(fusing, "gate_forwards", lambda *_: {})],
+    "sums": [(deferring, "_SUMS", ())],
     "cache": [(fusing, "_writes", lambda *_: False)],
 }
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prunescope.models.agreeing import next_to
+from prunescope.models.deferring import Deferring, Waiting, current, take
 from prunescope.models.finding import other_forwards
 from prunescope.models.gating import gate_forwards
 from prunescope.models.products import Siblings, sibling_forwards
@@ -58,7 +59,7 @@ def fused(model: nn.Module, shared: Sequence[Siblings] = ()) -> Iterator[None]:
         for place, plain in before:
             if rotates_plainly(plain, model.dtype, first.device):  # type: ignore[arg-type]
                 place[_ROTARY] = partial(fused_rotation, plain)
-        with other_forwards(forwards):
+        with other_forwards(forwards), Deferring({len(module.weight) for module, way in norms if way is not None}):  # type: ignore[arg-type]
             yield
     finally:
         for place, plain in before:
@@ -106,18 +107,26 @@ def _tried(module: nn.Module, weight: Tensor) -> int | None:
 
 
 def fused_norm(module: Any, way: int, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """``(..., d)`` of any strides -> the same shape, contiguous."""
+    """``(..., d)`` of any strides -> the same shape, contiguous. A sum that waits for it is computed too."""
     from prunescope.models.step_kernels import norm_kernel
 
+    waiting = take(x)
     weight, width = module.weight, x.shape[-1]
     if args or options or x.dtype != weight.dtype or width != len(weight):
+        if waiting is not None:
+            waiting.finish()
         return type(module).forward(module, x, *args, **options)  # type: ignore[no-any-return]
-    rows = x.reshape(-1, width)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if waiting is None:
+        rows = x.reshape(-1, width)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        given, stride = (rows, rows, rows), rows.stride(0)
+    else:
+        given, stride = (*waiting.given, x), width
     wide = 1 << (width - 1).bit_length()
-    norm_kernel[(len(rows),)](
-        rows, weight, out, rows.stride(0), width, _epsilon(module), WAY=way, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False,
+    norm_kernel[(x.numel() // width,)](
+        *given, weight, out, stride, width, _epsilon(module),
+        WAY=way, ADD=waiting is not None, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -166,34 +175,53 @@ def fused_rotation(
         or cos.shape[0] not in (1, q.shape[0])
     ):
         return plain(q, k, cos, sin, *args, **options)
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    given = (q, k, cos, sin, q_out, k_out)
+    deferring = current()
+    if deferring is None:
+        _rotate(given)
+    else:  # until the keys are written
+        deferring.waiting = Waiting((q_out, k_out), given, partial(_rotate, given))
+    return q_out, k_out
+
+
+def _rotate(given: tuple[Tensor, ...], cache: tuple[Tensor, ...] | None = None) -> None:
+    """``cache``: keys, values, new values and position of `write_token`; the turned keys and these values go there too."""
     from prunescope.models.step_kernels import rotary_kernel
 
-    batch, heads, tokens, width = q.shape
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q, k, cos, sin, q_out, k_out = given
+    (batch, heads, tokens, width), of_keys = q.shape, k.shape[1]
+    keys, values, new, position = cache or (q, q, q, q)
     angles = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
-    rotary_kernel[(batch * tokens, heads + k.shape[1])](
-        q, k, cos, sin, q_out, k_out, heads, k.shape[1], tokens, *q.stride()[:3], *k.stride()[:3], *angles,
-        HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
+    value = values.shape[-1]
+    rotary_kernel[(batch * tokens, heads + of_keys + (of_keys if cache else 0))](
+        q, k, cos, sin, q_out, k_out, new, keys, values, position, heads, of_keys, tokens, keys.shape[2],
+        *q.stride()[:3], *k.stride()[:3], *new.stride()[:2], *angles, HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(),
+        VALUE=value, VALUE_WIDE=1 << (value - 1).bit_length(), CACHED=cache is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
-    return q_out, k_out
 
 
 # --- keys and values ---------------------------------------------------------------------------------------------------
 
 
 def write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:
-    """Keys and values ``(batch, heads, 1, width)`` of one token into buffers ``(batch, heads, length, width)`` at ``position (1,)``."""
+    """Keys and values ``(batch, heads, 1, width)`` of one token into buffers ``(batch, heads, length, width)`` at ``position (1,)``. A rotation
+    that waits for it is done by the same kernel."""
+    waiting = take(new_keys)
     pairs = ((keys, new_keys), (values, new_values))
-    if (
-        not _kernels_run(keys.device)
-        or keys.shape[:3] != values.shape[:3]
-        or any(new.shape[2] != 1 or new.stride(-1) != 1 or new.dtype != held.dtype or not held.is_contiguous() for held, new in pairs)
-        or not _writes(keys.dtype, keys.device)
-    ):  # fmt: skip
+    alike = keys.shape[:3] == values.shape[:3] and all(
+        new.shape == (*held.shape[:2], 1, held.shape[3]) and new.stride(-1) == 1 and new.dtype == held.dtype and held.is_contiguous()
+        for held, new in pairs
+    )  # fmt: skip
+    if not (alike and _kernels_run(keys.device) and _writes(keys.dtype, keys.device)):
+        if waiting is not None:
+            waiting.finish()
         for held, new in pairs:
             held.index_copy_(2, position, new)
-        return
-    _write_token(keys, values, new_keys, new_values, position)
+    elif waiting is not None:
+        _rotate(waiting.given, (keys, values, new_values, position))
+    else:
+        _write_token(keys, values, new_keys, new_values, position)
 
 
 def _write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:

@@ -12,13 +12,22 @@ __all__ = ["gate_kernel", "grouped_kernel", "norm_kernel", "product_kernel", "ro
 
 
 @triton.jit
-def norm_kernel(x_ptr, weight_ptr, out_ptr, stride, width, eps, WAY: tl.constexpr, WIDE: tl.constexpr):
-    """A row a program. WAY 0: rounded, then times the weight; 1: times the weight in float32; 2: times one plus the weight in float32."""
+def norm_kernel(
+    x_ptr, other_ptr, sum_ptr, weight_ptr, out_ptr, stride, width, eps, WAY: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A row a program. WAY 0: rounded, then times the weight; 1: times the weight in float32; 2: times one plus the weight in float32.
+    ADD: of the sum of two rows, which is rounded and kept."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDE)
     own = at < width
     x = tl.load(x_ptr + row * stride + at, mask=own, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=own, other=0.0)
+    if ADD:
+        total = (x + tl.load(other_ptr + row * stride + at, mask=own, other=0.0).to(tl.float32)).to(
+            sum_ptr.dtype.element_ty
+        )
+        tl.store(sum_ptr + row * stride + at, total, mask=own)
+        x = total.to(tl.float32)
     x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / width + eps))
     kind = out_ptr.dtype.element_ty
     if WAY == 0:
@@ -32,16 +41,27 @@ def norm_kernel(x_ptr, weight_ptr, out_ptr, stride, width, eps, WAY: tl.constexp
 
 @triton.jit
 def rotary_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, q_heads, k_heads, tokens, q_batch, q_head, q_token, k_batch, k_head, k_token, angle_batch, angle_token,
-    HALF: tl.constexpr, WIDE: tl.constexpr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, v_ptr, keys_ptr, values_ptr, position_ptr, q_heads, k_heads, tokens, length,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, angle_batch, angle_token,
+    HALF: tl.constexpr, WIDE: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDE: tl.constexpr, CACHED: tl.constexpr,
 ):  # fmt: skip
-    """A head of a token a program: ``x cos + (-second half, first half) sin``, each product rounded before they are added."""
+    """A head of a token a program: ``x cos + (-second half, first half) sin``, each product rounded before they are added. CACHED: the keys of one token
+    go to the cache too, and so do its values, each a program more."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     text, token = token // tokens, token % tokens
+    if CACHED:
+        if head >= q_heads + k_heads:
+            head -= q_heads + k_heads
+            place = (text * k_heads + head) * length + tl.load(position_ptr)
+            at = tl.arange(0, VALUE_WIDE)
+            value = tl.load(v_ptr + text * v_batch + head * v_head + at, mask=at < VALUE)
+            tl.store(values_ptr + place * VALUE + at, value, mask=at < VALUE)
+            return
     kind = q_out.dtype.element_ty
     at = tl.arange(0, WIDE)
     own = at < HALF
     angle = text * angle_batch + token * angle_token + at
+    kept = 0
     if head < q_heads:
         source = q_ptr + text * q_batch + head * q_head + token * q_token + at
         goal = q_out + ((text * q_heads + head) * tokens + token) * (2 * HALF) + at
@@ -49,16 +69,24 @@ def rotary_kernel(
         head -= q_heads
         source = k_ptr + text * k_batch + head * k_head + token * k_token + at
         goal = k_out + ((text * k_heads + head) * tokens + token) * (2 * HALF) + at
+        kept = 1
     first = tl.load(source, mask=own, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=own, other=0.0).to(tl.float32)
     cos, cos_2 = (tl.load(cos_ptr + angle, mask=own, other=0.0), tl.load(cos_ptr + angle + HALF, mask=own, other=0.0))
     sin, sin_2 = (tl.load(sin_ptr + angle, mask=own, other=0.0), tl.load(sin_ptr + angle + HALF, mask=own, other=0.0))
     plain = (first * cos.to(tl.float32)).to(kind).to(tl.float32)
     turned = (-second * sin.to(tl.float32)).to(kind).to(tl.float32)
-    tl.store(goal, (plain + turned).to(kind), mask=own)
+    first_out = (plain + turned).to(kind)
     plain = (second * cos_2.to(tl.float32)).to(kind).to(tl.float32)
     turned = (first * sin_2.to(tl.float32)).to(kind).to(tl.float32)
-    tl.store(goal + HALF, (plain + turned).to(kind), mask=own)
+    second_out = (plain + turned).to(kind)
+    tl.store(goal, first_out, mask=own)
+    tl.store(goal + HALF, second_out, mask=own)
+    if CACHED:
+        if kept == 1:
+            keys = keys_ptr + ((text * k_heads + head) * length + tl.load(position_ptr)) * (2 * HALF) + at
+            tl.store(keys, first_out, mask=own)
+            tl.store(keys + HALF, second_out, mask=own)
 
 
 @triton.jit
