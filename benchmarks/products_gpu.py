@@ -4,7 +4,7 @@ What is measured: microseconds of one use of the layers (queries, keys and value
 CUDA graph of many uses with weights of their own, so that no cache holds them; GB/s are bytes of weights over that time, beside the rate of a copy
 in the same run. Every cut of the kernel is checked against cuBLAS first, and against itself run again.
 
-Run: python benchmarks/products_gpu.py [qkv o gate_up down head]; without a GPU, one cut in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/products_gpu.py --small --device cpu
+Run: python benchmarks/products_gpu.py [qkv o gate_up gated down head]; without a GPU, one cut in Triton's interpreter: TRITON_INTERPRET=1 python benchmarks/products_gpu.py --small --device cpu
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from prunescope.errors import first_line
-from prunescope.models.products import Tile, products, tile_of
+from prunescope.models.gating import gated
+from prunescope.models.products import Tile, gated_products, gated_tile_of, products, tile_of
 from prunescope.speed.timing import measure_rates
 
 PARTS = {  # outputs of each matrix, inputs, whether there are biases
     "qkv": ((3584, 512, 512), 3584, True),
     "o": ((3584,), 3584, False),
     "gate_up": ((18944, 18944), 3584, False),
+    "gated": ((18944, 18944), 3584, False),  # with the activation between them
     "down": ((3584,), 18944, False),
     "head": ((152064,), 3584, False),
 }
-SMALL = {"qkv": ((48, 16, 16), 96, True)}
+SMALL = {"qkv": ((48, 16, 16), 96, True), "gated": ((48, 48), 96, False)}
 PROCESSORS, MEMORY = 132, 220 * 1024  # of a Hopper, and bytes of shared memory of one
 HELD = 600e6  # bytes of weights that no cache holds
 Layers = list[tuple[list[Tensor], list[Tensor | None]]]
@@ -42,10 +46,11 @@ def cuts(part: str, rows: int, every: bool) -> list[Tile]:
     wide = max(16, 1 << (rows - 1).bit_length())
     grid = product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 7, 8), (4, 8) if every else (4,), (3, 4, 5, 6, 8))
     for width, deep, split, warps, stages in grid:
-        programs = sum(-(-count // width) for count in outs) * split
-        step = (width + wide) * deep * 2
+        together = 2 if part == "gated" else 1  # matrices that a program reads
+        programs = sum(-(-count // width) for count in outs) * split // together
+        step = (together * width + wide) * deep * 2
         beside = min(MEMORY // (step * stages + 1024), 2048 // (32 * warps), -(-programs // PROCESSORS))
-        in_flight = beside * (stages - 1) * width * deep * 2
+        in_flight = beside * (stages - 1) * together * width * deep * 2
         if beside and programs >= PROCESSORS and ins // deep >= split * 3 and in_flight >= 48e3:
             if every or split in (1, 4) or width == 64 or (width == 128 and split == 2):
                 found.append(Tile(width, deep, split, warps, stages))
@@ -89,12 +94,26 @@ def micros(work: Callable[[], object], uses: int, device: torch.device) -> float
     return 1000 * min(took[1:]) / uses
 
 
-def agrees(x: Tensor, layers: Layers, counts: Tensor, tile: Tile) -> str:
-    weights, biases = layers[0]
-    found, again = (products(x, weights, biases, counts, tile) for _ in range(2))
-    plain = [functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+def layer(weight: Tensor) -> Any:
+    return SimpleNamespace(weight=weight, bias=None)
+
+
+def plainly(part: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    found = [functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [gated(*found, 0)] if part == "gated" else found
+
+
+def at_once(part: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], counts: Tensor, tile: Tile) -> list[Tensor]:  # fmt: skip
+    if part == "gated":
+        return [gated_products(x, *(layer(w) for w in weights), 0, counts, tile)]
+    return products(x, weights, biases, counts, tile)
+
+
+def agrees(part: str, x: Tensor, layers: Layers, counts: Tensor, tile: Tile) -> str:
+    found, again = (at_once(part, x, *layers[0], counts, tile) for _ in range(2))
+    plain = plainly(part, x, *layers[0])
     off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, plain, strict=True))
-    turned = products(x.flip(0), weights, biases, counts, tile)
+    turned = at_once(part, x.flip(0), *layers[0], counts, tile)
     same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     order = all(torch.equal(a, b.flip(0)) for a, b in zip(found, turned, strict=True))
     return "" if off < 5e-3 and same and order else f" WRONG: off by {off:.1e}, again {same}, in another order {order}"
@@ -110,14 +129,13 @@ def measure(part: str, args: Namespace, device: torch.device, rate: float) -> No
     counts = torch.zeros(2**14, dtype=torch.int32, device=device)
 
     def plain() -> None:
-        for weights, biases in layers:
-            for weight, bias in zip(weights, biases, strict=True):
-                functional.linear(x, weight, bias)
+        for pair in layers:
+            plainly(part, x, *pair)
 
     def together(tile: Tile) -> Callable[[], None]:
         def work() -> None:
-            for weights, biases in layers:
-                products(x, weights, biases, counts, tile)
+            for pair in layers:
+                at_once(part, x, *pair, counts, tile)
 
         return work
 
@@ -125,10 +143,14 @@ def measure(part: str, args: Namespace, device: torch.device, rate: float) -> No
     print(f"{part}: {outs} x {ins}, {args.batch} rows, {size / 1e6:.1f} MB; a copy's rate gives {size / rate * 1e6:.1f} us", flush=True)  # fmt: skip
     print(f"  {took:8.1f} us {size / took / 1e3:6.0f} GB/s  cuBLAS, {len(outs)} calls", flush=True)
     rows = []
-    own = Tile(16, 32, 2, 4, 2) if args.small else tile_of(ins, sum(outs), args.batch)
+    own = (
+        Tile(16, 32, 2, 4, 2)
+        if args.small
+        else (gated_tile_of if part == "gated" else tile_of)(ins, sum(outs), args.batch)
+    )
     for tile in [own] if args.small else dict.fromkeys([own, *cuts(part, args.batch, args.every)]):
         try:
-            wrong = agrees(x, layers, counts, tile)
+            wrong = agrees(part, x, layers, counts, tile)
             rows.append((micros(together(tile), count, device), tile, wrong + (" (as it is set)" if tile == own else "")))  # fmt: skip
         except Exception as error:  # more shared memory or registers than there are
             print(f"  {tile}: {type(error).__name__}: {first_line(error)}", flush=True)

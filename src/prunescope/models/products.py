@@ -53,6 +53,11 @@ def tile_of(ins: int, outs: int, rows: int) -> Tile:
     return Tile(outs=64, ins=128, split=4, warps=4, stages=4 if rows <= 32 else 3)
 
 
+def gated_tile_of(ins: int, outs: int, rows: int) -> Tile:
+    """The cut of `gated_products`, of one of its two matrices."""
+    return Tile(outs=32, ins=128, split=2, warps=4, stages=4 if rows <= 32 else 3)
+
+
 def products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], counts: Tensor, tile: Tile | None = None
 ) -> list[Tensor]:
@@ -86,6 +91,29 @@ def products(
     )  # fmt: skip
     split = found.split([rows * count for count in outs])
     return [part.view(*x.shape[:-1], count) for part, count in zip(split, outs, strict=True)]
+
+
+def gated_products(
+    x: Tensor, gate: nn.Linear, up: nn.Linear, kind: int, counts: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """``act(gate(x)) * up(x)`` in one kernel, activations as `gating` counts them; else as `products`, with tiles of both."""
+    from prunescope.models.step_kernels import gated_product_kernel
+
+    outs, ins = gate.weight.shape
+    flat = x.reshape(-1, ins)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    rows = len(flat)
+    tile = gated_tile_of(ins, outs, rows) if tile is None else tile
+    tiles, wide = -(-outs // tile.outs), max(16, 1 << (rows - 1).bit_length())
+    found = torch.empty(*x.shape[:-1], outs, dtype=x.dtype, device=x.device)
+    parts = torch.empty(2 * tiles * tile.split * tile.outs * wide if tile.split > 1 else 0, dtype=torch.float32, device=x.device)  # fmt: skip
+    biases = [gate.weight if linear.bias is None else linear.bias for linear in (gate, up)]
+    gated_product_kernel[tiles, tile.split](
+        flat, gate.weight, up.weight, *biases, found, parts, counts, rows, ins, outs, flat.stride(0), gate.weight.stride(0), up.weight.stride(0),
+        BIAS=gate.bias is not None, KIND=kind, LIBRARY=x.is_cuda, SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return found
 
 
 # --- who is given the same ---------------------------------------------------------------------------------------------

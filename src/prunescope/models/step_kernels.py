@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-__all__ = ["gate_kernel", "grouped_kernel", "norm_kernel", "product_kernel", "rotary_kernel", "store_kernel"]
+__all__ = [
+    "gate_kernel",
+    "gated_product_kernel",
+    "grouped_kernel",
+    "norm_kernel",
+    "product_kernel",
+    "rotary_kernel",
+    "store_kernel",
+]
 
 
 @triton.jit
@@ -90,14 +98,9 @@ def rotary_kernel(
 
 
 @triton.jit
-def gate_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: tl.constexpr, WIDE: tl.constexpr):
-    """``act(gate) * up``, both rounded, as PyTorch computes them in float32. KIND 0: SiLU; 1: GELU by tanh. LIBRARY: by CUDA's functions,
-    which the interpreter lacks."""
-    at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    own = at < count
-    gate = tl.load(gate_ptr + at, mask=own, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=own, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
+def _gated(gate, up, kind: tl.constexpr, KIND: tl.constexpr, LIBRARY: tl.constexpr):
+    """``act(gate) * up`` of float32, both rounded, as PyTorch computes them. KIND 0: SiLU; 1: GELU by tanh. LIBRARY: by CUDA's functions, which
+    the interpreter lacks."""
     if KIND == 0:
         power = libdevice.exp(-gate) if LIBRARY else tl.exp(-gate)
         found = tl.div_rn(gate, 1.0 + power)
@@ -109,7 +112,72 @@ def gate_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: t
             else (1.0 - 2.0 / (tl.exp(2.0 * inner.to(tl.float64)) + 1.0)).to(tl.float32)
         )
         found = 0.5 * gate * (1.0 + turned)
-    tl.store(out_ptr + at, (found.to(kind).to(tl.float32) * up).to(kind), mask=own)
+    return (found.to(kind).to(tl.float32) * up).to(kind)
+
+
+@triton.jit
+def gate_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: tl.constexpr, WIDE: tl.constexpr):
+    """`_gated` of ``count`` entries."""
+    at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    own = at < count
+    gate = tl.load(gate_ptr + at, mask=own, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=own, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, _gated(gate, up, out_ptr.dtype.element_ty, KIND, LIBRARY), mask=own)
+
+
+@triton.jit
+def gated_product_kernel(
+    x_ptr, gate_weight, up_weight, gate_bias, up_bias, out_ptr, part_ptr, count_ptr, rows, ins, outs, x_stride, gate_stride, up_stride,
+    BIAS: tl.constexpr, KIND: tl.constexpr, LIBRARY: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+):  # fmt: skip
+    """`_gated` of two products of the same ``(rows, ins)``, each rounded first; else as `product_kernel`."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    at, row, inner = tl.arange(0, OUTS), tl.arange(0, ROWS), tl.arange(0, INS)
+    outer = tile * OUTS + at
+    within = tl.minimum(outer, outs - 1)[:, None].to(tl.int64)
+    gates = gate_weight + within * gate_stride + inner[None, :]
+    ups = up_weight + within * up_stride + inner[None, :]
+    inputs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + inner[:, None]
+    steps = tl.cdiv(ins, INS)
+    each = tl.cdiv(steps, SPLIT)
+    gate, up = tl.zeros((OUTS, ROWS), tl.float32), tl.zeros((OUTS, ROWS), tl.float32)
+    for step in range(part * each, tl.minimum(part * each + each, steps)):
+        begin = step * INS
+        if EVEN:
+            left = tl.load(gates + begin, eviction_policy="evict_first")
+            other = tl.load(ups + begin, eviction_policy="evict_first")
+            right = tl.load(inputs + begin)
+        else:
+            own = inner[None, :] < ins - begin
+            left = tl.load(gates + begin, mask=own, other=0.0, eviction_policy="evict_first")
+            other = tl.load(ups + begin, mask=own, other=0.0, eviction_policy="evict_first")
+            right = tl.load(inputs + begin, mask=inner[:, None] < ins - begin, other=0.0)
+        gate = tl.dot(left, right, gate)
+        up = tl.dot(other, right, up)
+    last = True
+    if SPLIT > 1:
+        parts = part_ptr + tile.to(tl.int64) * (2 * SPLIT * OUTS * ROWS) + at[:, None] * ROWS + row[None, :]
+        tl.store(parts + 2 * part * (OUTS * ROWS), gate)
+        tl.store(parts + (2 * part + 1) * (OUTS * ROWS), up)
+        tl.debug_barrier()
+        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        if last:
+            gate = tl.load(parts, cache_modifier=".cg")
+            up = tl.load(parts + OUTS * ROWS, cache_modifier=".cg")
+            for k in tl.static_range(1, SPLIT):
+                gate += tl.load(parts + 2 * k * (OUTS * ROWS), cache_modifier=".cg")
+                up += tl.load(parts + (2 * k + 1) * (OUTS * ROWS), cache_modifier=".cg")
+            tl.store(count_ptr + tile, 0)
+    if last:
+        if BIAS:
+            gate += tl.load(gate_bias + outer, mask=outer < outs, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(up_bias + outer, mask=outer < outs, other=0.0).to(tl.float32)[:, None]
+        kind = out_ptr.dtype.element_ty
+        found = _gated(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), kind, KIND, LIBRARY)
+        tl.store(
+            out_ptr + row[None, :] * outs + outer[:, None], found, mask=(row < rows)[None, :] & (outer < outs)[:, None]
+        )
 
 
 @triton.jit
