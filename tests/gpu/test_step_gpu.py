@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prunescope.models import fusing, gating
-from prunescope.models.products import Tile, products, tile_of
+from prunescope.models.products import Tile, gated_products, products, tile_of
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +64,24 @@ def test_a_gate_of_a_real_block(dtype: torch.dtype, kind: int) -> None:
     print(f"{moved} of {plain.numel()} entries are other ones")
     assert moved <= plain.numel() // 500
     torch.testing.assert_close(found, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [None, Tile(64, 128, 4, 4, 4), Tile(16, 128, 1, 4, 5)])
+@pytest.mark.parametrize("rows", [1, 32, 50])
+@torch.no_grad()
+def test_gate_and_up_of_a_real_block_at_once(rows: int, tile: Tile | None) -> None:
+    """Near the plain code, which rounds the same numbers, and the same bits run again and in another order."""
+    gate, up = (torch.nn.Linear(3584, 18944, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(rows, 1, 3584, device="cuda").to(torch.bfloat16)
+    counts = torch.zeros(4096, dtype=torch.int32, device="cuda")
+    assert gating._together(gate, up, 0, x, counts)
+    found = gated_products(x, gate, up, 0, counts, tile)
+    plain = torch.nn.functional.silu(gate(x)) * up(x)
+    assert float((found.float() - plain.float()).norm() / plain.float().norm()) < 2e-3
+    for _ in range(20):
+        assert torch.equal(found, gated_products(x, gate, up, 0, counts, tile))
+    assert torch.equal(found, gated_products(x.flip(0), gate, up, 0, counts, tile).flip(0))
+    assert not counts.any()
 
 
 def test_keys_and_values_of_a_real_block() -> None:

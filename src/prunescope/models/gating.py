@@ -1,4 +1,5 @@
-"""The activation of a gated MLP and its product with the other branch in one kernel, where the plain code launches two.
+"""The activation of a gated MLP and its product with the other branch in one kernel, where the plain code launches two; of few rows with the two
+products before it.
 
 A module is such an MLP if on random rows it gives the bits of ``down(act(gate(x)) * up(x))``, for one order of its three matrices and one of the
 activations below. The kernel rounds where the plain code rounds.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunescope.models.agreeing import next_to
+from prunescope.models.products import counters, few_rows, gated_products, is_plain, tried_once
 
 __all__ = ["Gating", "gate_forwards", "gated", "gating_of"]
 
@@ -42,16 +44,43 @@ _FITS: dict[tuple[Any, ...], bool] = {}
 
 
 def gate_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of the gated MLPs of a model, with one kernel between their products."""
-    found = [(module, gating_of(module)) for module in model.modules()]
-    return {module: partial(_forward, module, gating) for module, gating in found if gating is not None}
+    """Forwards of the gated MLPs of a model, with one kernel between their products, or with both first products in it."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for module in model.modules():
+        if (gating := gating_of(module)) is not None:
+            plain = is_plain(getattr(module, gating.gate)) and is_plain(getattr(module, gating.up))
+            forwards[module] = partial(_forward, module, gating, counters(model) if plain else None)
+    return forwards
 
 
-def _forward(module: nn.Module, gating: Gating, *args: Any, **options: Any) -> Any:
+def _forward(module: nn.Module, gating: Gating, counts: Tensor | None, *args: Any, **options: Any) -> Any:
     if len(args) != 1 or options:
         return type(module).forward(module, *args, **options)
     gate, up, down = (getattr(module, name) for name in gating[:3])
-    return down(gated(gate(args[0]), up(args[0]), gating.kind))
+    x = args[0]
+    if counts is not None and _together(gate, up, gating.kind, x, counts):
+        return down(gated_products(x, gate, up, gating.kind, counts))
+    return down(gated(gate(x), up(x), gating.kind))
+
+
+def _together(gate: Any, up: Any, kind: int, x: Tensor, counts: Tensor) -> bool:
+    """Whether both products and the gate are one kernel for ``x``: few rows, for which random ones give what the plain code gives."""
+    if not few_rows(x, gate.weight) or (gate.bias is None) != (up.bias is None) or gate.weight.dtype != up.weight.dtype:
+        return False
+
+    def tried() -> bool:
+        rows = x.numel() // x.shape[-1]
+        y = torch.randn(rows, gate.in_features, generator=torch.Generator().manual_seed(0)).to(x)
+        a, b = (functional.linear(y, layer.weight, layer.bias) for layer in (gate, up))
+        found, expected = gated_products(y, gate, up, kind, counts).float(), (_ACTIVATIONS[kind](a) * b).float()
+        # each of both may be the next number of its dtype
+        bound = 8 * torch.finfo(x.dtype).eps * (1 + a.float().abs()) * (1 + b.float().abs())
+        return (
+            bool(((found - expected).abs() <= bound).all())
+            and float((found - expected).norm() / expected.norm()) < 2 * torch.finfo(x.dtype).eps
+        )
+
+    return tried_once(("gated", kind, x.dtype, x.device, x.numel(), gate.weight.shape, gate.bias is None), tried)
 
 
 # --- which modules -----------------------------------------------------------------------------------------------------
@@ -61,6 +90,9 @@ def _forward(module: nn.Module, gating: Gating, *args: Any, **options: Any) -> A
 def gating_of(module: nn.Module) -> Gating | None:
     """How ``module`` gates its input; None if it is no gated MLP, or another one."""
     held = [(name, child) for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    others = [child for child in module.children() if child not in [kept for _, kept in held]]
+    if any(child._forward_hooks or child._forward_pre_hooks for child in others):  # somebody looks at them
+        return None
     if len(held) != 3 or module.training or "forward" in module.__dict__ or module._parameters:
         return None
     if any(not isinstance(getattr(child, "in_features", None), int) for _, child in held):

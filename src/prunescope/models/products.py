@@ -22,7 +22,20 @@ from torch.nn import functional
 from prunescope.models.agreeing import same_sums
 from prunescope.models.finding import hooks
 
-__all__ = ["Siblings", "Tile", "products", "shared_inputs", "sibling_forwards", "tile_of"]
+__all__ = [
+    "Siblings",
+    "Tile",
+    "counters",
+    "few_rows",
+    "gated_products",
+    "gated_tile_of",
+    "is_plain",
+    "products",
+    "shared_inputs",
+    "sibling_forwards",
+    "tile_of",
+    "tried_once",
+]
 
 Siblings = tuple[nn.Linear, ...]
 
@@ -79,6 +92,7 @@ def products(
     rows, outs = len(flat), [len(weight) for weight in weights]
     tile = tile_of(ins, sum(outs), rows) if tile is None else tile
     tiles, wide = sum(-(-count // tile.outs) for count in outs), max(16, 1 << (rows - 1).bit_length())
+    _enough(counts, tiles, tile)
     found = torch.empty(rows * sum(outs), dtype=x.dtype, device=x.device)
     parts = torch.empty(tiles * tile.split * tile.outs * wide if tile.split > 1 else 0, dtype=torch.float32, device=x.device)  # fmt: skip
     absent = _TOGETHER - len(weights)
@@ -93,6 +107,11 @@ def products(
     return [part.view(*x.shape[:-1], count) for part, count in zip(split, outs, strict=True)]
 
 
+def _enough(counts: Tensor, tiles: int, tile: Tile) -> None:
+    if tile.split > 1 and tiles > len(counts):
+        raise ValueError(f"{tiles} tiles need as many counters, not {len(counts)}")
+
+
 def gated_products(
     x: Tensor, gate: nn.Linear, up: nn.Linear, kind: int, counts: Tensor, tile: Tile | None = None
 ) -> Tensor:
@@ -105,6 +124,7 @@ def gated_products(
     rows = len(flat)
     tile = gated_tile_of(ins, outs, rows) if tile is None else tile
     tiles, wide = -(-outs // tile.outs), max(16, 1 << (rows - 1).bit_length())
+    _enough(counts, tiles, tile)
     found = torch.empty(*x.shape[:-1], outs, dtype=x.dtype, device=x.device)
     parts = torch.empty(2 * tiles * tile.split * tile.outs * wide if tile.split > 1 else 0, dtype=torch.float32, device=x.device)  # fmt: skip
     biases = [gate.weight if linear.bias is None else linear.bias for linear in (gate, up)]
@@ -122,7 +142,7 @@ def gated_products(
 @contextmanager
 def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
     """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor."""
-    parents = {child: module for module in model.modules() for child in module.children() if _is_plain(child)}
+    parents = {child: module for module in model.modules() for child in module.children() if is_plain(child)}
     runs: dict[Siblings, None] = {}
     found: list[Siblings] = []
     given: tuple[nn.Module, Tensor] | None = None
@@ -149,7 +169,7 @@ def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
     found.extend(runs)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """A linear layer and nothing else: no hooks, no forward of somebody else's, no parametrised or packed weights."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
@@ -170,18 +190,45 @@ def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Mo
     """Forwards of linear layers that compute together what `shared_inputs` saw, where one of them is small."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for run in shared:
-        if any(module in forwards or not _is_plain(module) for module in run):
+        if any(module in forwards or not is_plain(module) for module in run):
             continue
         if min(module.weight.nbytes for module in run) > _SMALL or len({module.weight.dtype for module in run}) > 1:
             continue
-        device = run[0].weight.device
-        if model not in _COUNTS:
-            _COUNTS[model] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         for first in range(0, len(run), _TOGETHER):
             members = run[first : first + _TOGETHER]
-            group = _Group(members, _COUNTS[model])
+            group = _Group(members, counters(model))
             forwards |= {module: partial(group, module) for module in members}
     return forwards
+
+
+def counters(model: nn.Module) -> Tensor:
+    """The zeros of a model's products."""
+    if model not in _COUNTS:
+        _COUNTS[model] = torch.zeros(_COUNTERS, dtype=torch.int32, device=next(model.parameters()).device)
+    return _COUNTS[model]
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels read ``x``, ``(..., ins)``, against ``weight``."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if x.dtype != weight.dtype or x.device != weight.device or x.shape[-1] != weight.shape[1]:
+        return False
+    if not 0 < rows <= _ROWS or x.is_inference() or x.data_ptr() % 16:
+        return False
+    return x.stride(-1) != 1 or x.dim() == 1 or not x.reshape(-1, x.shape[-1]).stride(0) % 16
+
+
+@torch.no_grad()
+def tried_once(key: tuple[Any, ...], tried: Callable[[], bool]) -> bool:
+    """What ``tried`` says, asked once for a key, and not while a graph is captured."""
+    if key not in _TRIED:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            _TRIED[key] = tried()
+        except Exception:  # a compiler that is missing, or a kernel that does not fit there
+            _TRIED[key] = False
+    return _TRIED[key]
 
 
 class _Group:
@@ -207,28 +254,17 @@ class _Group:
         return found
 
     def _fits(self, x: Tensor) -> bool:
-        first = self.weights[0]
-        rows = x.numel() // max(1, x.shape[-1])
-        if x.dtype != first.dtype or x.device != first.device or not 0 < rows <= _ROWS or x.is_inference() or x.data_ptr() % 16:  # fmt: skip
+        if not few_rows(x, self.weights[0]):
             return False
-        if x.stride(-1) == 1 and x.dim() > 1 and x.reshape(-1, x.shape[-1]).stride(0) % 16:
-            return False
-        key = (x.dtype, x.device, x.shape[-1], rows, tuple((len(w), b is None) for w, b in zip(self.weights, self.biases, strict=True)))  # fmt: skip
-        if key not in _TRIED:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return False
-            _TRIED[key] = self._tried(rows)
-        return _TRIED[key]
+        rows = x.numel() // x.shape[-1]
+        shapes = tuple((len(w), b is None) for w, b in zip(self.weights, self.biases, strict=True))
+        return tried_once((x.dtype, x.device, x.shape[-1], rows, shapes), partial(self._tried, rows))
 
-    @torch.no_grad()
     def _tried(self, rows: int) -> bool:
         """Whether random rows give what the plain products give, but for the order of the sums."""
         first = self.weights[0]
         x = torch.randn(rows, first.shape[1], generator=torch.Generator().manual_seed(0)).to(first)
-        try:
-            found = products(x, self.weights, self.biases, self.counts)
-        except Exception:  # a compiler that is missing, or a kernel that does not fit there
-            return False
+        found = products(x, self.weights, self.biases, self.counts)
         plain = [functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
         sizes = [functional.linear(x.float().abs(), weight.float().abs()) for weight in self.weights]
         return all(map(same_sums, found, plain, sizes))
