@@ -31,7 +31,7 @@ import transformers
 
 from prunescope.compare import generation
 from prunescope.errors import first_line
-from prunescope.models import capturing, decoding, deferring, fusing, gating, generating
+from prunescope.models import capturing, decoding, deferring, fusing, gating, generating, products
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
@@ -66,6 +66,7 @@ REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
     "products": [(fusing, "sibling_forwards", lambda *_: {})],
     "activations": [(fusing, "gate_forwards", lambda *_: {})],
     "gated": [(gating, "_together", lambda *_: False)],
+    "early": [(module, "early", lambda device: {"EARLY": False}) for module in (fusing, gating, products)],
     "sums": [(deferring, "_SUMS", ())],
     "cache": [(fusing, "_writes", lambda *_: False)],
 }

@@ -24,6 +24,7 @@ from prunescope.models.agreeing import next_to
 from prunescope.models.deferring import Deferring, Waiting, current, take
 from prunescope.models.finding import other_forwards
 from prunescope.models.gating import gate_forwards
+from prunescope.models.launching import early
 from prunescope.models.products import Siblings, sibling_forwards
 
 __all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly", "write_token"]
@@ -126,7 +127,7 @@ def fused_norm(module: Any, way: int, x: Tensor, *args: Any, **options: Any) -> 
     wide = 1 << (width - 1).bit_length()
     norm_kernel[(x.numel() // width,)](
         *given, weight, out, stride, width, _epsilon(module),
-        WAY=way, ADD=waiting is not None, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False,
+        WAY=way, ADD=waiting is not None, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False, **early(x.device),
     )  # fmt: skip
     return out
 
@@ -197,7 +198,7 @@ def _rotate(given: tuple[Tensor, ...], cache: tuple[Tensor, ...] | None = None) 
     rotary_kernel[(batch * tokens, heads + of_keys + (of_keys if cache else 0))](
         q, k, cos, sin, q_out, k_out, new, keys, values, position, heads, of_keys, tokens, keys.shape[2],
         *q.stride()[:3], *k.stride()[:3], *new.stride()[:2], *angles, HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(),
-        VALUE=value, VALUE_WIDE=1 << (value - 1).bit_length(), CACHED=cache is not None, num_warps=1, enable_fp_fusion=False,
+        VALUE=value, VALUE_WIDE=1 << (value - 1).bit_length(), CACHED=cache is not None, num_warps=1, enable_fp_fusion=False, **early(q.device),
     )  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def _write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Ten
     wide = max(width, values.shape[-1])
     store_kernel[(batch * heads,)](
         keys, values, new_keys, new_values, position, heads, length, *new_keys.stride()[:2], *new_values.stride()[:2],
-        KEY=width, VALUE=values.shape[-1], WIDE=1 << (wide - 1).bit_length(), num_warps=1,
+        KEY=width, VALUE=values.shape[-1], WIDE=1 << (wide - 1).bit_length(), num_warps=1, **early(keys.device),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from prunescope.models.agreeing import same_sums
 from prunescope.models.finding import hooks
+from prunescope.models.launching import early
 
 __all__ = [
     "Siblings",
@@ -101,7 +102,7 @@ def products(
     product_kernel[tiles, tile.split](
         flat, *padded, *(padded[0] if bias is None else bias for bias in given), found, parts, counts, rows, ins, flat.stride(0),
         *(weight.stride(0) for weight in padded), *outs, *[0] * absent, *(bias is not None for bias in given),
-        SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
     )  # fmt: skip
     split = found.split([rows * count for count in outs])
     return [part.view(*x.shape[:-1], count) for part, count in zip(split, outs, strict=True)]
@@ -131,7 +132,7 @@ def gated_products(
     gated_product_kernel[tiles, tile.split](
         flat, gate.weight, up.weight, *biases, found, parts, counts, rows, ins, outs, flat.stride(0), gate.weight.stride(0), up.weight.stride(0),
         BIAS=gate.bias is not None, KIND=kind, LIBRARY=x.is_cuda, SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
     )  # fmt: skip
     return found
 
