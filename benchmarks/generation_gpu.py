@@ -67,6 +67,7 @@ REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
     "activations": [(fusing, "gate_forwards", lambda *_: {})],
     "gated": [(gating, "_together", lambda *_: False)],
     "early": [(module, "early", lambda device: {"EARLY": False}) for module in (fusing, gating, products)],
+    "cublas": [(products, "_pays_alone", lambda module: True)],  # everywhere
     "sums": [(deferring, "_SUMS", ())],
     "cache": [(fusing, "_writes", lambda *_: False)],
 }

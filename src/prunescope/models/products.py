@@ -44,6 +44,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS = 64  # at most; more are a matter of operations, not of bytes
 _TOGETHER = 3  # matrices a kernel
 _SMALL = 2**25  # bytes of a matrix that does not keep the memory busy alone
+_PROGRAMS = 200
 _COUNTERS = 2**13  # tiles of a launch at most
 _COUNTS: WeakKeyDictionary[nn.Module, Tensor] = (
     WeakKeyDictionary()
@@ -64,12 +65,17 @@ class Tile:
 
 def tile_of(ins: int, outs: int, rows: int) -> Tile:
     """The cut of ``(rows, ins)`` times matrices of ``outs`` outputs in all; the one place that knows."""
-    return Tile(outs=64, ins=128, split=4, warps=4, stages=4 if rows <= 32 else 3)
+    return Tile(outs=64, ins=128, split=_split(outs // 64), warps=4, stages=4 if rows <= 32 else 3)
+
+
+def _split(tiles: int) -> int:
+    """Parts of the inputs that make programs enough for every processor of a large GPU."""
+    return next((split for split in (1, 2, 4) if tiles * split >= _PROGRAMS), 8)
 
 
 def gated_tile_of(ins: int, outs: int, rows: int) -> Tile:
     """The cut of `gated_products`, of one of its two matrices."""
-    return Tile(outs=32, ins=128, split=2, warps=4, stages=4 if rows <= 32 else 3)
+    return Tile(outs=32, ins=128, split=_split(outs // 32), warps=4, stages=4 if rows <= 32 else 3)
 
 
 def products(
@@ -142,7 +148,7 @@ def gated_products(
 
 @contextmanager
 def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
-    """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor."""
+    """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor, or alone."""
     parents = {child: module for module in model.modules() for child in module.children() if is_plain(child)}
     runs: dict[Siblings, None] = {}
     found: list[Siblings] = []
@@ -151,7 +157,7 @@ def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
 
     def close() -> None:
         nonlocal members
-        if len(set(members)) > 1:
+        if members:
             runs[tuple(dict.fromkeys(members))] = None
         members = []
 
@@ -193,13 +199,20 @@ def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Mo
     for run in shared:
         if any(module in forwards or not is_plain(module) for module in run):
             continue
-        if min(module.weight.nbytes for module in run) > _SMALL or len({module.weight.dtype for module in run}) > 1:
+        if not (_pays_alone(run[0]) if len(run) == 1 else min(module.weight.nbytes for module in run) <= _SMALL):
+            continue
+        if len({module.weight.dtype for module in run}) > 1:
             continue
         for first in range(0, len(run), _TOGETHER):
             members = run[first : first + _TOGETHER]
             group = _Group(members, counters(model))
             forwards |= {module: partial(group, module) for module in members}
     return forwards
+
+
+def _pays_alone(module: nn.Linear) -> bool:
+    """Whether the kernel is quicker than the library's, for one matrix."""
+    return False
 
 
 def counters(model: nn.Module) -> Tensor:
