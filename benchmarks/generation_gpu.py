@@ -1,8 +1,8 @@
 """Writing with two 7B models: a step of both against the time of reading their weights; the claim is at most 2 times.
 
 What is measured: two Qwen2 models of random bfloat16 weights in the shape of Qwen2.5-7B (15.2 GB each) write the same prompts, 32 at a time,
-through `prunescope.models.decoding`, greedy, the final state of every step kept. A step is the difference of a long and a short batch, by
-CUDA events, so that reading the prompts and capturing the graph are left out; they are printed beside it. The floor is the weights of both
+through `prunescope.models.decoding`, greedy, the final state of every step kept. Steps are timed between two CUDA events, the first before step 4,
+so that reading the prompts and capturing the graph are left out; they are printed beside it. The floor is the weights of both
 models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
 token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
 
@@ -171,15 +171,20 @@ class Clock:
         self.cuda = device.type == "cuda"
 
     def __call__(self, work: Callable[[], object]) -> float:
-        if not self.cuda:
-            started = time.perf_counter()
-            work()
-            return 1000 * (time.perf_counter() - started)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began.record()
+        began = self.place()
         work()
-        ended.record()
+        return self.between(began, self.place())
+
+    def place(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, began: Any, ended: Any) -> float:
+        if not self.cuda:
+            return 1000 * (ended - began)  # type: ignore[no-any-return]
         torch.cuda.synchronize()
         return float(began.elapsed_time(ended))
 
@@ -187,19 +192,27 @@ class Clock:
 def step_ms(
     models: list[LoadedModel], prompts: list[list[int]], steps: int, rounds: int, clock: Clock
 ) -> tuple[list[float], float]:
-    """Milliseconds of a step of all models, round by round, and of everything before the second step."""
+    """Milliseconds of a step of all models, round by round, and of everything before step 4."""
+    rows = [one_round(models, prompts, steps, clock) for _ in range(rounds + 1)][1:]
+    return [each for each, _ in rows], median(before for _, before in rows)
+
+
+def one_round(models: list[LoadedModel], prompts: list[list[int]], steps: int, clock: Clock) -> tuple[float, float]:
+    """Of all models together: a step from the fourth on, between two places of the device's queue, and what was before it."""
     ids, mask = generating._left_padded(prompts, 0, models[0].device)
+    each = before = 0.0
+    for loaded in models:
+        places: dict[int, Any] = {}
+        began = clock.place()
 
-    def write(count: int) -> None:
-        for loaded in models:
-            decode(loaded, ids, mask, count, lambda scores, _: scores.argmax(-1), keep_states=True)
+        def mark(number: int, places: dict[int, Any] = places) -> None:
+            if number in (4, steps):
+                places[number] = clock.place()
 
-    write(4)
-    short, long = [], []
-    for _ in range(rounds):
-        short.append(clock(lambda: write(4)))
-        long.append(clock(lambda: write(steps)))
-    return [(b - a) / (steps - 4) for a, b in zip(short, long, strict=True)], median(short)
+        decode(loaded, ids, mask, steps, lambda scores, _: scores.argmax(-1), keep_states=True, mark=mark)
+        before += clock.between(began, places[4])
+        each += clock.between(places[4], places[steps]) / (steps - 4)
+    return each, before
 
 
 def profile_step(loaded: LoadedModel, prompts: list[list[int]]) -> None:
@@ -354,16 +367,18 @@ def run(args: Namespace) -> None:
     )
     check_large(models[0], prompts, min(args.steps, 32))
     clock = Clock(device)
-    found, before = step_ms(models, prompts, args.steps, args.rounds, clock)
-    middle = median(found)
-    say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
-        f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
-    for name in [name for name in args.without.split(",") if name]:
-        with ExitStack() as stack:
-            for place, attribute, other in REPLACED[name]:
-                stack.enter_context(patch.object(place, attribute, other))
-            spent, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
-        say(f"without {name}: {median(spent):.2f} ms ({min(spent):.2f} .. {max(spent):.2f}), ratio {median(spent) / floor:.2f}")  # fmt: skip
+    ways: dict[str, list[tuple[float, float]]] = {"": [], **{name: [] for name in args.without.split(",") if name}}
+    for _ in range(args.rounds + 1):  # side by side, as a device's clock may drift
+        for name, rows in ways.items():
+            with ExitStack() as stack:
+                for place, attribute, other in REPLACED.get(name, []):
+                    stack.enter_context(patch.object(place, attribute, other))
+                rows.append(one_round(models, prompts, args.steps, clock))
+    for name, rows in ways.items():
+        found = [each for each, _ in rows[1:]]
+        middle, before = median(found), median(before for _, before in rows[1:])
+        say(f"a step of both models, batch {args.batch}{', without ' + name if name else ''}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); "
+            f"floor {floor:.2f} ms, ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
     if args.profile and device.type == "cuda":
         profile_step(models[0], prompts)
     plain = []

@@ -41,27 +41,21 @@ Layers = list[tuple[list[Tensor], list[Tensor | None]]]
 
 
 def cuts(part: str, rows: int, every: bool) -> list[Tile]:
-    """Cuts with enough programs for all processors and enough loads on their way; of those that need the same memory the one of most stages."""
+    """Cuts with enough programs for all processors and enough loads on their way."""
     outs, ins, _ = PARTS[part]
-    found = []
     wide = max(16, 1 << (rows - 1).bit_length())
-    grid = product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 7, 8), (4, 8) if every else (4,), (3, 4, 5, 6, 8))
-    for width, deep, split, warps, stages in grid:
-        together = 2 if part == "gated" else 1  # matrices that a program reads
+    together = 2 if part == "gated" else 1  # matrices that a program reads
+    found = []
+    for width, deep, split, warps, stages in product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (2, 3, 4, 5, 6)):  # fmt: skip
         programs = sum(-(-count // width) for count in outs) * split // together
         step = (together * width + wide) * deep * 2
         beside = min(MEMORY // (step * stages + 1024), 2048 // (32 * warps), -(-programs // PROCESSORS))
-        in_flight = beside * (stages - 1) * together * width * deep * 2
-        if beside and programs >= PROCESSORS and ins // deep >= split * 3 and in_flight >= 48e3:
-            if every or split in (1, 4) or width == 64 or (width == 128 and split == 2):
+        enough = beside and programs >= PROCESSORS and -(-ins // deep) >= split * 2
+        if enough and beside * (stages - 1) * together * width * deep * 2 >= 32e3:
+            usual = warps == (8 if together * width >= 256 else 4) and stages <= 4 and (split < 8 or programs < 1000)
+            if every or (usual and programs < 2500 and not (width == 16 and part not in ("gated", "gate_up"))):
                 found.append(Tile(width, deep, split, warps, stages))
-    if every:
-        return found
-    best: dict[tuple[int, ...], Tile] = {}  # few and many stages of each
-    for tile in found:
-        best.setdefault((tile.outs, tile.ins, tile.split, 0), tile)
-        best[tile.outs, tile.ins, tile.split, 1] = tile
-    return list(dict.fromkeys(best.values()))
+    return found
 
 
 def layers_of(outs: tuple[int, ...], ins: int, biased: bool, count: int, device: torch.device, dtype: torch.dtype) -> Layers:  # fmt: skip
