@@ -15,6 +15,7 @@ Run: python benchmarks/generation_gpu.py; on a CPU: python benchmarks/generation
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -38,6 +39,7 @@ from prunescope.models.decoding import decode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.residual import final_states
 from prunescope.speed.timing import measure_rates
 
 SHAPE = {
@@ -148,11 +150,34 @@ def check_large(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> No
         f"against generate(), {loaded.dtype}: {float(alike.float().mean()):.3f} of the steps up to the first difference, states within "
         f"{float(error[read_same].max()):.1e}, logits within {float(apart):.1e} relative"
     )
+    against_float32(loaded, prompts, {"the loop": (tokens, states), "generate()": (expected, expected_states)})
     again, _ = both_ways_static(loaded, prompts, steps)
     order = list(range(len(prompts)))[::-1]
     turned, _ = both_ways_static(loaded, [prompts[i] for i in order], steps)
     say(f"run again: {'the same bits' if torch.equal(again[1], states) else 'OTHER BITS'}; rows in another order: "
         f"{'the same bits' if torch.equal(turned[1][:, order], states) else 'other bits'}")  # fmt: skip
+
+
+def against_float32(loaded: LoadedModel, prompts: list[list[int]], written: dict[str, Any]) -> None:
+    """How far the states of each way are from those of the same weights in float32, given the same tokens; both should be as far."""
+    model = copy.deepcopy(loaded.model).float()
+    wide = LoadedModel("float32", model, TOKENIZER, find_anatomy(model), {}, loaded.layer_map, loaded.dense_layers)
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+    for name, (tokens, states) in written.items():
+        errors = []
+        for row in range(0, len(prompts), 8):
+            found: list[Any] = []
+            text = torch.cat([ids, tokens[:, :-1]], 1)[row : row + 8]
+            seen = torch.nn.functional.pad(mask[row : row + 8], (0, tokens.shape[1] - 1), value=1)
+            with final_states(wide, found.append):
+                places = (seen.cumsum(-1) - 1).clamp(min=0)
+                model(input_ids=text, attention_mask=seen, position_ids=places, use_cache=False, logits_to_keep=1)
+            exact = found[-1][:, ids.shape[1] - 1 :].transpose(0, 1).double()
+            errors.append((states[:, row : row + 8].double() - exact).norm(dim=-1) / exact.norm(dim=-1))
+        off = torch.cat(errors, 1)
+        say(
+            f"  from float32, {name}: {float(off.mean()):.2e} in the mean of all steps and texts, {float(off.max()):.2e} at most"
+        )
 
 
 def both_ways_static(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> Any:
