@@ -23,6 +23,7 @@ from prunescope.errors import UserError
 from prunescope.files import parse_json
 from prunescope.models.adapters import with_adapter
 from prunescope.models.anatomy import find_anatomy, probe_ids
+from prunescope.models.attending import any_length
 from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
@@ -146,8 +147,9 @@ class StreamedModel:
 
     @contextmanager
     def running(self, *, mapped: bool = False) -> Iterator[None]:
-        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`."""
-        with self.outside(), hooks() as handles, ExitStack() as all_blocks:
+        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`. Attention
+        is computed as where blocks run on their own, see `any_length`: another kernel rounds differently."""
+        with self.outside(), any_length(), hooks() as handles, ExitStack() as all_blocks:
             for layer, block in enumerate(self.blocks):
                 held = all_blocks.enter_context(ExitStack())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from prunescope.data.calibration import Calibration
 from prunescope.errors import UserError
 from prunescope.models.anatomy import Sublayer
+from prunescope.models.attending import any_length
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import refuse_packed
-from prunescope.models.residual import Passage, watching
+from prunescope.models.residual import Passage, headless, watching
 from prunescope.models.saving import last_projection
 from prunescope.progress import console, progress
 
@@ -107,10 +109,9 @@ def _fit(
 ) -> Fold | None:
     used = calibration.used()
     size = loaded.anatomy.hidden_size
-    sums = [
-        [torch.zeros(size, size, dtype=torch.float64) for _ in range(2)] for _ in range(2)
-    ]  # of fit, check: y y^T, r y^T
-    energy = torch.zeros(2, dtype=torch.float64)
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": loaded.device}
+    sums = [[torch.zeros(size, size, **exact) for _ in range(2)] for _ in range(2)]  # of fit, check: y y^T, r y^T
+    energy = torch.zeros(2, **exact)
     for batch in batches(range(len(calibration.tokens)), batch_size):
         ids = calibration.tokens[list(batch)].to(loaded.device)
         (wanted,) = _after(loaded, ids, [last])
@@ -118,12 +119,13 @@ def _fit(
             added, now = _after(loaded, ids, [host, last], added=host)
         for row, i in enumerate(batch):
             places = slice(None) if used is None else used[i].to(ids.device)
-            y, rest = added[row][places].double().cpu(), (wanted[row] - now[row])[places].double().cpu()
+            y, rest = added[row][places].double(), (wanted[row] - now[row])[places].double()
             part = 1 if i % 4 == 3 or (len(calibration.tokens) < 4 and i == 1) else 0
             sums[part][0] += y.T @ y
             sums[part][1] += rest.T @ y
             energy[part] += rest.square().sum()
-    (gram, cross), (check_gram, check_cross) = sums
+    (gram, cross), (check_gram, check_cross) = ([both.cpu() for both in one] for one in sums)
+    energy = energy.cpu()
     if not gram.any():  # a host that adds nothing
         return None
     best: tuple[float, float] | None = None
@@ -156,7 +158,7 @@ def _after(
                 assert value is not None
                 found[part.name] = value.clone()
 
-    with watching(loaded, see):
+    with watching(loaded, see), headless(loaded), any_length():
         loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return tuple(found[part.name] for part in parts)
 
