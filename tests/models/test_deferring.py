@@ -29,6 +29,7 @@ HALF = torch.bfloat16 if CUDA else torch.float16
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     monkeypatch.setattr(fusing, "_kernels_run", lambda device: True)
 
 

@@ -29,6 +29,11 @@ HALF = torch.bfloat16 if CUDA else torch.float16
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 class Named(nn.Module):
     """Other names, in another order; square, so that every role is possible by its shape."""
 
@@ -96,7 +101,7 @@ def test_both_products_and_their_gate_at_once(outs: int, rows: int, ins: int, sp
     off = (found.double() - expected.double()).abs()
     eps = torch.finfo(HALF).eps
     assert bool((off <= 4 * eps * (expected.double().abs() + 0.2 * b.double().abs())).all())
-    assert int((off > 0).sum()) <= off.numel() // 20  # sums that lie at the middle of two numbers
+    assert int((off > 0).sum()) <= max(2, off.numel() // 20)  # sums that lie at the middle of two numbers
     assert torch.equal(found, gated_products(x, gate, up, kind, counts, tile)) and not counts.any()
     with pytest.raises(ValueError, match="need as many counters"):
         gated_products(x, gate, up, kind, counts[:0], Tile(outs=32, ins=32, split=2, warps=4, stages=2))

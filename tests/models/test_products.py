@@ -23,6 +23,11 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALF = torch.bfloat16 if CUDA else torch.float16
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def counters() -> Tensor:
     return torch.zeros(64, dtype=torch.int32, device=DEVICE)
 

@@ -44,7 +44,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS = 64  # at most; more are a matter of operations, not of bytes
 _TOGETHER = 3  # matrices a kernel
 _SMALL = 2**25  # bytes of a matrix that does not keep the memory busy alone
-_PROGRAMS = 400
 _COUNTERS = 2**13  # tiles of a launch at most
 _COUNTS: WeakKeyDictionary[nn.Module, Tensor] = (
     WeakKeyDictionary()
@@ -65,17 +64,17 @@ class Tile:
 
 def tile_of(ins: int, outs: int, rows: int) -> Tile:
     """The cut of ``(rows, ins)`` times matrices of ``outs`` outputs in all; the one place that knows."""
-    return Tile(outs=32, ins=128, split=_split(outs // 32), warps=4, stages=3)
+    return Tile(outs=32, ins=128, split=_split(outs // 32, 400), warps=4, stages=3)
 
 
-def _split(tiles: int) -> int:
-    """Parts of the inputs that make several programs for every processor of a large GPU."""
-    return next((split for split in (1, 2, 4) if tiles * split >= _PROGRAMS), 8)
+def _split(tiles: int, programs: int) -> int:
+    """Parts of the inputs that make so many programs at least."""
+    return next((split for split in (1, 2, 4) if tiles * split >= programs), 8)
 
 
 def gated_tile_of(ins: int, outs: int, rows: int) -> Tile:
     """The cut of `gated_products`, of one of its two matrices."""
-    return Tile(outs=32, ins=128, split=_split(outs // 32), warps=4, stages=3)
+    return Tile(outs=32, ins=128, split=_split(outs // 32, 1000), warps=4, stages=3)
 
 
 def products(
