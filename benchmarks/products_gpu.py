@@ -141,7 +141,7 @@ def measure(part: str, args: Namespace, device: torch.device, rate: float) -> No
     own = (
         Tile(16, 32, 2, 4, 2)
         if args.small
-        else (gated_tile_of if part == "gated" else tile_of)(ins, sum(outs), args.batch)
+        else (gated_tile_of if part == "gated" else tile_of)(ins, outs[0] if part == "gated" else sum(outs))
     )
     for tile in [own] if args.small else dict.fromkeys([own, *cuts(part, args.batch, args.every)]):
         try:

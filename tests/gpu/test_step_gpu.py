@@ -49,7 +49,7 @@ def test_products_of_a_real_block(
 
 
 def test_the_own_cut_fills_the_device() -> None:
-    tile = tile_of(QWEN[1], sum(QWEN[0]), 32)
+    tile = tile_of(QWEN[1], sum(QWEN[0]))
     assert sum(-(-count // tile.outs) for count in QWEN[0]) * tile.split >= 132
 
 

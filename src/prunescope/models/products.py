@@ -62,19 +62,22 @@ class Tile:
     stages: int
 
 
-def tile_of(ins: int, outs: int, rows: int) -> Tile:
-    """The cut of ``(rows, ins)`` times matrices of ``outs`` outputs in all; the one place that knows."""
-    return Tile(outs=32, ins=128, split=_split(outs // 32, 400), warps=4, stages=3)
+def tile_of(ins: int, outs: int) -> Tile:
+    """The cut of a product with matrices of ``outs`` outputs in all; the one place that knows."""
+    return _cut(32, 128, ins, outs, 400)
 
 
-def _split(tiles: int, programs: int) -> int:
-    """Parts of the inputs that make so many programs at least."""
-    return next((split for split in (1, 2, 4) if tiles * split >= programs), 8)
-
-
-def gated_tile_of(ins: int, outs: int, rows: int) -> Tile:
+def gated_tile_of(ins: int, outs: int) -> Tile:
     """The cut of `gated_products`, of one of its two matrices."""
-    return Tile(outs=32, ins=128, split=_split(outs // 32, 1000), warps=4, stages=3)
+    return _cut(32, 128, ins, outs, 1000)
+
+
+def _cut(width: int, deep: int, ins: int, outs: int, programs: int) -> Tile:
+    """With as many parts as make so many programs, of two steps each at least."""
+    parts = (1, 2, 4, 8)
+    enough = next((split for split in parts if outs // width * split >= programs), parts[-1])
+    longest = max(split for split in parts if split == 1 or 2 * split * deep <= ins)
+    return Tile(outs=width, ins=deep, split=min(enough, longest), warps=4, stages=3)
 
 
 def products(
@@ -96,7 +99,7 @@ def products(
     flat = x.reshape(-1, ins)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, outs = len(flat), [len(weight) for weight in weights]
-    tile = tile_of(ins, sum(outs), rows) if tile is None else tile
+    tile = tile_of(ins, sum(outs)) if tile is None else tile
     tiles, wide = sum(-(-count // tile.outs) for count in outs), max(16, 1 << (rows - 1).bit_length())
     _enough(counts, tiles, tile)
     found = torch.empty(rows * sum(outs), dtype=x.dtype, device=x.device)
@@ -128,7 +131,7 @@ def gated_products(
     flat = x.reshape(-1, ins)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows = len(flat)
-    tile = gated_tile_of(ins, outs, rows) if tile is None else tile
+    tile = gated_tile_of(ins, outs) if tile is None else tile
     tiles, wide = -(-outs // tile.outs), max(16, 1 << (rows - 1).bit_length())
     _enough(counts, tiles, tile)
     found = torch.empty(*x.shape[:-1], outs, dtype=x.dtype, device=x.device)
