@@ -32,7 +32,7 @@ import transformers
 
 from prunescope.compare import generation
 from prunescope.errors import first_line
-from prunescope.models import capturing, decoding, deferring, fusing, gating, generating, products
+from prunescope.models import capturing, decoding, deferring, fusing, gating, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
@@ -62,16 +62,22 @@ CLASSES = {
 }
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def copied(keys: Any, values: Any, new_keys: Any, new_values: Any, position: Any) -> None:
+    """As transformers writes its caches of fixed size."""
+    keys.index_copy_(2, position, new_keys)
+    values.index_copy_(2, position, new_values)
+
+
 REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
     "fusing": [(decoding, "fused", lambda *_: nullcontext())],
     "norms": [(fusing, "norm_way", lambda module: None)],
     "products": [(fusing, "sibling_forwards", lambda *_: {})],
     "activations": [(fusing, "gate_forwards", lambda *_: {})],
     "gated": [(gating, "_together", lambda *_: False)],
-    "early": [(module, "early", lambda device: {"EARLY": False}) for module in (fusing, gating, products)],
-    "cublas": [(products, "_pays_alone", lambda module: True)],  # everywhere
     "sums": [(deferring, "_SUMS", ())],
-    "cache": [(fusing, "_writes", lambda *_: False)],
+    "cache": [(decoding, "write_token", copied)],
 }
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunescope.errors import first_line
-from prunescope.models import products as own_products
 from prunescope.models.gating import gated
 from prunescope.models.products import Tile, gated_products, gated_tile_of, products, tile_of
 from prunescope.speed.timing import measure_rates
@@ -163,12 +162,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--every", action="store_true", help="all cuts, not a few of each kind")
     parser.add_argument("--show", type=int, default=25, help="the fastest cuts")
-    parser.add_argument("--late", action="store_true", help="kernels start once the one before has ended")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if args.late:
-        own_products.early = lambda device: {"EARLY": False}
     torch.manual_seed(0)
     rate = measure_rates(device, torch.bfloat16 if device.type == "cuda" else torch.float32).bytes_per_s
     print(f"a copy: {rate / 1e9:.0f} GB/s; torch {torch.__version__}", flush=True)

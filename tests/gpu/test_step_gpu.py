@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunescope.models import fusing, gating
+from prunescope.models import gating
 from prunescope.models.products import Tile, gated_products, products, tile_of
 
 pytestmark = pytest.mark.gpu
@@ -84,11 +84,15 @@ def test_gate_and_up_of_a_real_block_at_once(rows: int, tile: Tile | None) -> No
     assert not counts.any()
 
 
-def test_keys_and_values_of_a_real_block() -> None:
-    keys, values = torch.zeros(2, 32, 4, 160, 128, device="cuda", dtype=torch.bfloat16)
-    new_keys, new_values = (torch.randn(32, 4, 1, 128, device="cuda").to(torch.bfloat16) for _ in range(2))
-    position = torch.tensor([77], device="cuda")
-    assert fusing._writes(keys.dtype, keys.device)
-    expected = keys.index_copy(2, position, new_keys), values.index_copy(2, position, new_values)
-    fusing.write_token(keys, values, new_keys, new_values, position)
-    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+@torch.no_grad()
+def test_a_real_block_is_as_near_to_float64_as_by_the_librarys_products() -> None:
+    """Errors of both against float64 without any rounding."""
+    gate, up = (torch.nn.Linear(3584, 18944, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(32, 3584, device="cuda").to(torch.bfloat16)
+    counts = torch.zeros(4096, dtype=torch.int32, device="cuda")
+    exact = [x.double() @ m.weight.double().T for m in (gate, up)]
+    expected = torch.nn.functional.silu(exact[0]) * exact[1]
+    ours = products(x, [gate.weight], [None], counts)[0], gated_products(x, gate, up, 0, counts)
+    plain = gate(x), torch.nn.functional.silu(gate(x)) * up(x)
+    for one, other, right in zip(ours, plain, (exact[0], expected), strict=True):
+        assert float((one.double() - right).norm()) <= 1.1 * float((other.double() - right).norm())

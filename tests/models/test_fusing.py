@@ -18,7 +18,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from families import tiny_model, tiny_tokenizer
 from prunescope.models import fusing, generating
 from prunescope.models.anatomy import find_anatomy
-from prunescope.models.fusing import fused, fused_norm, fused_rotation, norm_way, rotates_plainly, write_token
+from prunescope.models.fusing import fused, fused_norm, fused_rotation, norm_way, rotates_plainly
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 
@@ -151,16 +151,3 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert seen[0] is not before
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
-def test_keys_and_values_of_a_token_are_written_at_once(dtype: torch.dtype) -> None:
-    """Against `index_copy_`, values of another width and other strides. Would catch a text or head at another one's place, and a write beyond it."""
-    position = torch.tensor([3], device=DEVICE)
-    keys, values = torch.randn(2, 3, 5, 16, device=DEVICE).to(dtype), torch.randn(2, 3, 5, 24, device=DEVICE).to(dtype)
-    new_keys = torch.randn(2, 1, 3, 16, device=DEVICE).to(dtype).transpose(1, 2)
-    new_values = torch.randn(2, 3, 1, 48, device=DEVICE).to(dtype)[..., 24:]
-    expected = keys.index_copy(2, position, new_keys), values.index_copy(2, position, new_values)
-    assert fusing._writes(dtype, DEVICE)
-    write_token(keys, values, new_keys, new_values, position)
-    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])

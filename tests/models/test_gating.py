@@ -19,7 +19,7 @@ from prunescope.models.anatomy import find_anatomy
 from prunescope.models.gating import Gating, gate_forwards, gated, gating_of
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
-from prunescope.models.products import Tile, gated_products
+from prunescope.models.products import Tile, gated_products, products
 
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
@@ -105,6 +105,28 @@ def test_both_products_and_their_gate_at_once(outs: int, rows: int, ins: int, sp
     assert torch.equal(found, gated_products(x, gate, up, kind, counts, tile)) and not counts.any()
     with pytest.raises(ValueError, match="need as many counters"):
         gated_products(x, gate, up, kind, counts[:0], Tile(outs=32, ins=32, split=2, warps=4, stages=2))
+
+
+@torch.no_grad()
+def test_results_are_as_near_to_float64_as_the_plain_codes() -> None:
+    """The kernels of products and gates against PyTorch's own products and activations in the same dtype, both against float64 without any rounding:
+    another order of the sums may move single entries, but must not make the error larger. Would catch sums in half precision, and a rounding more."""
+    gate, up = (nn.Linear(1024, 96).to(DEVICE, HALF) for _ in range(2))
+    x = (torch.randn(32, 1024, device=DEVICE) * 3).to(HALF)
+    counts = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    exact = [functional.linear(x.double(), m.weight.double(), m.bias.double()) for m in (gate, up)]
+    tile = Tile(outs=32, ins=128, split=4, warps=4, stages=3)
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        return float((found.double() - expected).norm() / expected.norm())
+
+    together = products(x, [gate.weight, up.weight], [gate.bias, up.bias], counts, tile)
+    for found, module, expected in zip(together, (gate, up), exact, strict=True):
+        assert 0 < error(found, expected) <= 1.1 * error(module(x), expected)
+    for kind, act in enumerate(gating._ACTIVATIONS):
+        expected = act(exact[0]) * exact[1]
+        plain = error(act(gate(x)) * up(x), expected)
+        assert 0 < error(gated_products(x, gate, up, kind, counts, tile), expected) <= 1.1 * plain
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

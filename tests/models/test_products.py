@@ -80,7 +80,7 @@ def test_who_is_given_the_same_tensor_is_seen() -> None:
     """Would catch layers that are grouped by their widths or names, and values that are shared by equality."""
     attention = Attention().to(DEVICE, HALF)
     x = torch.randn(3, 32, device=DEVICE).to(HALF)
-    assert seen(attention, x) == [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
+    assert seen(attention, x) == [(attention.q_proj, attention.k_proj, attention.v_proj)]
     plain_k = attention.k_proj
     attention.k_proj = nn.Sequential(plain_k)  # type: ignore[assignment]  # between them, not plain: another parent's child
     assert (attention.q_proj, attention.v_proj) not in seen(attention, x)

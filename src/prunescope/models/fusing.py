@@ -24,7 +24,6 @@ from prunescope.models.agreeing import next_to
 from prunescope.models.deferring import Deferring, Waiting, current, take
 from prunescope.models.finding import other_forwards
 from prunescope.models.gating import gate_forwards
-from prunescope.models.launching import early
 from prunescope.models.products import Siblings, sibling_forwards
 
 __all__ = ["fused", "fused_norm", "fused_rotation", "norm_way", "rotates_plainly", "write_token"]
@@ -127,7 +126,7 @@ def fused_norm(module: Any, way: int, x: Tensor, *args: Any, **options: Any) -> 
     wide = 1 << (width - 1).bit_length()
     norm_kernel[(x.numel() // width,)](
         *given, weight, out, stride, width, _epsilon(module),
-        WAY=way, ADD=waiting is not None, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False, **early(x.device),
+        WAY=way, ADD=waiting is not None, WIDE=wide, num_warps=max(1, min(8, wide // 256)), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -150,8 +149,13 @@ def rotates_plainly(plain: Callable[..., Any], dtype: torch.dtype, device: torch
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         try:
             expected = plain(q, k, cos, sin)
-            found = fused_rotation(plain, q, k, cos, sin)
-            _PLAIN[key] = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            cache = q.new_zeros(2, 3, 2, 3, 16)
+            found = tuple(map(torch.empty_like, expected))
+            _rotate((q, k, cos, sin, *found), (*cache, k, torch.ones(1, dtype=torch.long, device=device)))
+            found = (*found, *cache[:, :, :, 1:2])
+            _PLAIN[key] = all(
+                torch.equal(one, other) for one, other in zip(found, (*expected, expected[1], k), strict=True)
+            )
         except Exception:  # whatever takes something else
             _PLAIN[key] = False
     return _PLAIN[key]
@@ -198,7 +202,7 @@ def _rotate(given: tuple[Tensor, ...], cache: tuple[Tensor, ...] | None = None) 
     rotary_kernel[(batch * tokens, heads + of_keys + (of_keys if cache else 0))](
         q, k, cos, sin, q_out, k_out, new, keys, values, position, heads, of_keys, tokens, keys.shape[2],
         *q.stride()[:3], *k.stride()[:3], *new.stride()[:2], *angles, HALF=width // 2, WIDE=1 << (width // 2 - 1).bit_length(),
-        VALUE=value, VALUE_WIDE=1 << (value - 1).bit_length(), CACHED=cache is not None, num_warps=1, enable_fp_fusion=False, **early(q.device),
+        VALUE=value, VALUE_WIDE=1 << (value - 1).bit_length(), CACHED=cache is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -206,45 +210,18 @@ def _rotate(given: tuple[Tensor, ...], cache: tuple[Tensor, ...] | None = None) 
 
 
 def write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:
-    """Keys and values ``(batch, heads, 1, width)`` of one token into buffers ``(batch, heads, length, width)`` at ``position (1,)``. A rotation
-    that waits for it is done by the same kernel."""
+    """Keys and values ``(batch, heads, 1, width)`` of one token into buffers ``(batch, heads, length, width)`` at ``position (1,)``, by the rotation
+    that waits for it where there is one."""
     waiting = take(new_keys)
     pairs = ((keys, new_keys), (values, new_values))
     alike = keys.shape[:3] == values.shape[:3] and all(
         new.shape == (*held.shape[:2], 1, held.shape[3]) and new.stride(-1) == 1 and new.dtype == held.dtype and held.is_contiguous()
         for held, new in pairs
     )  # fmt: skip
-    if not (alike and _kernels_run(keys.device) and _writes(keys.dtype, keys.device)):
-        if waiting is not None:
-            waiting.finish()
-        for held, new in pairs:
-            held.index_copy_(2, position, new)
-    elif waiting is not None:
+    if waiting is not None and alike:
         _rotate(waiting.given, (keys, values, new_values, position))
-    else:
-        _write_token(keys, values, new_keys, new_values, position)
-
-
-def _write_token(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor) -> None:
-    from prunescope.models.step_kernels import store_kernel
-
-    batch, heads, length, width = keys.shape
-    wide = max(width, values.shape[-1])
-    store_kernel[(batch * heads,)](
-        keys, values, new_keys, new_values, position, heads, length, *new_keys.stride()[:2], *new_values.stride()[:2],
-        KEY=width, VALUE=values.shape[-1], WIDE=1 << (wide - 1).bit_length(), num_warps=1, **early(keys.device),
-    )  # fmt: skip
-
-
-def _writes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel can be had there."""
-    key = ("token", dtype, device)
-    if key not in _PLAIN:
-        keys, values = torch.zeros(2, 2, 2, 3, 8, dtype=dtype, device=device)
-        ones, place = keys.new_ones(2, 2, 1, 8), torch.ones(1, dtype=torch.long, device=device)
-        try:
-            _write_token(keys, values, ones, ones, place)
-            _PLAIN[key] = all(bool((x[:, :, 1] == 1).all()) and not x[:, :, ::2].any() for x in (keys, values))
-        except Exception:  # a compiler that is missing, or a dtype that it does not know
-            _PLAIN[key] = False
-    return _PLAIN[key]
+        return
+    if waiting is not None:
+        waiting.finish()
+    for held, new in pairs:
+        held.index_copy_(2, position, new)

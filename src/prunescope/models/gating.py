@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunescope.models.agreeing import next_to
-from prunescope.models.launching import early
 from prunescope.models.products import counters, few_rows, gated_products, is_plain, tried_once
 
 __all__ = ["Gating", "gate_forwards", "gated", "gating_of"]
@@ -148,7 +147,5 @@ def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     from prunescope.models.step_kernels import gate_kernel
 
     found, count = torch.empty_like(gate), gate.numel()
-    gate_kernel[(-(-count // _WIDE),)](
-        gate, up, found, count, KIND=kind, LIBRARY=gate.is_cuda, WIDE=_WIDE, num_warps=4, **early(gate.device)
-    )
+    gate_kernel[(-(-count // _WIDE),)](gate, up, found, count, KIND=kind, LIBRARY=gate.is_cuda, WIDE=_WIDE, num_warps=4)
     return found

@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from prunescope.models.agreeing import same_sums
 from prunescope.models.finding import hooks
-from prunescope.models.launching import early
 
 __all__ = [
     "Siblings",
@@ -44,6 +43,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS = 64  # at most; more are a matter of operations, not of bytes
 _TOGETHER = 3  # matrices a kernel
 _SMALL = 2**25  # bytes of a matrix that does not keep the memory busy alone
+_PROGRAMS = 400
 _COUNTERS = 2**13  # tiles of a launch at most
 _COUNTS: WeakKeyDictionary[nn.Module, Tensor] = (
     WeakKeyDictionary()
@@ -63,21 +63,19 @@ class Tile:
 
 
 def tile_of(ins: int, outs: int) -> Tile:
-    """The cut of a product with matrices of ``outs`` outputs in all; the one place that knows."""
-    return _cut(32, 128, ins, outs, 400)
+    """The cut of a product with matrices of ``outs`` outputs in all."""
+    return Tile(outs=32, ins=128, split=_split(ins, outs), warps=4, stages=3)
 
 
 def gated_tile_of(ins: int, outs: int) -> Tile:
     """The cut of `gated_products`, of one of its two matrices."""
-    return _cut(32, 128, ins, outs, 1000)
+    return Tile(outs=32, ins=128, split=_split(ins, outs), warps=4, stages=4)
 
 
-def _cut(width: int, deep: int, ins: int, outs: int, programs: int) -> Tile:
-    """With as many parts as make so many programs, of two steps each at least."""
-    parts = (1, 2, 4, 8)
-    enough = next((split for split in parts if outs // width * split >= programs), parts[-1])
-    longest = max(split for split in parts if split == 1 or 2 * split * deep <= ins)
-    return Tile(outs=width, ins=deep, split=min(enough, longest), warps=4, stages=3)
+def _split(ins: int, outs: int) -> int:
+    """As many parts as make several programs for every processor of a large GPU, of two steps each at least."""
+    enough = next((split for split in (1, 2, 4) if outs // 32 * split >= _PROGRAMS), 8)
+    return min(enough, max(split for split in (1, 2, 4, 8) if split == 1 or 2 * split * 128 <= ins))
 
 
 def products(
@@ -110,7 +108,7 @@ def products(
     product_kernel[tiles, tile.split](
         flat, *padded, *(padded[0] if bias is None else bias for bias in given), found, parts, counts, rows, ins, flat.stride(0),
         *(weight.stride(0) for weight in padded), *outs, *[0] * absent, *(bias is not None for bias in given),
-        SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
+        SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     split = found.split([rows * count for count in outs])
     return [part.view(*x.shape[:-1], count) for part, count in zip(split, outs, strict=True)]
@@ -140,7 +138,7 @@ def gated_products(
     gated_product_kernel[tiles, tile.split](
         flat, gate.weight, up.weight, *biases, found, parts, counts, rows, ins, outs, flat.stride(0), gate.weight.stride(0), up.weight.stride(0),
         BIAS=gate.bias is not None, KIND=kind, LIBRARY=x.is_cuda, SPLIT=tile.split, EVEN=ins % tile.ins == 0, ROWS=wide, OUTS=tile.outs, INS=tile.ins,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return found
 
@@ -150,7 +148,7 @@ def gated_products(
 
 @contextmanager
 def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
-    """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor, or alone."""
+    """A list that is filled with the plain linear layers of one parent that are called, one right after another, with the same tensor."""
     parents = {child: module for module in model.modules() for child in module.children() if is_plain(child)}
     runs: dict[Siblings, None] = {}
     found: list[Siblings] = []
@@ -159,7 +157,7 @@ def shared_inputs(model: nn.Module) -> Iterator[list[Siblings]]:
 
     def close() -> None:
         nonlocal members
-        if members:
+        if len(set(members)) > 1:
             runs[tuple(dict.fromkeys(members))] = None
         members = []
 
@@ -201,7 +199,7 @@ def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Mo
     for run in shared:
         if any(module in forwards or not is_plain(module) for module in run):
             continue
-        if not (_pays_alone(run[0]) if len(run) == 1 else min(module.weight.nbytes for module in run) <= _SMALL):
+        if min(module.weight.nbytes for module in run) > _SMALL:
             continue
         if len({module.weight.dtype for module in run}) > 1:
             continue
@@ -210,11 +208,6 @@ def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Mo
             group = _Group(members, counters(model))
             forwards |= {module: partial(group, module) for module in members}
     return forwards
-
-
-def _pays_alone(module: nn.Linear) -> bool:
-    """Whether the kernel is quicker than the library's, for one matrix."""
-    return False
 
 
 def counters(model: nn.Module) -> Tensor:

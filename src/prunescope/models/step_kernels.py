@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "gate_kernel",
@@ -17,39 +16,18 @@ __all__ = [
     "norm_kernel",
     "product_kernel",
     "rotary_kernel",
-    "store_kernel",
 ]
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
-    """EARLY: the kernel that follows may start as well, and this one waits for all that came before (`launching.early`)."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-@triton.jit
-def _ahead(rows, begin, ins, INS: tl.constexpr, EARLY: tl.constexpr):
-    """EARLY: the first two steps of these rows of a matrix, which nobody writes, are on their way to the cache while this kernel waits."""
-    if EARLY:
-        lines = tl.minimum(begin + tl.arange(0, INS // 32) * 64, ins - 64)  # of 128 bytes
-        places = (rows + lines[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def norm_kernel(
-    x_ptr, other_ptr, sum_ptr, weight_ptr, out_ptr, stride, width, eps, WAY: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr
+    x_ptr, other_ptr, sum_ptr, weight_ptr, out_ptr, stride, width, eps, WAY: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """A row a program. WAY 0: rounded, then times the weight; 1: times the weight in float32; 2: times one plus the weight in float32.
     ADD: of the sum of two rows, which is rounded and kept."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDE)
     own = at < width
-    _begin(EARLY)
     x = tl.load(x_ptr + row * stride + at, mask=own, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=own, other=0.0)
     if ADD:
@@ -73,13 +51,12 @@ def norm_kernel(
 def rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out, k_out, v_ptr, keys_ptr, values_ptr, position_ptr, q_heads, k_heads, tokens, length,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, angle_batch, angle_token,
-    HALF: tl.constexpr, WIDE: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDE: tl.constexpr, CACHED: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDE: tl.constexpr, CACHED: tl.constexpr,
 ):  # fmt: skip
     """A head of a token a program: ``x cos + (-second half, first half) sin``, each product rounded before they are added. CACHED: the keys of one token
     go to the cache too, and so do its values, each a program more."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     text, token = token // tokens, token % tokens
-    _begin(EARLY)
     if CACHED:
         if head >= q_heads + k_heads:
             head -= q_heads + k_heads
@@ -139,13 +116,10 @@ def _gated(gate, up, kind: tl.constexpr, KIND: tl.constexpr, LIBRARY: tl.constex
 
 
 @triton.jit
-def gate_kernel(
-    gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr
-):
+def gate_kernel(gate_ptr, up_ptr, out_ptr, count, KIND: tl.constexpr, LIBRARY: tl.constexpr, WIDE: tl.constexpr):
     """`_gated` of ``count`` entries."""
     at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     own = at < count
-    _begin(EARLY)
     gate = tl.load(gate_ptr + at, mask=own, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=own, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, _gated(gate, up, out_ptr.dtype.element_ty, KIND, LIBRARY), mask=own)
@@ -155,22 +129,18 @@ def gate_kernel(
 def gated_product_kernel(
     x_ptr, gate_weight, up_weight, gate_bias, up_bias, out_ptr, part_ptr, count_ptr, rows, ins, outs, x_stride, gate_stride, up_stride,
     BIAS: tl.constexpr, KIND: tl.constexpr, LIBRARY: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
 ):  # fmt: skip
     """`_gated` of two products of the same ``(rows, ins)``, each rounded first; else as `product_kernel`."""
     tile, part = tl.program_id(0), tl.program_id(1)
     at, row, inner = tl.arange(0, OUTS), tl.arange(0, ROWS), tl.arange(0, INS)
     outer = tile * OUTS + at
     within = tl.minimum(outer, outs - 1)[:, None].to(tl.int64)
-    gate_rows, up_rows = gate_weight + within * gate_stride, up_weight + within * up_stride
-    gates, ups = gate_rows + inner[None, :], up_rows + inner[None, :]
+    gates = gate_weight + within * gate_stride + inner[None, :]
+    ups = up_weight + within * up_stride + inner[None, :]
     inputs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + inner[:, None]
     steps = tl.cdiv(ins, INS)
     each = tl.cdiv(steps, SPLIT)
-    if EVEN:
-        _ahead(gate_rows, part * each * INS, ins, INS, EARLY)
-        _ahead(up_rows, part * each * INS, ins, INS, EARLY)
-    _begin(EARLY)
     gate, up = tl.zeros((OUTS, ROWS), tl.float32), tl.zeros((OUTS, ROWS), tl.float32)
     for step in range(part * each, tl.minimum(part * each + each, steps)):
         begin = step * INS
@@ -211,27 +181,10 @@ def gated_product_kernel(
 
 
 @triton.jit
-def store_kernel(
-    keys_ptr, values_ptr, k_ptr, v_ptr, position_ptr, heads, length, k_batch, k_head, v_batch, v_head,
-    KEY: tl.constexpr, VALUE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """A head of a text a program: its key and its value of one token to their place."""
-    row = tl.program_id(0).to(tl.int64)
-    text, head = row // heads, row % heads
-    _begin(EARLY)
-    place = row * length + tl.load(position_ptr)
-    at = tl.arange(0, WIDE)
-    key = tl.load(k_ptr + text * k_batch + head * k_head + at, mask=at < KEY)
-    value = tl.load(v_ptr + text * v_batch + head * v_head + at, mask=at < VALUE)
-    tl.store(keys_ptr + place * KEY + at, key, mask=at < KEY)
-    tl.store(values_ptr + place * VALUE + at, value, mask=at < VALUE)
-
-
-@triton.jit
 def product_kernel(
     x_ptr, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_ptr, part_ptr, count_ptr, rows, ins, x_stride, stride_0, stride_1, stride_2,
     outs_0, outs_1, outs_2, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
 ):  # fmt: skip
     """``x weight^T + bias`` of one to three matrices that are given the same ``(rows, ins)``; some outputs of one of them a program, which reads one
     of ``SPLIT`` parts of their inputs. The outputs lie one matrix after another, each ``(rows, outs)``.
@@ -260,14 +213,10 @@ def product_kernel(
             bias = tl.load(bias_2 + outer, mask=outer < outs, other=0.0).to(tl.float32)
     row, inner = tl.arange(0, ROWS), tl.arange(0, INS)
     # what lies outside is read from the last row: its results are not stored
-    weight_rows = weight + tl.minimum(outer, outs - 1)[:, None].to(tl.int64) * stride
-    weights = weight_rows + inner[None, :]
+    weights = weight + tl.minimum(outer, outs - 1)[:, None].to(tl.int64) * stride + inner[None, :]
     inputs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + inner[:, None]
     steps = tl.cdiv(ins, INS)
     each = tl.cdiv(steps, SPLIT)
-    if EVEN:
-        _ahead(weight_rows, part * each * INS, ins, INS, EARLY)
-    _begin(EARLY)
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for step in range(part * each, tl.minimum(part * each + each, steps)):
         begin = step * INS
