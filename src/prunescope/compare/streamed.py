@@ -213,7 +213,7 @@ class _Rows:
             if self.taken is not None:  # else it is the probe
                 self.taken.see(passage)
 
-        with watching(self.dense.loaded, see):
+        with watching(self.dense.loaded, see, stream_only=self.target is None):
             yield
 
     @contextmanager

@@ -67,6 +67,7 @@ class StreamedModel:
     large: int | None = None  # bytes of a block's experts from which on they are read one at a time
     seconds: float = 0.0  # that it took to read all of it once, when it was opened
     checked: bool = False  # every weight was found to be finite then
+    _known: dict[Any, list[str]] = field(default_factory=dict, repr=False)  # of a block, and what is large
 
     @property
     def model(self) -> Any:
@@ -108,9 +109,12 @@ class StreamedModel:
         return {} if self.large is None else large_experts(self.blocks[layer], self.large)
 
     def _names(self, layer: int) -> list[str]:
-        left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
-        names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
-        return [name for name in names if not left or not name.startswith(left)]
+        key = layer, self.large
+        if key not in self._known:
+            left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
+            names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
+            self._known[key] = [name for name in names if not left or not name.startswith(left)]
+        return self._known[key]
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
