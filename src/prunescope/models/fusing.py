@@ -1,5 +1,5 @@
 """Norms and rotations of a step in one kernel each, where the plain code launches eight and ten; products of the same rows in one (`products`),
-an activation and its product with the other branch in one (`gating`), keys and values written in one.
+an activation and its product with the other branch in one (`gating`), keys and values written by the rotation.
 
 What may be replaced is tried, not listed. A module with one vector of weights is a norm if it gives on random numbers, with random weights, what
 one of the three ways of `step_kernels` gives; a function of the modelling code that is called ``apply_rotary_pos_emb`` must give the same bits as
