@@ -1,8 +1,8 @@
 """Writing with two 7B models: a step of both against the time of reading their weights; the claim is at most 2 times.
 
 What is measured: two Qwen2 models of random bfloat16 weights in the shape of Qwen2.5-7B (15.2 GB each) write the same prompts, 32 at a time,
-through `prunescope.models.decoding`, greedy, the final state of every step kept. A step is the difference of a long and a short batch, by
-CUDA events, so that reading the prompts and capturing the graph are left out; they are printed beside it. The floor is the weights of both
+through `prunescope.models.decoding`, greedy, the final state of every step kept. Steps are timed between two CUDA events, the first before step 4,
+so that reading the prompts and capturing the graph are left out; they are printed beside it. The floor is the weights of both
 models over the bandwidth measured in the same run. The answer is checked first: on tiny float32 models of every family of the tests token by
 token against `generate()`, dense and dropped, and on the large ones by the share of equal tokens and the error of the states.
 
@@ -15,11 +15,12 @@ Run: python benchmarks/generation_gpu.py; on a CPU: python benchmarks/generation
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -31,13 +32,14 @@ import transformers
 
 from prunescope.compare import generation
 from prunescope.errors import first_line
-from prunescope.models import capturing, decoding, generating
+from prunescope.models import capturing, decoding, deferring, fusing, gating, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import stacked_experts
 from prunescope.models.decoding import decode
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.residual import final_states
 from prunescope.speed.timing import measure_rates
 
 SHAPE = {
@@ -60,6 +62,23 @@ CLASSES = {
 }
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def copied(keys: Any, values: Any, new_keys: Any, new_values: Any, position: Any) -> None:
+    """As transformers writes its caches of fixed size."""
+    keys.index_copy_(2, position, new_keys)
+    values.index_copy_(2, position, new_values)
+
+
+REPLACED: dict[str, list[tuple[Any, str, Any]]] = {  # what --without takes away
+    "fusing": [(decoding, "fused", lambda *_: nullcontext())],
+    "norms": [(fusing, "norm_way", lambda module: None)],
+    "products": [(fusing, "sibling_forwards", lambda *_: {})],
+    "activations": [(fusing, "gate_forwards", lambda *_: {})],
+    "gated": [(gating, "_together", lambda *_: False)],
+    "sums": [(deferring, "_SUMS", ())],
+    "cache": [(decoding, "write_token", copied)],
+}
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None, get_vocab=dict)
 
 
@@ -137,11 +156,34 @@ def check_large(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> No
         f"against generate(), {loaded.dtype}: {float(alike.float().mean()):.3f} of the steps up to the first difference, states within "
         f"{float(error[read_same].max()):.1e}, logits within {float(apart):.1e} relative"
     )
+    against_float32(loaded, prompts, {"the loop": (tokens, states), "generate()": (expected, expected_states)})
     again, _ = both_ways_static(loaded, prompts, steps)
     order = list(range(len(prompts)))[::-1]
     turned, _ = both_ways_static(loaded, [prompts[i] for i in order], steps)
     say(f"run again: {'the same bits' if torch.equal(again[1], states) else 'OTHER BITS'}; rows in another order: "
         f"{'the same bits' if torch.equal(turned[1][:, order], states) else 'other bits'}")  # fmt: skip
+
+
+def against_float32(loaded: LoadedModel, prompts: list[list[int]], written: dict[str, Any]) -> None:
+    """How far the states of each way are from those of the same weights in float32, given the same tokens; both should be as far."""
+    model = copy.deepcopy(loaded.model).float()
+    wide = LoadedModel("float32", model, TOKENIZER, find_anatomy(model), {}, loaded.layer_map, loaded.dense_layers)
+    ids, mask = generating._left_padded(prompts, 0, loaded.device)
+    for name, (tokens, states) in written.items():
+        errors = []
+        for row in range(0, len(prompts), 8):
+            found: list[Any] = []
+            text = torch.cat([ids, tokens[:, :-1]], 1)[row : row + 8]
+            seen = torch.nn.functional.pad(mask[row : row + 8], (0, tokens.shape[1] - 1), value=1)
+            with final_states(wide, found.append):
+                places = (seen.cumsum(-1) - 1).clamp(min=0)
+                model(input_ids=text, attention_mask=seen, position_ids=places, use_cache=False, logits_to_keep=1)
+            exact = found[-1][:, ids.shape[1] - 1 :].transpose(0, 1).double()
+            errors.append((states[:, row : row + 8].double() - exact).norm(dim=-1) / exact.norm(dim=-1))
+        off = torch.cat(errors, 1)
+        say(
+            f"  from float32, {name}: {float(off.mean()):.2e} in the mean of all steps and texts, {float(off.max()):.2e} at most"
+        )
 
 
 def both_ways_static(loaded: LoadedModel, prompts: list[list[int]], steps: int) -> Any:
@@ -160,15 +202,20 @@ class Clock:
         self.cuda = device.type == "cuda"
 
     def __call__(self, work: Callable[[], object]) -> float:
-        if not self.cuda:
-            started = time.perf_counter()
-            work()
-            return 1000 * (time.perf_counter() - started)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began.record()
+        began = self.place()
         work()
-        ended.record()
+        return self.between(began, self.place())
+
+    def place(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, began: Any, ended: Any) -> float:
+        if not self.cuda:
+            return 1000 * (ended - began)  # type: ignore[no-any-return]
         torch.cuda.synchronize()
         return float(began.elapsed_time(ended))
 
@@ -176,19 +223,27 @@ class Clock:
 def step_ms(
     models: list[LoadedModel], prompts: list[list[int]], steps: int, rounds: int, clock: Clock
 ) -> tuple[list[float], float]:
-    """Milliseconds of a step of all models, round by round, and of everything before the second step."""
+    """Milliseconds of a step of all models, round by round, and of everything before step 4."""
+    rows = [one_round(models, prompts, steps, clock) for _ in range(rounds + 1)][1:]
+    return [each for each, _ in rows], median(before for _, before in rows)
+
+
+def one_round(models: list[LoadedModel], prompts: list[list[int]], steps: int, clock: Clock) -> tuple[float, float]:
+    """Of all models together: a step from the fourth on, between two places of the device's queue, and what was before it."""
     ids, mask = generating._left_padded(prompts, 0, models[0].device)
+    each = before = 0.0
+    for loaded in models:
+        places: dict[int, Any] = {}
+        began = clock.place()
 
-    def write(count: int) -> None:
-        for loaded in models:
-            decode(loaded, ids, mask, count, lambda scores, _: scores.argmax(-1), keep_states=True)
+        def mark(number: int, places: dict[int, Any] = places) -> None:
+            if number in (4, steps):
+                places[number] = clock.place()
 
-    write(4)
-    short, long = [], []
-    for _ in range(rounds):
-        short.append(clock(lambda: write(4)))
-        long.append(clock(lambda: write(steps)))
-    return [(b - a) / (steps - 4) for a, b in zip(short, long, strict=True)], median(short)
+        decode(loaded, ids, mask, steps, lambda scores, _: scores.argmax(-1), keep_states=True, mark=mark)
+        before += clock.between(began, places[4])
+        each += clock.between(places[4], places[steps]) / (steps - 4)
+    return each, before
 
 
 def profile_step(loaded: LoadedModel, prompts: list[list[int]]) -> None:
@@ -313,6 +368,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--rows", type=int, default=0, help="steps of generate() with all columns; 0 leaves it out")
+    parser.add_argument(
+        "--without", default="fusing", help="time a step without each of these too: " + ", ".join(REPLACED)
+    )
     parser.add_argument("--family", choices=sorted(CLASSES), default="qwen2")
     parser.add_argument("--skip-families", action="store_true")
     run(parser.parse_args())
@@ -340,13 +398,18 @@ def run(args: Namespace) -> None:
     )
     check_large(models[0], prompts, min(args.steps, 32))
     clock = Clock(device)
-    found, before = step_ms(models, prompts, args.steps, args.rounds, clock)
-    middle = median(found)
-    say(f"a step of both models, batch {args.batch}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); floor {floor:.2f} ms, "
-        f"ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
-    with patch.object(decoding, "fused", lambda model: nullcontext()):
-        unfused, _ = step_ms(models, prompts, args.steps, args.rounds, clock)
-    say(f"norms and rotations as transformers runs them: {median(unfused):.2f} ms ({min(unfused):.2f} .. {max(unfused):.2f}), ratio {median(unfused) / floor:.2f}")  # fmt: skip
+    ways: dict[str, list[tuple[float, float]]] = {"": [], **{name: [] for name in args.without.split(",") if name}}
+    for _ in range(args.rounds + 1):  # side by side, as a device's clock may drift
+        for name, rows in ways.items():
+            with ExitStack() as stack:
+                for place, attribute, other in REPLACED.get(name, []):
+                    stack.enter_context(patch.object(place, attribute, other))
+                rows.append(one_round(models, prompts, args.steps, clock))
+    for name, rows in ways.items():
+        found = [each for each, _ in rows[1:]]
+        middle, before = median(found), median(before for _, before in rows[1:])
+        say(f"a step of both models, batch {args.batch}{', without ' + name if name else ''}: {middle:.2f} ms ({min(found):.2f} .. {max(found):.2f}); "
+            f"floor {floor:.2f} ms, ratio {middle / floor:.2f}; prompts of {args.length} tokens, set-up and the first 4 steps: {before:.0f} ms")  # fmt: skip
     if args.profile and device.type == "cuda":
         profile_step(models[0], prompts)
     plain = []

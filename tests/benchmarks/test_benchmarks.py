@@ -62,6 +62,7 @@ TOYS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--shape tiny --device cpu --parts layerwise,generate,sharded --prompts 4 --steps 3 --batch 1",
         ("layerwise: ", "ratio", "the same bits: True", "sharded: left out"),
     ),
+    "products_gpu.py": ("--small --device cpu --batch 2", ("cuBLAS, 3 calls", "(as it is set)", "1 cuts")),
     "report_large.py": ("{folder}/run --gb 0.0002", ("s of a core, peak", "MB")),
     "report_page.py": ("{folder}/page.html --runs 1", ("first contentful paint", "all charts drawn: True")),
     "sparsify_cpu.py": ("--shapes tiny --repeats 1 --samples 2 --length 64", ("times as fast", "objective at 2:4")),

@@ -11,6 +11,7 @@ from families import tiny_folder
 from prunescope.compare.context import Transcript, read_states
 from prunescope.compare.embedding import embed
 from prunescope.compare.layerwise import layerwise_rows
+from prunescope.models.blockwise import stream_model
 from prunescope.models.loading import load_model
 from prunescope.tasks.answering import Asking, answer
 
@@ -42,4 +43,18 @@ def test_answers_and_vectors_keep_away_from_it_too(tmp_path: Path) -> None:
     answer(dense, asked, write=False, choose=True, ended=lambda tokens: True, max_new_tokens=1, batch_size=2)
     embed(dense, [[5, 6, 7], [8, 9]], batch_size=2, pooling="mean", advance=lambda done: None)
     assert len(seen) >= 3
+    assert not any(seen)
+
+
+def test_a_model_on_disk_is_opened_as_its_blocks_run(tmp_path: Path) -> None:
+    """Two kernels of attention round differently: the check of every block against the opening would refuse a model in bfloat16 on a GPU."""
+    seen: list[bool] = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    try:
+        stream_model(str(tiny_folder("llama", tmp_path / "a")), tmp_path / "b", device="cpu")
+    finally:
+        hook.remove()
+    assert len(seen) > 10
     assert not any(seen)

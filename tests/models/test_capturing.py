@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from families import EXPERTS, FAMILIES, tiny_model
-from prunescope.models import decoding
+from prunescope.models import capturing, decoding
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import (
     all_experts,
@@ -225,3 +225,19 @@ def test_a_number_becomes_the_same_tensor() -> None:
         strict=True,
     ):
         assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+@pytest.mark.parametrize(
+    ("texts", "kernel", "way"), [(64, True, "grouped"), (65, True, "all"), (1, False, "chosen"), (9, False, "all")]
+)
+def test_which_way_experts_take(texts: int, kernel: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a kernel asked for where there is none, and many texts that read an expert several times."""
+    model = tiny_model("mixtral")
+    module = stacked_experts(model)[0]
+    monkeypatch.setattr(capturing, "_has_kernel", lambda device: kernel)
+    for name in ("grouped", "all", "chosen"):
+        monkeypatch.setattr(capturing, f"{name}_experts", lambda *_, name=name: name)
+    module.num_experts = 12  # of which a token has two
+    index = torch.zeros(texts, 2, dtype=torch.int64)
+    assert capturing._experts(module, torch.zeros(texts, 8), index, index.float()) == way
+    assert trial_rows(model) == (65 if kernel else 3)

@@ -10,7 +10,7 @@ import torch
 from test_streamed import assert_same, both_ways
 
 from families import tiny_folder
-from prunescope.models import keeping, streaming
+from prunescope.models import finding, keeping, streaming
 from prunescope.models.blockwise import stream_model
 from prunescope.models.dropping import DropSpec
 from prunescope.models.keeping import Keeper
@@ -101,3 +101,24 @@ def test_goes_on_from_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     blocks(plain, 6)
     for number, stream in enumerate(found):
         assert torch.equal(stream, plain.stream(number))
+
+
+def test_a_method_that_a_library_left_behind_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate leaves its modules a forward of their own. Would catch a signature that is asked for at every call, and the residual of a module
+    looked for in the wrong place."""
+
+    class Adding(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) + residual
+
+    asked: list[object] = []
+    plain = finding.signature
+    monkeypatch.setattr(finding, "signature", lambda forward: asked.append(forward) or plain(forward))
+    module, stream = Adding(2, 2), torch.ones(2)
+    module.forward = module.forward  # type: ignore[method-assign]
+    for _ in range(3):
+        assert finding.given_residual(module, (torch.zeros(2), stream), {}) is stream
+    assert len(asked) == 1
+    module.forward = lambda x, residual: x  # type: ignore[method-assign, assignment, misc]
+    assert finding.given_residual(module, (torch.zeros(2), stream), {}) is stream
+    assert finding.given_residual(torch.nn.Linear(2, 2), (stream, stream), {}) is None

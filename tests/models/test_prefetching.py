@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +51,19 @@ def test_blocks_that_were_fetched_ahead(family: str, dtype: str, tmp_path: Path,
     ahead = stream_model(folder, tmp_path / "b", device="cpu", dtype=dtype, prefetch=True)
     assert ahead.ahead is not None
     ahead.ahead.copying = True
-    fetched = 0
+    fetched, usual = 0, sys.getswitchinterval()
     for layer in (0, 1, 2, 5, 3, 4, 0, 1):
         began = ahead.ahead.begun == layer
         fetched += began
         with plain.block(layer), ahead.block(layer):
+            assert sys.getswitchinterval() == pytest.approx(usual if layer == 5 else 1e-4)  # the last has no next one
             for (name, ours), (_, theirs) in zip(
                 ahead.blocks[layer].named_parameters(), plain.blocks[layer].named_parameters(), strict=True
             ):
                 assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (layer, name)
     assert fetched == 4  # of the others the weights are fetched when they are asked for
+    ahead.ahead.discard()
+    assert sys.getswitchinterval() == usual
     assert "wait_stream" in played and "synchronize" in played and "record" in played
 
 
@@ -81,3 +85,4 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path, played: list[
     streamed.ahead.begin(1, names)
     with pytest.raises(prefetching.UserError, match="became shorter"):
         streamed.ahead.take(1, names)
+    assert sys.getswitchinterval() > 1e-3  # as it was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def test_folded_weights_are_the_explicit_map(family: str, spec: str, tmp_path: P
 
 
 def test_the_map_is_the_ridge_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against numpy's least squares over stacked rows, from plain hooks; would catch a transposed map, and places that do not count."""
+    """Against numpy's least squares over stacked rows, from plain hooks; would catch a transposed map, places that do not count, the first place left
+    out, and rows that are not divided by the length of the dense stream."""
     loaded = load_model(tiny_folder("llama", tmp_path), device="cpu")
     calibration = Calibration(TOKENS, "x", 0, COUNTS)
     monkeypatch.setattr(compensate, "RIDGES", (0.03,))
@@ -78,8 +80,15 @@ def test_the_map_is_the_ridge_solution(tmp_path: Path, monkeypatch: pytest.Monke
         rows["a"] = out[0] + rows["y"] @ by.T
         return (rows["a"], *out[1:])
 
+    def after(_: Any, args: Any) -> None:
+        rows["x"] = args[0]
+
+    with torch.no_grad():  # the first token's stream is thirty times as long as the others'
+        loaded.model.model.embed_tokens.weight[TOKENS[:, 0]] *= 30
     handles = [layers[2].mlp.register_forward_hook(keep), layers[3].self_attn.register_forward_hook(depend)]
+    handles.append(layers[3].post_attention_layernorm.register_forward_pre_hook(after))
     (fold,) = fit_maps(loaded, DropSpec(attn=(3,)), calibration)
+    assert fold.kl is not None and fold.kl[1] < fold.kl[0]
     assert fold.host.name == "mlp of layer 2" and fold.last.name == "attn of layer 3"
     with torch.no_grad():
         loaded.model(input_ids=TOKENS)
@@ -87,9 +96,10 @@ def test_the_map_is_the_ridge_solution(tmp_path: Path, monkeypatch: pytest.Monke
         handle.remove()
     used = np.zeros((12, 14), bool)
     used[:, 3:11] = True  # what predicts a token that counts, or is one
-    y, a = (
-        rows[name].double().numpy()[used] for name in "ya"
-    )  # with the attention alone gone, what is missing after it is what it added
+    used[:, 0] = True
+    x, y, a = (rows[name].double().numpy()[used] for name in "xya")
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    y, a = y / length, a / length  # with the attention alone gone, what is missing after it is what it added
     ridge = 0.03 * (y**2).sum(0).mean()
     stacked = np.concatenate([y, np.sqrt(ridge) * np.eye(y.shape[1])])
     expected = np.linalg.lstsq(stacked, np.concatenate([a, np.zeros((y.shape[1], a.shape[1]))]), rcond=None)[0].T
@@ -118,6 +128,29 @@ def test_a_dropped_branch_that_is_a_map_of_its_host_is_restored(tmp_path: Path) 
         with folded(loaded, [fold]), loaded.dropping(DropSpec(mlp=(2,))):
             found = loaded.model(input_ids=TOKENS).logits
     assert fold.left < 0.01 and (found - dense).norm() < 0.1 * (plain - dense).norm()
+
+
+@pytest.mark.parametrize("times", [1.0, -40.0])
+def test_a_map_that_leads_away_from_the_dense_model_is_left_out(
+    times: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Squares that fall say nothing of what is predicted. Would catch a map that is judged by them alone."""
+    loaded, plain = load_model(tiny_folder("llama", tmp_path), device="cpu"), compensate._fit
+    attention, mlp = loaded.model.model.layers[2].self_attn, loaded.model.model.layers[2].mlp
+    kept: list[torch.Tensor] = []
+    attention.register_forward_hook(lambda _, __, out: kept.append(out[0]))
+    mlp.register_forward_hook(lambda *_: 3 * kept.pop())  # which a map of the attention gives as well
+
+    def turned(*args: Any) -> Fold | None:
+        found = plain(*args)
+        assert found is not None and found.left < 0.5
+        return replace(found, map=times * found.map)
+
+    monkeypatch.setattr(compensate, "_fit", turned)
+    found = fit_maps(loaded, DropSpec(mlp=(2,)), Calibration(TOKENS, "x", 0))
+    assert len(found) == (times > 0)
+    said = capsys.readouterr()
+    assert ("no map does better than none" in said.out + said.err) == (times < 0)
 
 
 @pytest.mark.parametrize(("form", "target"), [("zeroed", "attn"), ("compact", "block")])

@@ -87,8 +87,9 @@ def begin_compare(
     parts: dict[str, list[Tensor]] = {}
     for chunk in _chunks(pairs, head, dtype, memory):
         columns = _compare_chunk(
-            streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype
-        )
+            streams, pairs[chunk], head, temperature, None if next_token is None else next_token[chunk], dtype,
+            _group(head, dtype, memory),
+        )  # fmt: skip
         for name, value in columns.items():
             parts.setdefault(name, []).append(value.cpu())
     found = {name: torch.cat(value) for name, value in parts.items()}
@@ -137,7 +138,9 @@ def compare_final(
     if len(index) != len(h_target) or head.vocab_size != target_head.vocab_size:
         raise ValueError("every target row needs a dense row, and both models the same vocabulary")
     dtype = working_dtype(h, h_target, head.weight, target_head.weight)
-    fixed, row = (max(pair) for pair in zip(_bytes(head, dtype), _bytes(target_head, dtype), strict=True))
+    fixed, row = (
+        max(pair) for pair in zip(_bytes(head, dtype, memory), _bytes(target_head, dtype, memory), strict=True)
+    )
     if memory < fixed + 2 * row:
         raise ValueError(f"memory={memory} bytes is too little: give at least {fixed + 2 * row}")
     index = index.to(h.device)
@@ -176,7 +179,7 @@ def compare_final(
             return found | more(part)
 
         if kernels is None:
-            columns |= _by_groups(len(theirs), max(1, _GROUP // head.vocab_size), of_group)
+            columns |= _by_groups(len(theirs), _group(head, dtype, memory), of_group)
         else:
             pairs = torch.stack([place, torch.arange(len(theirs), device=z.device) + len(used)], 1)
             tokens = following(slice(0, len(theirs)))
@@ -287,13 +290,12 @@ def _to_host(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _compare_chunk(
-    streams: Tensor, pairs: Tensor, head: Head, temperature: float, next_token: Tensor | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
+    streams: Tensor, pairs: Tensor, head: Head, temperature: float, next_token: Tensor | None, dtype: torch.dtype, group: int
+) -> dict[str, Tensor]:  # fmt: skip
     pairs = pairs.to(streams.device)
     columns = compare_hidden(streams[pairs[:, 0]], streams[pairs[:, 1]])
     used, index = torch.unique(pairs, return_inverse=True)
     z = head.logits(streams[used], dtype)
-    group = max(1, _GROUP // head.vocab_size)
     rows = RowFacts(
         *_by_groups(len(z), group, lambda part: dict(enumerate(describe_rows(z[part], temperature)))).values()
     )
@@ -326,7 +328,7 @@ def _by_groups(count: int, group: int, work: Callable[[slice], dict[_Key, Tensor
 
 def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Iterator[slice]:
     """Slices of ``pairs`` whose distinct rows, projected, fit into ``memory`` beside the temporaries."""
-    fixed, row = _bytes(head, dtype)
+    fixed, row = _bytes(head, dtype, memory)
     rows = (memory - fixed) // row
     if head.weight.is_cuda and rows > _PRODUCT_ROWS:
         rows -= rows % _PRODUCT_ROWS  # whole tiles of the matrix product
@@ -347,16 +349,22 @@ def _chunks(pairs: Tensor, head: Head, dtype: torch.dtype, memory: int) -> Itera
 
 def least_memory(head: Head, dtype: torch.dtype = torch.float32) -> int:
     """The smallest ``memory`` in bytes that `compare` can work with."""
-    fixed, row = _bytes(head, dtype)
+    fixed, row = _bytes(head, dtype, 0)
     return fixed + 2 * row
 
 
-def _bytes(head: Head, dtype: torch.dtype) -> tuple[int, int]:
+def _group(head: Head, dtype: torch.dtype, memory: int) -> int:
+    """Pairs that the elementwise pass handles at once: what stays in a CPU's cache, or a quarter of the memory of a GPU, whose time goes into
+    launching."""
+    held = memory // 4 // (_TEMPORARIES * dtype.itemsize) if head.weight.is_cuda else _GROUP
+    return max(1, held // head.vocab_size)
+
+
+def _bytes(head: Head, dtype: torch.dtype, memory: int) -> tuple[int, int]:
     """What `compare` holds however few rows there are, and what each distinct row adds."""
     width, vocab = head.weight.shape[1], head.vocab_size
     if sums.backend(head.weight.device, dtype) is not None and on_tensor_cores(head.weight, head.weight):
         return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 8 + _GATHERED  # logits, parts of h, maxima, sums
     tile = vocab_tile(head)
-    group = max(1, _GROUP // vocab)
-    fixed = _TEMPORARIES * group * vocab * dtype.itemsize + 8 * tile * width
+    fixed = _TEMPORARIES * _group(head, dtype, memory) * vocab * dtype.itemsize + 8 * tile * width
     return fixed, vocab * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, a float64 tile

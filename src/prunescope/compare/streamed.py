@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from prunescope.runs.parts import computed, save_state
 __all__ = ["StreamedTarget", "rows_bytes", "streamed_layerwise_rows"]
 
 StreamedTarget = StreamedModel | DropSpec | None
+_AT_ONCE = 2**31  # bytes of rows that a GPU keeps until they are compared
 
 
 def rows_bytes(dense: StreamedModel, target: StreamedTarget, sequences: Sequence[Transcript]) -> int:
@@ -111,8 +113,15 @@ def streamed_layerwise_rows(
 
         def table(batch: Sequence[int]) -> pa.Table:
             number = batch[0] // batch_size
-            read = rows.read(number).to(dense.device)
-            return rows_table(read, rows.pairs(target), passes[number], head, temperature, memory, batch[0])
+            return rows_table(
+                rows.made(number).to(dense.device),
+                rows.pairs(target),
+                passes[number],
+                head,
+                temperature,
+                memory,
+                batch[0],
+            )
 
         with progress(f"comparing {2 * layers} sublayers at {sum(steps)} steps", sum(steps)) as advance:
             tables = computed(
@@ -120,10 +129,10 @@ def streamed_layerwise_rows(
             )
         first = len(batches)
         alone, cached = (
-            torch.cat([rows.read(number) for number in numbers])[:, : 2 * layers + 1].to(dense.device)
+            torch.cat([rows.made(number) for number in numbers])[:, : 2 * layers + 1].to(dense.device)
             for numbers in (range(first, first + len(looked_at)), range(len(passes), len(passes) + len(looked_at)))
         )
-        together = rows.read(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
+        together = rows.made(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
         floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), list(sequences), floor, key)
 
@@ -148,6 +157,9 @@ class _Rows:
         self.steps = [*(len(index[0]) for index in self.index), *(len(text.continuation) for text in looked_at)]
         self.calls = Recorded()
         self.taken: DenseRows | None = None
+        self.held: list[Tensor] | None = None
+        if _at_once(self):
+            self.held = [self.read(number).to(dense.device, copy=True) for number in range(len(self.steps))]
         if target is not None:
             with recording(target, self.calls) as record:
                 record(input_ids=target.probe_ids, use_cache=False)
@@ -157,10 +169,34 @@ class _Rows:
     def pairs(self, target: StreamedTarget) -> Tensor:
         return slot_pairs(target.loaded if isinstance(target, StreamedModel) else target, self.layers)
 
-    def read(self, number: int) -> Tensor:
-        """``(steps, slots, d)`` of a pass, mapped: what is written to it is in the file."""
+    def shape(self, number: int) -> tuple[int, int, int]:
         slots = 2 * self.layers + 1 + (2 * self.layers if self.target is not None and number < self.batches else 0)
-        shape = (self.steps[number], slots, self.dense.loaded.anatomy.hidden_size)
+        return self.steps[number], slots, self.dense.loaded.anatomy.hidden_size
+
+    @property
+    def nbytes(self) -> int:
+        itemsize: int = self.dense.model.dtype.itemsize
+        return sum(prod(self.shape(number)) for number in range(len(self.steps))) * itemsize
+
+    def made(self, number: int) -> Tensor:
+        """``(steps, slots, d)`` of a pass, where its rows are written first."""
+        return self.read(number) if self.held is None else self.held[number]
+
+    def keep(self) -> None:
+        """Bring the rows of the layer from the device to their files, in one copy."""
+        if self.held is None:
+            return
+        own = [*([0] if self.layer == 0 else []), 2 * self.layer + 1, 2 * self.layer + 2]
+        theirs = [2 * self.layers + slot for slot in (2 * self.layer + 1, 2 * self.layer + 2)]
+        chosen = [own + theirs if held.shape[1] > 2 * self.layers + 1 else own for held in self.held]
+        pieces = [held[:, slots] for held, slots in zip(self.held, chosen, strict=True)]
+        flat = torch.cat([piece.flatten() for piece in pieces]).cpu().split([piece.numel() for piece in pieces])
+        for number, (piece, slots) in enumerate(zip(flat, chosen, strict=True)):
+            self.read(number)[:, slots] = piece.view(pieces[number].shape)
+
+    def read(self, number: int) -> Tensor:
+        """The same, mapped: what is written to it is in the file."""
+        shape = self.shape(number)
         size = shape[0] * shape[1] * shape[2]
         path, dtype = self.folder / f"part-rows-{number:05d}.bin", self.dense.model.dtype
         if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
@@ -177,7 +213,7 @@ class _Rows:
             if self.taken is not None:  # else it is the probe
                 self.taken.see(passage)
 
-        with watching(self.dense.loaded, see):
+        with watching(self.dense.loaded, see, stream_only=self.target is None):
             yield
 
     @contextmanager
@@ -195,20 +231,29 @@ class _Rows:
         slots = 2 * self.layers + 1
         if number >= len(self.passes):
             file, step = self.cached[number - len(self.passes)]
-            self.taken = DenseRows(last_place(self.dense.device), slots, made=self.read(file)[step : step + 1])
+            self.taken = DenseRows(last_place(self.dense.device), slots, made=self.made(file)[step : step + 1])
         else:
             keep: dict[Any, Any] | None = {} if self.target is not None and number < self.batches else None
-            self.taken = DenseRows(self.index[number], slots, keep, self.read(number))
+            self.taken = DenseRows(self.index[number], slots, keep, self.made(number))
 
     def after(self, number: int, hidden: Tensor) -> None:
-        """The target's block, on what the dense one has just read."""
+        """The target's block, on what the dense one has just read; rows of the layer are kept before its states are, from which a run goes on."""
         assert self.taken is not None
         taken, self.taken = self.taken, None
-        if self.target is None or number >= self.batches:
-            return
-        theirs = TargetRows(self.target.loaded, taken, self.layers, self.target.device)
+        if self.target is not None and number < self.batches:
+            self._target(number, taken, hidden, self.target)
+        if number == len(self.passes) + len(self.cached) - 1:
+            self.keep()
+
+    def _target(self, number: int, taken: DenseRows, hidden: Tensor, target: StreamedModel) -> None:
+        theirs = TargetRows(target.loaded, taken, self.layers, target.device)
         theirs.begin(self.layer)
-        if self.layer in self.target.loaded.layer_map:
-            block = self.target.loaded.layer_map.index(self.layer)
-            with substituting(self.target.loaded, theirs.stream, theirs.see):
-                self.calls.run(self.target, number + 1, block, hidden.to(self.target.model.dtype))
+        if self.layer in target.loaded.layer_map:
+            block = target.loaded.layer_map.index(self.layer)
+            with substituting(target.loaded, theirs.stream, theirs.see):
+                self.calls.run(target, number + 1, block, hidden.to(target.model.dtype))
+
+
+def _at_once(rows: _Rows) -> bool:
+    """Whether rows stay on the device: each copy that is waited for costs a GPU more than it moves."""
+    return rows.dense.device.type != "cpu" and rows.nbytes <= _AT_ONCE

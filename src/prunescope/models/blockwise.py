@@ -23,6 +23,7 @@ from prunescope.errors import UserError
 from prunescope.files import parse_json
 from prunescope.models.adapters import with_adapter
 from prunescope.models.anatomy import find_anatomy, probe_ids
+from prunescope.models.attending import any_length
 from prunescope.models.finding import find_blocks, first_output, first_tensor, hooks
 from prunescope.models.gguf import dequantise as dequantise_gguf
 from prunescope.models.loaded import LoadedModel
@@ -66,6 +67,7 @@ class StreamedModel:
     large: int | None = None  # bytes of a block's experts from which on they are read one at a time
     seconds: float = 0.0  # that it took to read all of it once, when it was opened
     checked: bool = False  # every weight was found to be finite then
+    _known: dict[Any, list[str]] = field(default_factory=dict, repr=False)  # of a block, and what is large
 
     @property
     def model(self) -> Any:
@@ -107,9 +109,12 @@ class StreamedModel:
         return {} if self.large is None else large_experts(self.blocks[layer], self.large)
 
     def _names(self, layer: int) -> list[str]:
-        left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
-        names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
-        return [name for name in names if not left or not name.startswith(left)]
+        key = layer, self.large
+        if key not in self._known:
+            left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
+            names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))
+            self._known[key] = [name for name in names if not left or not name.startswith(left)]
+        return self._known[key]
 
     @contextmanager
     def outside(self, skip: Collection[nn.Module | nn.Parameter] = ()) -> Iterator[None]:
@@ -146,8 +151,9 @@ class StreamedModel:
 
     @contextmanager
     def running(self, *, mapped: bool = False) -> Iterator[None]:
-        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`."""
-        with self.outside(), hooks() as handles, ExitStack() as all_blocks:
+        """The whole model can run: each block's weights come when it is entered and go when it is left. ``mapped`` as for `block`. Attention
+        is computed as where blocks run on their own, see `any_length`: another kernel rounds differently."""
+        with self.outside(), any_length(), hooks() as handles, ExitStack() as all_blocks:
             for layer, block in enumerate(self.blocks):
                 held = all_blocks.enter_context(ExitStack())
 

@@ -13,9 +13,10 @@ While a step is captured both are replaced by the same numbers, and nothing else
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from prunescope.models.finding import other_forwards
 __all__ = ["all_experts", "chosen_experts", "grouped_experts", "on_the_device", "stacked_experts", "trial_rows"]
 
 _MOVES = 3  # gathering an expert's weights reads, writes and reads them again
+_READ_ONCE = 64  # texts for which the kernel reads a chosen expert once
 _MARKS = (
     "num_experts",
     "has_gate",
@@ -53,9 +55,12 @@ def stacked_experts(model: nn.Module) -> list[Any]:
 
 def trial_rows(model: Any) -> int:
     """Texts at a time from which every expert is computed, however few a token gets (`_experts`); 0 without experts."""
+    experts = stacked_experts(model)
+    if experts and _has_kernel(model.device.type):
+        return _READ_ONCE + 1
     top_k = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
     moved = _MOVES * (top_k if isinstance(top_k, int) else 1)
-    return max((module.num_experts // moved + 1 for module in stacked_experts(model)), default=0)
+    return max((module.num_experts // moved + 1 for module in experts), default=0)
 
 
 def _first(module: Any) -> str:
@@ -68,9 +73,17 @@ def _plain(module: nn.Module, name: str) -> bool:
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The cheaper of both by the bytes they move."""
+    """By the kernel; where there is none, or for more texts than it reads an expert once for, the cheaper of the other two by the bytes they move."""
     few = _MOVES * top_k_index.numel() <= module.num_experts
-    return (chosen_experts if few else all_experts)(module, hidden_states, top_k_index, top_k_weights)
+    way = chosen_experts if few else all_experts
+    if len(hidden_states) <= _READ_ONCE and _has_kernel(hidden_states.device.type):
+        way = grouped_experts
+    return way(module, hidden_states, top_k_index, top_k_weights)
+
+
+@cache
+def _has_kernel(device: str) -> bool:
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def chosen_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -117,7 +130,7 @@ def _grouped(module: Any, x: Tensor, index: Tensor, name: str, slots: bool) -> T
     of_in, of_out = of if module.is_transposed else of[::-1]
     x = x if x.stride(-1) == 1 else x.contiguous()
     found = x.new_empty(count * k, outs)
-    tile = {"ROWS": min(64, max(16, 1 << (count - 1).bit_length())), "OUTS": 64, "INS": 256 // x.element_size()}
+    tile = {"ROWS": min(_READ_ONCE, max(16, 1 << (count - 1).bit_length())), "OUTS": 64, "INS": 256 // x.element_size()}
     grouped_kernel[-(-outs // tile["OUTS"]), len(weight)](
         x, weight, found, index, count, x.stride(0), of_expert, of_out, of_in, outs, ins,
         K=k, K2=1 << (k - 1).bit_length(), SLOTS=slots, **tile, num_warps=4, num_stages=4,

@@ -25,8 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prunescope.models.attending import any_length
 from prunescope.models.capturing import on_the_device
-from prunescope.models.fusing import fused
+from prunescope.models.fusing import fused, write_token
 from prunescope.models.loaded import LoadedModel
+from prunescope.models.products import Siblings, shared_inputs
 from prunescope.models.residual import final_states
 
 __all__ = ["ALIGNMENT", "LOOK", "Decoded", "Kept", "decode", "foreign_cache", "forward_options"]
@@ -91,8 +92,7 @@ class _FixedLayer(CacheLayerMixin):
             self.keys[:, :, :tokens] = key_states
             self.values[:, :, :tokens] = value_states
             return key_states, value_states
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        write_token(self.keys, self.values, key_states, value_states, self.position)
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
@@ -172,9 +172,9 @@ def _grouped_attention() -> Iterator[None]:
 
 
 @contextmanager
-def stepping(model: Any) -> Iterator[None]:
-    """How a step is run, and captured: `_grouped_attention`, norms and rotations of one kernel, nothing that the host is needed for."""
-    with _grouped_attention(), on_the_device(model), fused(model):
+def stepping(model: Any, shared: Sequence[Siblings] = ()) -> Iterator[None]:
+    """How a step is run, and captured: `_grouped_attention`, fewer kernels (`fused`), nothing that the host is needed for."""
+    with _grouped_attention(), on_the_device(model), fused(model, shared):
         yield
 
 
@@ -296,8 +296,9 @@ def decode(
     with ExitStack() as stack:
         if keep_states:
             stack.enter_context(final_states(loaded, loop.found.append))
-        loop.restart(ids, mask)
-        stack.enter_context(stepping(loaded.model))
+        with shared_inputs(loaded.model) as shared:
+            loop.restart(ids, mask)
+        stack.enter_context(stepping(loaded.model, shared))
         if graph and steps > 2:
             if captured is None:
                 loop_stream = torch.cuda.Stream(ids.device)

@@ -145,7 +145,11 @@ def _place_of(forward: Callable[..., Any]) -> int | None:
 
 def given_residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The stream that a module is given to add to, where its forward has a ``residual``."""
-    place = _residual_place(type(module).forward) if "forward" not in vars(module) else _place_of(module.forward)
+    own: Any = vars(module).get("forward")
+    plain = (
+        type(module).forward if own is None else getattr(own, "__func__", None)
+    )  # a library may leave a method of the class behind
+    place = _place_of(own) if plain is None else _residual_place(plain)
     if place is None:
         return None
     found = kwargs.get("residual", args[place] if len(args) > place else None)

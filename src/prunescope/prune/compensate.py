@@ -1,16 +1,22 @@
 """`--compensate`: a linear map of the last sublayer that stays stands in for what was dropped after it, and is folded into its last matrix.
 
 With y what that sublayer, the host, adds to the stream, x the stream where the dropped ones end, and x* the dense model's there, the map M
-minimises the sum over tokens of |x* - x - M y|^2 + ridge |M|^2. The host then adds y + M y: its last matrix W becomes W + M W, its bias b
+minimises the sum over tokens of |x* - x - M y|^2 / |x*|^2 + ridge |M|^2. The host then adds y + M y: its last matrix W becomes W + M W, its bias b
 becomes b + M b, and the model stays an ordinary one (ReplaceMe, Shopkhoev et al., arXiv 2505.02819, whose host is the MLP of the block
-before). Hosts are worked on from the first to the last, each in the model as it is by then, so that what one leaves the next can mend.
+before, and who do not divide). Hosts are worked on from the first to the last, each in the model as it is by then, so that what one leaves the
+next can mend.
+
+The division is what the norms of later sublayers do to a stream. Without it the first token, whose stream is tens of times as long in many models, either
+decides the map, or, where it is left out, is made something else by it, which all later tokens then attend to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +25,15 @@ from transformers.pytorch_utils import Conv1D
 from prunescope.data.calibration import Calibration
 from prunescope.errors import UserError
 from prunescope.models.anatomy import Sublayer
+from prunescope.models.attending import any_length
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import batches
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.packed import refuse_packed
-from prunescope.models.residual import Passage, watching
+from prunescope.models.residual import Passage, headless, watching
 from prunescope.models.saving import last_projection
 from prunescope.progress import console, progress
+from prunescope.prune.search import Judge
 
 __all__ = ["Fold", "check_format", "fit_maps", "folded", "pairs"]
 
@@ -34,16 +42,24 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the mean of the diagonal 
 
 @dataclass(frozen=True)
 class Fold:
-    """A map ``(d, d)`` float32 of what a host adds, and how much of |x* - x|^2 it leaves on the part of the text that it was not fitted to."""
+    """A map ``(d, d)`` float32 of what a host adds, and how much of the sum of |x* - x|^2 / |x*|^2 it leaves on the part of the text that it was not fitted
+    to; ``kl``: what KL(dense || pruned) is on that part without the map and with it, with all maps before it."""
 
     host: Sublayer
     last: Sublayer  # the dropped sublayer in whose place it stands, the last of several in a row
     map: Tensor
     ridge: float
     left: float
+    kl: tuple[float, float] | None = None
 
     def row(self) -> dict[str, object]:
-        return {"host": self.host.name, "in_place_of": self.last.name, "ridge": self.ridge, "left": self.left}
+        return {
+            "host": self.host.name,
+            "in_place_of": self.last.name,
+            "ridge": self.ridge,
+            "left": self.left,
+            "kl": self.kl,
+        }
 
 
 def check_format(compensated: bool, form: str) -> None:
@@ -68,8 +84,8 @@ def pairs(loaded: LoadedModel, spec: DropSpec) -> list[tuple[Sublayer, Sublayer]
 
 @torch.no_grad()
 def fit_maps(loaded: LoadedModel, spec: DropSpec, calibration: Calibration, batch_size: int = 8) -> list[Fold]:
-    """The maps for ``loaded``, a dense model, without ``spec``. One sample in four chooses the ridge; a map that is no better there than none is
-    left out, and that is said.
+    """The maps for ``loaded``, a dense model, without ``spec``. One sample in four chooses the ridge; a map without which the model is no further from
+    the dense one there is left out, and that is said.
 
     Raises:
         UserError: a model whose weights are packed, one sample only, a host with a post-norm or without an ordinary last matrix.
@@ -83,11 +99,19 @@ def fit_maps(loaded: LoadedModel, spec: DropSpec, calibration: Calibration, batc
     for host, _ in chosen:
         _matrix(loaded, host)
     folds: list[Fold] = []
+    apart = [i for i in range(len(calibration.tokens)) if _apart(i, len(calibration.tokens))]
+    judge = Judge(loaded, calibration, batch_size)
+    (without,) = judge.alone(spec, [spec], apart)
     with progress(f"{len(chosen)} maps", len(chosen)) as advance:
         for host, last in chosen:
             fold = _fit(loaded, spec, folds, host, last, calibration, batch_size)
+            kl = math.inf
             if fold is not None:
-                folds.append(fold)
+                with folded(loaded, [*folds, fold]):
+                    (kl,) = judge.alone(spec, [spec], apart)
+            if fold is not None and kl < without:
+                folds.append(replace(fold, kl=(without, kl)))
+                without = kl
             else:
                 console.print(
                     f"{host.name}: no map does better than none for the {last.name}; left as it is", markup=False
@@ -105,12 +129,11 @@ def _fit(
     calibration: Calibration,
     batch_size: int,
 ) -> Fold | None:
-    used = calibration.used()
-    size = loaded.anatomy.hidden_size
-    sums = [
-        [torch.zeros(size, size, dtype=torch.float64) for _ in range(2)] for _ in range(2)
-    ]  # of fit, check: y y^T, r y^T
-    energy = torch.zeros(2, dtype=torch.float64)
+    used = calibration.gathered()
+    width = loaded.anatomy.hidden_size
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": loaded.device}
+    sums = [[torch.zeros(width, width, **exact) for _ in range(2)] for _ in range(2)]  # of fit, check: y y^T, r y^T
+    energy = torch.zeros(2, **exact)
     for batch in batches(range(len(calibration.tokens)), batch_size):
         ids = calibration.tokens[list(batch)].to(loaded.device)
         (wanted,) = _after(loaded, ids, [last])
@@ -118,12 +141,15 @@ def _fit(
             added, now = _after(loaded, ids, [host, last], added=host)
         for row, i in enumerate(batch):
             places = slice(None) if used is None else used[i].to(ids.device)
-            y, rest = added[row][places].double().cpu(), (wanted[row] - now[row])[places].double().cpu()
-            part = 1 if i % 4 == 3 or (len(calibration.tokens) < 4 and i == 1) else 0
+            y, rest = added[row][places].double(), (wanted[row] - now[row])[places].double()
+            length = wanted[row][places].double().norm(dim=-1, keepdim=True)
+            y, rest = (torch.where(length > 0, value / length, 0.0) for value in (y, rest))
+            part = int(_apart(i, len(calibration.tokens)))
             sums[part][0] += y.T @ y
             sums[part][1] += rest.T @ y
             energy[part] += rest.square().sum()
-    (gram, cross), (check_gram, check_cross) = sums
+    (gram, cross), (check_gram, check_cross) = ([both.cpu() for both in one] for one in sums)
+    energy = energy.cpu()
     if not gram.any():  # a host that adds nothing
         return None
     best: tuple[float, float] | None = None
@@ -134,6 +160,11 @@ def _fit(
     if best is None or best[1] == 0.0 or not energy[1]:
         return None
     return Fold(host, last, _solve(gram + check_gram, cross + check_cross, best[1]).float(), best[1], best[0])
+
+
+def _apart(sample: int, samples: int) -> bool:
+    """Whether a sample is one of those that nothing is fitted to."""
+    return sample % 4 == 3 or (samples < 4 and sample == 1)
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -156,7 +187,7 @@ def _after(
                 assert value is not None
                 found[part.name] = value.clone()
 
-    with watching(loaded, see):
+    with watching(loaded, see), headless(loaded), any_length():
         loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return tuple(found[part.name] for part in parts)
 
