@@ -18,7 +18,6 @@ from prunescope.compare.head import Head
 from prunescope.compare.metrics import FLOOR_COLUMNS
 from prunescope.errors import UserError
 from prunescope.models.attending import any_length
-from prunescope.models.beginnings import read_before
 from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.residual import final_states, headless
@@ -185,8 +184,7 @@ def check_memory(memory: int, dense: LoadedModel, target: TargetModel = None) ->
 @torch.no_grad()
 @any_length()
 def read_states(loaded: LoadedModel, sequences: Sequence[Transcript], *, recall: bool = False) -> list[Tensor]:
-    """What the head reads at every step of given texts, from one right-padded pass; of each sequence ``(steps, d)``. On a CPU what all texts
-    begin with, a chat template or solved examples, is read once before (`prunescope.models.beginnings`).
+    """What the head reads at every step of given texts, from one right-padded pass without a cache; of each sequence ``(steps, d)``.
 
     A model whose weights stay on disk must have read the texts: `prunescope.models.streaming.having_read`.
 
@@ -201,11 +199,9 @@ def read_states(loaded: LoadedModel, sequences: Sequence[Transcript], *, recall:
         kept = loaded.recall.get(key)
         if kept is None:
             caught: list[Tensor] = []
-            with headless(loaded):
-                shared, how = read_before(loaded, ids, min(s.positions[0] for s in sequences))
-                with final_states(loaded, caught.append):
-                    loaded.model(input_ids=ids[:, shared:], logits_to_keep=1, **how)
-            kept = (caught[0][index[0], index[1] - shared],)
+            with final_states(loaded, caught.append), headless(loaded):
+                loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            kept = (caught[0][index],)
             loaded.recall.put(key, *kept)
         (found,) = kept
     return list(found.split([len(s.continuation) for s in sequences]))

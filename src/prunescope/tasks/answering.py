@@ -6,6 +6,7 @@ length, so that no padding and no mask is needed, and both ways of answering sta
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from prunescope.models.attending import any_length
-from prunescope.models.beginnings import common_beginning, repeated
 from prunescope.models.generating import batches, check_cache
 from prunescope.models.loaded import LoadedModel
 
@@ -58,14 +58,14 @@ def answer(
         batch_size: prompts at a time; changes nothing but rounding.
         advance: told how many prompts are done, batch by batch.
     """
-    shared = common_beginning([question.tokens[:-1] for question in asked])  # every prompt has one left to be read
+    shared = _shared_length([question.tokens for question in asked])
     prefix = _read(loaded, None, [asked[0].tokens[:shared]])[1] if shared else None
     answers: dict[int, Answer] = {}
     lengths = sorted({len(question.tokens) for question in asked})
     for length in lengths:
         group = [i for i, question in enumerate(asked) if len(question.tokens) == length]
         for chosen in batches(group, batch_size):
-            cache = None if prefix is None else repeated(prefix, [len(chosen)])
+            cache = _repeated(prefix, [len(chosen)])
             logits, cache = _read(loaded, cache, [asked[i].tokens[shared:] for i in chosen])
             last = logits[:, -1]
             scores = (
@@ -75,6 +75,13 @@ def answer(
             answers |= {i: Answer(w, s) for i, w, s in zip(chosen, written, scores, strict=True)}
             advance(len(chosen))
     return [answers[i] for i in range(len(asked))]
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, short of the last one of each: every prompt has one left to be read."""
+    shortest = min(map(len, prompts)) - 1
+    first = prompts[0]
+    return next((i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), shortest)
 
 
 @any_length()
@@ -90,6 +97,16 @@ def _read(loaded: LoadedModel, cache: Cache | None, rows: Sequence[Sequence[int]
     return out.logits, out.past_key_values
 
 
+def _repeated(cache: Cache | None, times: Sequence[int]) -> Cache | None:
+    """A copy of the cache in which row i stands ``times[i]`` times."""
+    if cache is None:
+        return None
+    result = copy.deepcopy(cache)
+    rows = torch.arange(len(times)).repeat_interleave(torch.tensor(times))
+    result.batch_select_indices(rows)
+    return result
+
+
 @any_length()
 def _scores(
     loaded: LoadedModel, last: Tensor, cache: Cache, options: Sequence[Sequence[Sequence[int]]]
@@ -102,7 +119,7 @@ def _scores(
     longest = max((len(begin) for each in read for begin in each), default=0)
     if not longest:
         return found
-    own = repeated(cache, [len(each) for each in read])
+    own = _repeated(cache, [len(each) for each in read])
     flat = [begin for each in read for begin in each]
     rows = [[*begin, *[begin[0]] * (longest - len(begin))] for begin in flat]  # what is padded is not looked at
     out = loaded.model(input_ids=torch.tensor(rows, device=loaded.device), past_key_values=own, use_cache=True)
