@@ -506,19 +506,3 @@ def test_the_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert len(stages) == 8 and min(stages.values()) >= 0 < stages["every sublayer in turn"] < 600
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "--overwrite" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
-def test_waiting_threads_yield_unless_the_user_says_otherwise(own: dict[str, str]) -> None:
-    """Would catch a setting that comes after torch, whose OpenMP reads it as it is loaded, and one that goes over the user's own."""
-    code = """
-import os, sys
-from prunescope.cli import main
-assert "torch" not in sys.modules
-main(["drop", "no-such-model", "--target", "attn", "--n", "1"])
-assert "torch" in sys.modules
-print(os.environ.get("GOMP_SPINCOUNT"))
-"""
-    rest = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    found = subprocess.run([sys.executable, "-c", code], env=rest | own, capture_output=True, text=True, check=True)
-    assert found.stdout.split()[-1] == (own or {"GOMP_SPINCOUNT": "1000"}).get("GOMP_SPINCOUNT", "None")

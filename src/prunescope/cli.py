@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import sys
 import traceback
@@ -38,7 +37,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit codes: 0 done, 2 invalid input (one line), 1 anything else."""
-    _yield_soon()
     words = list(sys.argv[1:] if argv is None else argv)
     function = COMMANDS.get(words[0]) if words else None
     if words[:1] == ["export"]:  # `for` cannot be the name of a parameter, and `check` is a method of all options
@@ -67,14 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def _yield_soon() -> None:
-    """Threads of libgomp, torch's on Linux, that wait for one another give their core away after 1000 turns, not 300,000. The library reads it once, as
-    it is loaded; what the user has set counts. Two threads that share a core with anything else otherwise wait most of the time, with that core
-    held: see docs/speed.md."""
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _complain(message: str, code: int) -> int:

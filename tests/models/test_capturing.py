@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from families import EXPERTS, FAMILIES, tiny_model
-from prunescope.models import capturing, decoding
+from prunescope.models import capturing, decoding, products
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import (
     all_experts,
@@ -235,9 +235,35 @@ def test_which_way_experts_take(texts: int, kernel: bool, way: str, monkeypatch:
     model = tiny_model("mixtral")
     module = stacked_experts(model)[0]
     monkeypatch.setattr(capturing, "_has_kernel", lambda device: kernel)
+    monkeypatch.setattr(capturing, "_kernel_agrees", lambda *_: True)
     for name in ("grouped", "all", "chosen"):
         monkeypatch.setattr(capturing, f"{name}_experts", lambda *_, name=name: name)
     module.num_experts = 12  # of which a token has two
     index = torch.zeros(texts, 2, dtype=torch.int64)
     assert capturing._experts(module, torch.zeros(texts, 8), index, index.float()) == way
     assert trial_rows(model) == (65 if kernel else 3)
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong"])
+def test_a_kernel_that_does_not_agree_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little shared memory, or no compiler. Would catch a model that then writes by `generate()`, and numbers that nobody has looked at."""
+    module = stacked_experts(tiny_model("mixtral"))[0]
+    index, weights = torch.tensor([[0, 2], [3, 1], [1, 2]]), torch.rand(3, 2)
+    tokens = torch.randn(3, 32)
+    monkeypatch.setattr(capturing, "_has_kernel", lambda device: True)
+
+    def kernel(module: Any, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if fault == "raises":
+            raise RuntimeError("out of resource: shared memory")
+        return chosen_experts(module, tokens, index, weights) * 1.001
+
+    monkeypatch.setattr(capturing, "grouped_experts", kernel)
+    monkeypatch.setattr(products, "_TRIED", {})
+    with torch.no_grad():
+        assert torch.equal(
+            capturing._experts(module, tokens, index, weights), all_experts(module, tokens, index, weights)
+        )
+        monkeypatch.setattr(capturing, "grouped_experts", lambda *given: chosen_experts(*given))
+        monkeypatch.setattr(products, "_TRIED", {})
+        found = capturing._experts(module, tokens, index, weights)
+        assert torch.equal(found, chosen_experts(module, tokens, index, weights))

@@ -137,3 +137,24 @@ def test_a_model_writes_the_same_with_sums_in_norms(monkeypatch: pytest.MonkeyPa
     assert try_static(loaded) is None
     steps = len(taken) // 19  # 13 norms and 6 caches a step
     assert taken.count(1) == 12 * steps > 0 and taken.count(2) == 6 * steps
+
+
+def test_another_thread_defers_nothing() -> None:
+    """Would catch a norm of one thread that takes a sum of another."""
+    from threading import Thread
+
+    seen: list[Any] = []
+    with Deferring({8}):
+        other = Thread(target=lambda: seen.append(current()))
+        other.start()
+        other.join()
+        assert current() is not None
+    assert seen == [None] and current() is None
+
+
+def test_what_is_scripted_or_compiled_gets_finished_sums() -> None:
+    """No function mode sees into it. Would catch a model of such modules that is given tensors with nothing in them."""
+    model = tiny_model("llama")
+    assert all(map(fusing._seen_through, model.modules()))
+    model.model.layers[1].mlp.compile(backend="eager")
+    assert not all(map(fusing._seen_through, model.modules()))

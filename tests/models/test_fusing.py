@@ -151,3 +151,19 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert seen[0] is not before
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_two_norms_of_one_class_are_two_norms() -> None:
+    """One that multiplies by its weight and one by one plus it. Would catch the way of the first taken for the second."""
+
+    class Either(nn.Module):
+        def __init__(self, unit: bool) -> None:
+            super().__init__()
+            self.weight, self.eps, self.unit = nn.Parameter(torch.randn(64, device=DEVICE), False), 1e-6, unit
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+            return normed * (1 + self.weight if self.unit else self.weight)
+
+    ways = [norm_way(Either(unit)) for unit in (False, True)]
+    assert None not in ways and ways[0] != ways[1]

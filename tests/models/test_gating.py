@@ -50,6 +50,21 @@ class Named(nn.Module):
         return self.drop(self.w2(gate * self.w3(x)))  # type: ignore[no-any-return]
 
 
+def test_a_limit_that_small_weights_hardly_reach_is_seen() -> None:
+    """As DeepSeek's and gpt-oss's MLPs have it. Would catch rows that are too small to show it."""
+
+    class Limited(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(-10.0, 10.0)
+            return self.down_proj(functional.silu(gate) * up)  # type: ignore[no-any-return]
+
+    for kind, known in ((LlamaMLP, True), (Limited, False)):
+        module = kind(LlamaConfig(**SHAPE)).to(DEVICE, HALF).eval()
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.01)
+        assert (gating_of(module) is not None) == known
+
+
 @pytest.mark.parametrize(("kind", "config", "way"), [(LlamaMLP, LlamaConfig(**SHAPE), 0), (Gemma2MLP, Gemma2Config(**SHAPE), 1)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
 def test_a_gated_mlp_is_known_by_what_it_gives(kind: Any, config: Any, way: int, dtype: torch.dtype) -> None:

@@ -141,10 +141,10 @@ def test_a_map_that_leads_away_from_the_dense_model_is_left_out(
     attention.register_forward_hook(lambda _, __, out: kept.append(out[0]))
     mlp.register_forward_hook(lambda *_: 3 * kept.pop())  # which a map of the attention gives as well
 
-    def turned(*args: Any) -> Fold | None:
+    def turned(*args: Any) -> tuple[Fold, Fold] | None:
         found = plain(*args)
-        assert found is not None and found.left < 0.5
-        return replace(found, map=times * found.map)
+        assert found is not None and found[0].left < 0.5
+        return found[0], replace(found[1], map=times * found[1].map)  # what is judged is what was fitted to the others
 
     monkeypatch.setattr(compensate, "_fit", turned)
     found = fit_maps(loaded, DropSpec(mlp=(2,)), Calibration(TOKENS, "x", 0))

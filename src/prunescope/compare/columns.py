@@ -356,8 +356,10 @@ def least_memory(head: Head, dtype: torch.dtype = torch.float32) -> int:
 def _group(head: Head, dtype: torch.dtype, memory: int) -> int:
     """Pairs that the elementwise pass handles at once: what stays in a CPU's cache, or a quarter of the memory of a GPU, whose time goes into
     launching."""
-    held = memory // 4 // (_TEMPORARIES * dtype.itemsize) if head.weight.is_cuda else _GROUP
-    return max(1, held // head.vocab_size)
+    if not head.weight.is_cuda:
+        return max(1, _GROUP // head.vocab_size)
+    tile, row = _tile_and_row(head, dtype)
+    return max(1, min(memory // 4, memory - tile - 2 * row) // (_TEMPORARIES * dtype.itemsize * head.vocab_size))
 
 
 def _bytes(head: Head, dtype: torch.dtype, memory: int) -> tuple[int, int]:
@@ -365,6 +367,11 @@ def _bytes(head: Head, dtype: torch.dtype, memory: int) -> tuple[int, int]:
     width, vocab = head.weight.shape[1], head.vocab_size
     if sums.backend(head.weight.device, dtype) is not None and on_tensor_cores(head.weight, head.weight):
         return 2**22, sums.padded(vocab) * 4 + 20 * width + vocab // 8 + _GATHERED  # logits, parts of h, maxima, sums
-    tile = vocab_tile(head)
-    fixed = _TEMPORARIES * _group(head, dtype, memory) * vocab * dtype.itemsize + 8 * tile * width
-    return fixed, vocab * dtype.itemsize + 8 * (8 * width + tile)  # logits, float64 copies of h, a float64 tile
+    tile, row = _tile_and_row(head, dtype)
+    return _TEMPORARIES * _group(head, dtype, memory) * vocab * dtype.itemsize + tile, row
+
+
+def _tile_and_row(head: Head, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a float64 tile of the head, and of a row: logits, float64 copies of h, its part of a tile."""
+    tile, width = vocab_tile(head), head.weight.shape[1]
+    return 8 * tile * width, head.vocab_size * dtype.itemsize + 8 * (8 * width + tile)

@@ -109,7 +109,7 @@ class StreamedModel:
         return {} if self.large is None else large_experts(self.blocks[layer], self.large)
 
     def _names(self, layer: int) -> list[str]:
-        key = layer, self.large
+        key = layer, self.large, str(self.loaded.dropped)
         if key not in self._known:
             left = tuple(f"{self.names[layer]}.{name}." for name in self._large(layer))
             names = (name for name, _ in self.blocks[layer].named_parameters(prefix=self.names[layer]))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunescope.models.finding import other_forwards
+from prunescope.models.products import tried_once
 
 __all__ = ["all_experts", "chosen_experts", "grouped_experts", "on_the_device", "stacked_experts", "trial_rows"]
 
@@ -56,11 +57,10 @@ def stacked_experts(model: nn.Module) -> list[Any]:
 def trial_rows(model: Any) -> int:
     """Texts at a time from which every expert is computed, however few a token gets (`_experts`); 0 without experts."""
     experts = stacked_experts(model)
-    if experts and _has_kernel(model.device.type):
-        return _READ_ONCE + 1
     top_k = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
     moved = _MOVES * (top_k if isinstance(top_k, int) else 1)
-    return max((module.num_experts // moved + 1 for module in experts), default=0)
+    found = max((module.num_experts // moved + 1 for module in experts), default=0)
+    return max(found, _READ_ONCE + 1) if experts and _has_kernel(model.device.type) else found
 
 
 def _first(module: Any) -> str:
@@ -77,8 +77,29 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     few = _MOVES * top_k_index.numel() <= module.num_experts
     way = chosen_experts if few else all_experts
     if len(hidden_states) <= _READ_ONCE and _has_kernel(hidden_states.device.type):
-        way = grouped_experts
+        way = grouped_experts if _kernel_agrees(module, hidden_states, *top_k_index.shape) else way
     return way(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _kernel_agrees(module: Any, like: Tensor, texts: int, k: int) -> bool:
+    """Whether the kernel runs there and gives what the weights gathered give, but for rounding, for random rows that each choose other experts."""
+
+    def tried() -> bool:
+        generator = torch.Generator().manual_seed(0)
+        rows = min(texts, 4)  # few are gathered
+        index = torch.stack([torch.randperm(module.num_experts, generator=generator)[:k] for _ in range(rows)])
+        tokens = torch.randn(rows, like.shape[1], generator=generator).to(like)
+        index, weights = index.to(like.device), torch.rand(rows, k, generator=generator).to(like)
+        many = (-(-texts // rows), 1)  # as many as there are in a step, which decides how the kernel is cut
+        found = grouped_experts(
+            module, tokens.repeat(many)[:texts], index.repeat(many)[:texts], weights.repeat(many)[:texts]
+        )
+        expected = chosen_experts(module, tokens, index, weights)
+        off = found[:rows].double() - expected.double()
+        return float(off.norm()) <= 16 * torch.finfo(like.dtype).eps * float(expected.double().norm())
+
+    shapes = tuple(parameter.shape for parameter in module.parameters())
+    return tried_once(("experts", type(module), like.dtype, like.device, texts, k, shapes), tried)
 
 
 @cache

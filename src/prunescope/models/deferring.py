@@ -1,11 +1,13 @@
 """Work that waits for what comes next, so that one kernel can do both: a residual sum for its norm, a rotation for the cache.
 
-Whoever defers hands out tensors that hold nothing yet. Any function of PyTorch, and any look at any tensor, first does the waiting work, unless it is
-the one that was waited for and takes it. So nobody sees an empty tensor, and what nobody takes is done as it would have been.
+Whoever defers hands out tensors that hold nothing yet. Any function of PyTorch that its function modes see, and any look at any tensor in the same thread,
+first does the waiting work, unless it is the one that was waited for and takes it. So nobody sees an empty tensor, and what nobody takes is done as it
+would have been. Scripted and compiled code is not seen, nor another thread: a model of such modules defers nothing (`fusing.fused`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,15 +38,13 @@ class Deferring(TorchFunctionMode):
         self.waiting: Waiting | None = None
 
     def __enter__(self) -> Deferring:
-        global _current
-        self.outer, _current = _current, self
+        self.outer, _HERE.current = current(), self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        global _current
         super().__exit__(*error)
-        _current = self.outer
+        _HERE.current = self.outer
         self.finish()
 
     def finish(self) -> None:
@@ -79,17 +79,18 @@ def _add(one: Tensor, other: Tensor, total: Tensor) -> None:
     torch.add(one, other, out=total)
 
 
-_current: Deferring | None = None
+_HERE = threading.local()
 
 
 def current() -> Deferring | None:
-    """The innermost block that is being run."""
-    return _current
+    """The innermost block that this thread runs."""
+    return getattr(_HERE, "current", None)
 
 
 def take(result: Tensor) -> Waiting | None:
     """What is to make ``result``, if that waits; it is the caller's now. To be called before anything looks at a tensor."""
-    if _current is None or _current.waiting is None or all(result is not held for held in _current.waiting.results):
+    block = current()
+    if block is None or block.waiting is None or all(result is not held for held in block.waiting.results):
         return None
-    waiting, _current.waiting = _current.waiting, None
+    waiting, block.waiting = block.waiting, None
     return waiting

@@ -59,11 +59,17 @@ def fused(model: nn.Module, shared: Sequence[Siblings] = ()) -> Iterator[None]:
         for place, plain in before:
             if rotates_plainly(plain, model.dtype, first.device):  # type: ignore[arg-type]
                 place[_ROTARY] = partial(fused_rotation, plain)
-        with other_forwards(forwards), Deferring({len(module.weight) for module, way in norms if way is not None}):  # type: ignore[arg-type]
+        widths = {len(module.weight) for module, way in norms if way is not None}  # type: ignore[arg-type]
+        with other_forwards(forwards), Deferring(widths if all(map(_seen_through, model.modules())) else ()):
             yield
     finally:
         for place, plain in before:
             place[_ROTARY] = plain
+
+
+def _seen_through(module: nn.Module) -> bool:
+    """Whether what a module runs is seen by PyTorch's function modes: not what is scripted or compiled."""
+    return not isinstance(module, torch.jit.ScriptModule) and module.__dict__.get("_compiled_call_impl") is None
 
 
 # --- norms -------------------------------------------------------------------------------------------------------------
@@ -79,7 +85,8 @@ def norm_way(module: nn.Module) -> int | None:
         return None
     if weight.dtype not in _DTYPES or len(weight) > _WIDEST or _epsilon(module) is None:
         return None
-    key = (type(module), weight.dtype, weight.device, len(weight))
+    settings = ((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str))
+    key = (type(module), weight.dtype, weight.device, len(weight), *sorted(settings, key=repr))
     if key not in _WAYS:
         _WAYS[key] = _tried(module, weight)
     return _WAYS[key]

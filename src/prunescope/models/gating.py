@@ -110,8 +110,14 @@ def _tried(module: nn.Module, held: dict[str, Any]) -> Gating | None:
         gate, up, down = (held[name] for name in names)
         if (gate.in_features, gate.out_features) != (up.in_features, up.out_features) or gate.out_features != down.in_features:  # fmt: skip
             continue
-        scales = torch.tensor([1.0, 10.0, 30.0])[:, None]
-        x = (torch.randn(3, gate.in_features, generator=torch.Generator().manual_seed(0)) * scales).to(first)
+        scales = torch.tensor([1.0, 10.0, 30.0, 1.0, 1.0])[:, None]
+        x = torch.randn(5, gate.in_features, generator=torch.Generator().manual_seed(0)) * scales
+        try:  # a limit of what enters the gate or leaves it shows where both are large
+            seen = torch.stack([layer(x[3:].to(first)).abs().max() for layer in (gate, up)]).max().float().item()
+        except Exception:
+            return None
+        x[3:] *= torch.tensor([100.0, 30000.0**0.5])[:, None] / max(seen, 1e-6)
+        x = x.to(first)
         try:
             expected = type(module).forward(module, x)
             for kind, activation in enumerate(_ACTIVATIONS):

@@ -65,7 +65,6 @@ class Ahead:
         self._pool: ThreadPoolExecutor | None = None
         self._copies: Any = None  # the stream of the copies to a GPU
         self._rings: list[Any] = []
-        self._reading = ExitStack()
 
     def begin(self, layer: int, names: Sequence[str]) -> None:
         """Start to fetch the weights of block ``layer``; returns at once."""
@@ -75,7 +74,6 @@ class Ahead:
         places = {name: place for name in names if (place := self._place(name)) is not None}
         self.begun = layer
         if self.copying:
-            self._reading.enter_context(_TURNS.often())
             self._begin_copies(places)
         else:
             self._tasks = [self._pool.submit(_warm, list(places.values()))]
@@ -91,11 +89,8 @@ class Ahead:
                 self.discard()
                 return {}
             self.begin(layer, names)
-        try:
-            for task in self._tasks:
-                task.result()
-        finally:
-            self._reading.close()
+        for task in self._tasks:
+            task.result()
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         found, self._found, self._tasks, self.begun = self._found, {}, [], None
@@ -109,7 +104,6 @@ class Ahead:
             with suppress(Exception):
                 if not task.cancelled():
                     task.result()
-        self._reading.close()
         if self._copies is not None and self._found:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         self._found, self._tasks, self.begun = {}, [], None
@@ -134,8 +128,9 @@ class Ahead:
     def _begin_copies(self, places: Mapping[str, _Place]) -> None:
         assert self._pool is not None
         if self._copies is None:
-            self._copies = torch.cuda.Stream(self.device)
-            self._rings = [_Ring(self._copies) for _ in range(_THREADS)]
+            copies = torch.cuda.Stream(self.device)
+            self._rings = [_Ring(copies) for _ in range(_THREADS)]
+            self._copies = copies  # last: the memory of the rings may not be there
         # the buffers may stand where tensors stood that work on the current stream still reads
         self._found = {n: torch.empty(p.shape, dtype=p.dtype, device=self.device) for n, p in places.items()}
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
@@ -158,7 +153,7 @@ class _Ring:
 
     def copy(self, work: Sequence[tuple[Path, int, Tensor]]) -> None:
         """Read pieces of files from where they begin, and start to copy each to where it shall be."""
-        with torch.cuda.stream(self.copies), ExitStack() as files:
+        with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
             opened: dict[Path, Any] = {}
             for file, offset, into in work:
                 if file not in opened:

@@ -189,7 +189,7 @@ def is_plain(module: nn.Module) -> bool:
         and weight.stride(1) == 1
         and not any(number % 16 for number in (*weight.shape, weight.stride(0)))
         and not weight.data_ptr() % 16
-        and (bias is None or bias.dtype == weight.dtype)
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
     )
 
 
@@ -212,8 +212,9 @@ def sibling_forwards(model: nn.Module, shared: Sequence[Siblings]) -> dict[nn.Mo
 
 def counters(model: nn.Module) -> Tensor:
     """The zeros of a model's products."""
-    if model not in _COUNTS:
-        _COUNTS[model] = torch.zeros(_COUNTERS, dtype=torch.int32, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    if model not in _COUNTS or _COUNTS[model].device != device:
+        _COUNTS[model] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
     return _COUNTS[model]
 
 
@@ -245,9 +246,16 @@ class _Group:
 
     def __init__(self, members: Siblings, counts: Tensor) -> None:
         self.members, self.counts = members, counts
-        self.weights, self.biases = [m.weight for m in members], [m.bias for m in members]
         self.given: tuple[Tensor, int] | None = None
         self.found: dict[nn.Module, Tensor] = {}
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [member.weight for member in self.members]
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        return [member.bias for member in self.members]
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         if self.given is not None and x is self.given[0] and x._version == self.given[1] and module in self.found:

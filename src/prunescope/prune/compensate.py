@@ -43,7 +43,10 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # times the mean of the diagonal 
 @dataclass(frozen=True)
 class Fold:
     """A map ``(d, d)`` float32 of what a host adds, and how much of the sum of |x* - x|^2 / |x*|^2 it leaves on the part of the text that it was not fitted
-    to; ``kl``: what KL(dense || pruned) is on that part without the map and with it, with all maps before it."""
+    to; ``kl``: what KL(dense || pruned) is on that part without a map and with one, both as fitted on the rest, behind the maps of the hosts before.
+
+    ``map`` itself is fitted to all of the text, with the ridge that was chosen so.
+    """
 
     host: Sublayer
     last: Sublayer  # the dropped sublayer in whose place it stands, the last of several in a row
@@ -98,19 +101,22 @@ def fit_maps(loaded: LoadedModel, spec: DropSpec, calibration: Calibration, batc
     chosen = pairs(loaded, spec)
     for host, _ in chosen:
         _matrix(loaded, host)
+    if not chosen:
+        return []
     folds: list[Fold] = []
-    apart = [i for i in range(len(calibration.tokens)) if _apart(i, len(calibration.tokens))]
-    judge = Judge(loaded, calibration, batch_size)
-    (without,) = judge.alone(spec, [spec], apart)
+    tried: list[Fold] = []  # the same, fitted without the samples that judge
+    judge = _judge(loaded, calibration, batch_size)
+    without = _divergence(judge, spec)
     with progress(f"{len(chosen)} maps", len(chosen)) as advance:
         for host, last in chosen:
-            fold = _fit(loaded, spec, folds, host, last, calibration, batch_size)
+            found = _fit(loaded, spec, folds, host, last, calibration, batch_size)
             kl = math.inf
-            if fold is not None:
-                with folded(loaded, [*folds, fold]):
-                    (kl,) = judge.alone(spec, [spec], apart)
-            if fold is not None and kl < without:
-                folds.append(replace(fold, kl=(without, kl)))
+            if found is not None:
+                with folded(loaded, [*tried, found[1]]):
+                    kl = _divergence(judge, spec)
+            if found is not None and kl < without:
+                folds.append(replace(found[0], kl=(without, kl)))
+                tried.append(found[1])
                 without = kl
             else:
                 console.print(
@@ -118,6 +124,25 @@ def fit_maps(loaded: LoadedModel, spec: DropSpec, calibration: Calibration, batc
                 )
             advance(1)
     return folds
+
+
+def _judge(loaded: LoadedModel, calibration: Calibration, batch_size: int) -> Judge:
+    """Of the samples that nothing is fitted to. Raises UserError if the model predicts nothing in them."""
+    count = len(calibration.tokens)
+    apart = [i for i in range(count) if _apart(i, count)]
+    counts = None if calibration.counts is None else calibration.counts[apart]
+    some = replace(calibration, tokens=calibration.tokens[apart], counts=counts)
+    if not some.predicting().any():
+        raise UserError("--compensate: one sample in four judges the maps, and nothing counts in these; give more --samples")  # fmt: skip
+    return Judge(loaded, some, batch_size)
+
+
+def _divergence(judge: Judge, spec: DropSpec) -> float:
+    """Infinite where it is not a number: activations overflow."""
+    try:
+        return judge.divergences(spec, [spec])[0]
+    except UserError:
+        return math.inf
 
 
 def _fit(
@@ -128,7 +153,8 @@ def _fit(
     last: Sublayer,
     calibration: Calibration,
     batch_size: int,
-) -> Fold | None:
+) -> tuple[Fold, Fold] | None:
+    """The fold for a host, and the one that is fitted without the samples that judge; None where no ridge leaves less than there was."""
     used = calibration.gathered()
     width = loaded.anatomy.hidden_size
     exact: dict[str, Any] = {"dtype": torch.float64, "device": loaded.device}
@@ -159,7 +185,8 @@ def _fit(
         best = min((left, ridge), best or (1.0, 0.0))
     if best is None or best[1] == 0.0 or not energy[1]:
         return None
-    return Fold(host, last, _solve(gram + check_gram, cross + check_cross, best[1]).float(), best[1], best[0])
+    kept = Fold(host, last, _solve(gram + check_gram, cross + check_cross, best[1]).float(), best[1], best[0])
+    return kept, replace(kept, map=_solve(gram, cross, best[1]).float())
 
 
 def _apart(sample: int, samples: int) -> bool:
