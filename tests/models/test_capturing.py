@@ -3,7 +3,6 @@ that comes from the host can be told from those that were there. And the experts
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from families import EXPERTS, FAMILIES, tiny_model
-from prunescope.models import capturing, decoding, products
+from kernels import needs_kernels
+from prunescope.models import agreeing, capturing, decoding
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.capturing import (
     all_experts,
@@ -146,10 +146,7 @@ def test_experts_against_the_loop_of_transformers(family: str) -> None:
     assert bool(expected.isfinite().all())
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
-    reason="needs Triton's interpreter, or a GPU",
-)
+@needs_kernels
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe", "granitemoe"])
 def test_the_kernel_of_the_experts_against_the_loop(family: str) -> None:
     """Evenly spread, and more tokens than a tile holds, whose experts are others in the second tile. One expert is not a number and is not chosen.
@@ -234,7 +231,7 @@ def test_which_way_experts_take(texts: int, kernel: bool, way: str, monkeypatch:
     """Would catch a kernel asked for where there is none, and many texts that read an expert several times."""
     model = tiny_model("mixtral")
     module = stacked_experts(model)[0]
-    monkeypatch.setattr(capturing, "_has_kernel", lambda device: kernel)
+    monkeypatch.setattr(capturing, "kernels_run", lambda device: kernel)
     monkeypatch.setattr(capturing, "_kernel_agrees", lambda *_: True)
     for name in ("grouped", "all", "chosen"):
         monkeypatch.setattr(capturing, f"{name}_experts", lambda *_, name=name: name)
@@ -250,7 +247,7 @@ def test_a_kernel_that_does_not_agree_is_not_taken(fault: str, monkeypatch: pyte
     module = stacked_experts(tiny_model("mixtral"))[0]
     index, weights = torch.tensor([[0, 2], [3, 1], [1, 2]]), torch.rand(3, 2)
     tokens = torch.randn(3, 32)
-    monkeypatch.setattr(capturing, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(capturing, "kernels_run", lambda device: True)
 
     def kernel(module: Any, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if fault == "raises":
@@ -258,12 +255,12 @@ def test_a_kernel_that_does_not_agree_is_not_taken(fault: str, monkeypatch: pyte
         return chosen_experts(module, tokens, index, weights) * 1.001
 
     monkeypatch.setattr(capturing, "grouped_experts", kernel)
-    monkeypatch.setattr(products, "_TRIED", {})
+    monkeypatch.setattr(agreeing, "_TRIED", {})
     with torch.no_grad():
         assert torch.equal(
             capturing._experts(module, tokens, index, weights), all_experts(module, tokens, index, weights)
         )
         monkeypatch.setattr(capturing, "grouped_experts", lambda *given: chosen_experts(*given))
-        monkeypatch.setattr(products, "_TRIED", {})
+        monkeypatch.setattr(agreeing, "_TRIED", {})
         found = capturing._experts(module, tokens, index, weights)
         assert torch.equal(found, chosen_experts(module, tokens, index, weights))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from families import tiny_model, tiny_tokenizer
+from kernels import DEVICE, HALF, needs_kernels
 from prunescope.models import fusing
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.deferring import Deferring, current, take
@@ -20,17 +20,13 @@ from prunescope.models.fusing import fused_norm, fused_rotation, write_token
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before anything imports triton", allow_module_level=True)
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-HALF = torch.bfloat16 if CUDA else torch.float16
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(fusing, "_kernels_run", lambda device: True)
+    monkeypatch.setattr(fusing, "kernels_run", lambda device: True)
 
 
 def random(*shape: int, dtype: torch.dtype = HALF) -> Tensor:

@@ -3,7 +3,6 @@ bfloat16 off where a GPU rounds."""
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -16,22 +15,19 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from families import tiny_model, tiny_tokenizer
+from kernels import CUDA, DEVICE, HALF, needs_kernels
 from prunescope.models import fusing, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.fusing import fused, fused_norm, fused_rotation, norm_way, rotates_plainly
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before anything imports triton", allow_module_level=True)
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-HALF = torch.bfloat16 if CUDA else torch.float16
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusing, "_kernels_run", lambda device: device.type != "meta")
+    monkeypatch.setattr(fusing, "kernels_run", lambda device: device.type != "meta")
 
 
 class Centred(LlamaRMSNorm):  # type: ignore[misc]

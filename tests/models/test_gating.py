@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import tiny_model, tiny_tokenizer
+from kernels import CUDA, DEVICE, HALF, needs_kernels
 from prunescope.models import fusing, gating, generating
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.gating import Gating, gate_forwards, gated, gating_of
@@ -21,11 +21,7 @@ from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.products import Tile, gated_products, products
 
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before anything imports triton", allow_module_level=True)
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-HALF = torch.bfloat16 if CUDA else torch.float16
+pytestmark = needs_kernels
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -147,7 +143,7 @@ def test_results_are_as_near_to_float64_as_the_plain_codes() -> None:
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
 def test_a_model_writes_the_same_with_fewer_activations(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial against `generate()`. Would catch forwards that nobody calls, and such that outlive the block."""
-    monkeypatch.setattr(fusing, "_kernels_run", lambda device: True)
+    monkeypatch.setattr(fusing, "kernels_run", lambda device: True)
     model = tiny_model("llama").to(DEVICE, dtype)
     loaded = LoadedModel("llama", model, tiny_tokenizer(), find_anatomy(model), {}, tuple(range(6)), 6)
     gate_forwards(model)  # tried

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -10,17 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from families import tiny_model, tiny_tokenizer
-from prunescope.models import fusing, generating, products
+from kernels import CUDA, DEVICE, HALF, needs_kernels
+from prunescope.models import agreeing, fusing, generating, products
 from prunescope.models.anatomy import find_anatomy
 from prunescope.models.generating import try_static
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.products import Tile, shared_inputs, sibling_forwards
 
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before anything imports triton", allow_module_level=True)
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-HALF = torch.bfloat16 if CUDA else torch.float16
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -123,16 +119,16 @@ def test_a_kernel_that_gives_something_else_is_not_used(monkeypatch: pytest.Monk
     x = torch.randn(3, 32, device=DEVICE).to(HALF)
     plain = products.products
     monkeypatch.setattr(products, "products", lambda *given: [one * 1.01 for one in plain(*given)])
-    monkeypatch.setattr(products, "_TRIED", {})
+    monkeypatch.setattr(agreeing, "_TRIED", {})
     forwards = sibling_forwards(attention, seen(attention, x))
     with torch.no_grad():
         assert torch.equal(forwards[attention.q_proj](x), attention.q_proj(x))
-    assert list(products._TRIED.values()) == [False]
+    assert list(agreeing._TRIED.values()) == [False]
 
 
 def test_a_model_writes_the_same_with_fewer_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial against `generate()`. Would catch products that nobody is given, and forwards that outlive the block."""
-    monkeypatch.setattr(fusing, "_kernels_run", lambda device: True)
+    monkeypatch.setattr(fusing, "kernels_run", lambda device: True)
     model = tiny_model("qwen2").to(DEVICE, HALF)
     loaded = LoadedModel("qwen2", model, tiny_tokenizer(), find_anatomy(model), {}, tuple(range(6)), 6)
     calls: list[int] = []

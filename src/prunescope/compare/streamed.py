@@ -113,15 +113,8 @@ def streamed_layerwise_rows(
 
         def table(batch: Sequence[int]) -> pa.Table:
             number = batch[0] // batch_size
-            return rows_table(
-                rows.made(number).to(dense.device),
-                rows.pairs(target),
-                passes[number],
-                head,
-                temperature,
-                memory,
-                batch[0],
-            )
+            made = rows.made(number).to(dense.device)
+            return rows_table(made, rows.pairs(target), passes[number], head, temperature, memory, batch[0])
 
         with progress(f"comparing {2 * layers} sublayers at {sum(steps)} steps", sum(steps)) as advance:
             tables = computed(
@@ -197,7 +190,7 @@ class _Rows:
     def read(self, number: int) -> Tensor:
         """The same, mapped: what is written to it is in the file."""
         shape = self.shape(number)
-        size = shape[0] * shape[1] * shape[2]
+        size = prod(shape)
         path, dtype = self.folder / f"part-rows-{number:05d}.bin", self.dense.model.dtype
         if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
             with path.open("wb") as file:  # its space now: a write to a mapped file on a full disk kills the process

@@ -1,13 +1,29 @@
-"""When another way to compute gives the same: bits but for single places of the dtype, or sums but for their order."""
+"""When another way to compute gives the same: bits but for single places of the dtype, or sums but for their order; and where kernels are tried for it."""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["next_to", "same_sums"]
+__all__ = ["kernels_run", "next_to", "same_sums", "tried_once"]
 
 _MOVED = 2e-3  # share of the entries that may be the next number of their dtype
+_TRIED: dict[tuple[Any, ...], bool] = {}  # in this process
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels can be tried there."""
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def next_to(found: Tensor, expected: Tensor, size: Tensor | None = None) -> bool:
@@ -27,3 +43,16 @@ def same_sums(found: Tensor, expected: Tensor, size: Tensor) -> bool:
     """Rounded once, from sums in float32 that may have another order; ``size`` is the sum of the terms' magnitudes."""
     bound = 2 * torch.finfo(expected.dtype).eps * expected.float().abs() + 2e-6 * size
     return bool(((found.float() - expected.float()).abs() <= bound).all())
+
+
+@torch.no_grad()
+def tried_once(key: tuple[Any, ...], tried: Callable[[], bool]) -> bool:
+    """What ``tried`` says, asked once for a key, and not while a graph is captured."""
+    if key not in _TRIED:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            _TRIED[key] = tried()
+        except Exception:  # a compiler that is missing, or a kernel that does not fit there
+            _TRIED[key] = False
+    return _TRIED[key]

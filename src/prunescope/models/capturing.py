@@ -13,18 +13,17 @@ While a step is captured both are replaced by the same numbers, and nothing else
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunescope.models.agreeing import kernels_run, tried_once
 from prunescope.models.finding import other_forwards
-from prunescope.models.products import tried_once
 
 __all__ = ["all_experts", "chosen_experts", "grouped_experts", "on_the_device", "stacked_experts", "trial_rows"]
 
@@ -60,7 +59,7 @@ def trial_rows(model: Any) -> int:
     top_k = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
     moved = _MOVES * (top_k if isinstance(top_k, int) else 1)
     found = max((module.num_experts // moved + 1 for module in experts), default=0)
-    return max(found, _READ_ONCE + 1) if experts and _has_kernel(model.device.type) else found
+    return max(found, _READ_ONCE + 1) if experts and kernels_run(model.device) else found
 
 
 def _first(module: Any) -> str:
@@ -76,7 +75,7 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     """By the kernel; where there is none, or for more texts than it reads an expert once for, the cheaper of the other two by the bytes they move."""
     few = _MOVES * top_k_index.numel() <= module.num_experts
     way = chosen_experts if few else all_experts
-    if len(hidden_states) <= _READ_ONCE and _has_kernel(hidden_states.device.type):
+    if len(hidden_states) <= _READ_ONCE and kernels_run(hidden_states.device):
         way = grouped_experts if _kernel_agrees(module, hidden_states, *top_k_index.shape) else way
     return way(module, hidden_states, top_k_index, top_k_weights)
 
@@ -100,11 +99,6 @@ def _kernel_agrees(module: Any, like: Tensor, texts: int, k: int) -> bool:
 
     shapes = tuple(parameter.shape for parameter in module.parameters())
     return tried_once(("experts", type(module), like.dtype, like.device, texts, k, shapes), tried)
-
-
-@cache
-def _has_kernel(device: str) -> bool:
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def chosen_experts(module: Any, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ rounded where the plain code rounds.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunescope.models.agreeing import next_to
+from prunescope.models.agreeing import kernels_run, next_to, tried_once
 from prunescope.models.deferring import Deferring, Waiting, current, take
 from prunescope.models.finding import other_forwards
 from prunescope.models.gating import gate_forwards
@@ -34,11 +33,6 @@ _WIDEST = 2**14  # of a row that one program holds
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _Key = tuple[Any, ...]
 _WAYS: dict[_Key, int | None] = {}  # what was tried in this process, by class and dtype
-_PLAIN: dict[_Key, bool] = {}
-
-
-def _kernels_run(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
@@ -46,7 +40,7 @@ def fused(model: nn.Module, shared: Sequence[Siblings] = ()) -> Iterator[None]:
     """Within the block the model's norms, rotations and activations are one kernel each, where that was found to be the same, and so are the
     products of the layers that were seen to share an input (`products.shared_inputs`)."""
     first = next(model.parameters())
-    if not _kernels_run(first.device):
+    if not kernels_run(first.device):
         yield
         return
     norms = [(module, norm_way(module)) for module in model.modules()]
@@ -146,26 +140,22 @@ def rotates_plainly(plain: Callable[..., Any], dtype: torch.dtype, device: torch
     """Whether a function of queries, keys, cosines and sines gives the bits of `step_kernels.rotary_kernel`."""
     if dtype not in _DTYPES:
         return False
-    key = (plain, dtype, device)
-    if key not in _PLAIN:
+
+    def tried() -> bool:
         generator = torch.Generator().manual_seed(0)
         q, k, cos, sin = (
             torch.randn(shape, generator=generator).to(device, dtype)
             for shape in ((3, 1, 4, 16), (3, 1, 2, 16), (3, 1, 16), (3, 1, 16))
         )
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-        try:
-            expected = plain(q, k, cos, sin)
-            cache = q.new_zeros(2, 3, 2, 3, 16)
-            found = tuple(map(torch.empty_like, expected))
-            _rotate((q, k, cos, sin, *found), (*cache, k, torch.ones(1, dtype=torch.long, device=device)))
-            found = (*found, *cache[:, :, :, 1:2])
-            _PLAIN[key] = all(
-                torch.equal(one, other) for one, other in zip(found, (*expected, expected[1], k), strict=True)
-            )
-        except Exception:  # whatever takes something else
-            _PLAIN[key] = False
-    return _PLAIN[key]
+        expected = plain(q, k, cos, sin)
+        cache = q.new_zeros(2, 3, 2, 3, 16)
+        found = tuple(map(torch.empty_like, expected))
+        _rotate((q, k, cos, sin, *found), (*cache, k, torch.ones(1, dtype=torch.long, device=device)))
+        found = (*found, *cache[:, :, :, 1:2])
+        return all(torch.equal(one, other) for one, other in zip(found, (*expected, expected[1], k), strict=True))
+
+    return tried_once(("rotation", plain, dtype, device), tried)
 
 
 def fused_rotation(

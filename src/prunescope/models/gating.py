@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunescope.models.agreeing import next_to
-from prunescope.models.products import counters, few_rows, gated_products, is_plain, tried_once
+from prunescope.models.agreeing import next_to, tried_once
+from prunescope.models.products import counters, few_rows, gated_products, is_plain
 
 __all__ = ["Gating", "gate_forwards", "gated", "gating_of"]
 
@@ -40,7 +40,6 @@ class Gating(NamedTuple):
 
 
 _FOUND: WeakKeyDictionary[nn.Module, tuple[object, Gating | None]] = WeakKeyDictionary()  # with what was there then
-_FITS: dict[tuple[Any, ...], bool] = {}
 
 
 def gate_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
@@ -132,15 +131,13 @@ def _kernel_fits(kind: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel gives what the plain operations give, but for single entries."""
     if dtype not in _DTYPES:
         return False
-    key = (kind, dtype, device)
-    if key not in _FITS:
+
+    def tried() -> bool:
         generator = torch.Generator().manual_seed(0)
         gate, up = ((torch.randn(5, 1000, generator=generator) * 4).to(device, dtype) for _ in range(2))
-        try:
-            _FITS[key] = next_to(gated(gate, up, kind), _ACTIVATIONS[kind](gate) * up, (gate * up).abs())
-        except Exception:  # a compiler that is missing
-            _FITS[key] = False
-    return _FITS[key]
+        return next_to(gated(gate, up, kind), _ACTIVATIONS[kind](gate) * up, (gate * up).abs())
+
+    return tried_once(("gate", kind, dtype, device), tried)
 
 
 # --- the kernel --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunescope.models.agreeing import same_sums
+from prunescope.models.agreeing import same_sums, tried_once
 from prunescope.models.finding import hooks
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "shared_inputs",
     "sibling_forwards",
     "tile_of",
-    "tried_once",
 ]
 
 Siblings = tuple[nn.Linear, ...]
@@ -48,7 +47,6 @@ _COUNTERS = 2**13  # tiles of a launch at most
 _COUNTS: WeakKeyDictionary[nn.Module, Tensor] = (
     WeakKeyDictionary()
 )  # of a model, as long as it: captured steps point there
-_TRIED: dict[tuple[Any, ...], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -228,19 +226,6 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     return x.stride(-1) != 1 or x.dim() == 1 or not x.reshape(-1, x.shape[-1]).stride(0) % 16
 
 
-@torch.no_grad()
-def tried_once(key: tuple[Any, ...], tried: Callable[[], bool]) -> bool:
-    """What ``tried`` says, asked once for a key, and not while a graph is captured."""
-    if key not in _TRIED:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False
-        try:
-            _TRIED[key] = tried()
-        except Exception:  # a compiler that is missing, or a kernel that does not fit there
-            _TRIED[key] = False
-    return _TRIED[key]
-
-
 class _Group:
     """Linear layers of which the first computes all."""
 
@@ -275,7 +260,7 @@ class _Group:
             return False
         rows = x.numel() // x.shape[-1]
         shapes = tuple((len(w), b is None) for w, b in zip(self.weights, self.biases, strict=True))
-        return tried_once((x.dtype, x.device, x.shape[-1], rows, shapes), partial(self._tried, rows))
+        return tried_once(("products", x.dtype, x.device, x.shape[-1], rows, shapes), partial(self._tried, rows))
 
     def _tried(self, rows: int) -> bool:
         """Whether random rows give what the plain products give, but for the order of the sums."""
