@@ -208,8 +208,8 @@ def _texts(samples: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> Fig
         lines = {side: _wrapped(row[f"{side}_pieces"]) for side in ("dense", "target")}
         blocks.append((row, lines, max(len(found) for found in lines.values())))
     height = sum(lines + 3 for _, _, lines in blocks)
-    figure = Figure(figsize=(_TEXT_INCHES, 0.13 * height + 0.5))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.97 - 0.25 / figure.get_figheight()))
+    figure = Figure(figsize=(_TEXT_INCHES, 0.13 * height + 0.65))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.97 - 0.4 / figure.get_figheight()))
     axes.set(xlim=(0, 2 * _TEXT_WIDTH + 4), ylim=(height, 0))
     axes.axis("off")
     y = 1.0
@@ -222,9 +222,8 @@ def _texts(samples: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> Fig
                 axes, x, y + 2, lines[side], row["first_difference"], "#0072B2" if side == "dense" else "#D55E00"
             )
         y += used + 3
-    figure.suptitle(
-        f"{_title(info)}: coloured from the first token that differs", y=1 - 0.06 / figure.get_figheight(), va="top"
-    )
+    title = f"Coloured from the first token that differs\n{_title(info)}"  # two lines: one is wider than the figure
+    figure.suptitle(title, y=1 - 0.06 / figure.get_figheight(), va="top")
     return figure
 
 
