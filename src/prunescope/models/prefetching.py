@@ -1,6 +1,7 @@
 """The next block's weights while the one before it runs: read by threads, and on a GPU copied there from pinned memory.
 
-On a GPU several threads read pieces of the files into small pinned buffers, from where the copies run on a stream of their own. On a CPU weights
+On a GPU pieces of the files that are in the system's cache are copied from there (`prunescope.models.locking`), and several threads read the others
+into small pinned buffers, from where they are copied; all on a stream of its own. On a CPU weights
 stay in their mapped files, so that a thread only asks the system to read what is not in its cache.
 
 The thread that runs the model is busy in Python most of the time, and Python lets a thread that wants to go on wait for 5 ms: a reader, which
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from prunescope.errors import UserError
+from prunescope.models.locking import Locked, Mapped, Run, release, runs
 from prunescope.models.shards import DTYPES, Stored, read_header
 
 __all__ = ["Ahead"]
 
 _PIECE = 2**24  # bytes that are read at a time: 30 GB/s of an H200's machine, 26 with half as much
+_LOCKED = 2**26  # bytes whose pages are locked at a time: 55 GB/s there, the rate of the bus
 _THREADS = 16  # 24 read no more
 _SLOTS = 2  # pinned buffers of a thread: one is filled while the other is copied
 _SWITCH = 1e-4  # seconds after which Python lets another thread go on; 5e-3 by default
@@ -61,7 +64,9 @@ class Ahead:
         self.begun: int | None = None
         self._headers: dict[str, dict[str, Stored]] = {}
         self._found: dict[str, Tensor] = {}
-        self._tasks: list[Future[None]] = []
+        self._tasks: list[Future[list[Locked]]] = []
+        self._releasing: Future[None] | None = None
+        self._mapped: dict[Path, Mapped | None] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._copies: Any = None  # the stream of the copies to a GPU
         self._rings: list[Any] = []
@@ -89,10 +94,14 @@ class Ahead:
                 self.discard()
                 return {}
             self.begin(layer, names)
-        for task in self._tasks:
-            task.result()
+        locked = [pages for task in self._tasks for pages in task.result()]
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        if locked:
+            assert self._pool is not None
+            if self._releasing is not None:
+                self._releasing.result()
+            self._releasing = self._pool.submit(release, locked)
         found, self._found, self._tasks, self.begun = self._found, {}, [], None
         return found
 
@@ -103,7 +112,10 @@ class Ahead:
         for task in self._tasks:
             with suppress(Exception):
                 if not task.cancelled():
-                    task.result()
+                    release(task.result())
+        if self._releasing is not None:
+            self._releasing.result()
+            self._releasing = None
         if self._copies is not None and self._found:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         self._found, self._tasks, self.begun = {}, [], None
@@ -134,36 +146,68 @@ class Ahead:
         # the buffers may stand where tensors stood that work on the current stream still reads
         self._found = {n: torch.empty(p.shape, dtype=p.dtype, device=self.device) for n, p in places.items()}
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        work: list[tuple[Path, int, Tensor]] = []
-        for name, place in places.items():
-            whole = self._found[name].view(-1).view(torch.uint8)
-            work += [(place.file, place.offset + low, whole[low:high]) for low, high in _pieces(place.nbytes)]
+        bytes_of = {name: found.view(-1).view(torch.uint8) for name, found in self._found.items()}
+        whole = runs([(place.file, place.offset, bytes_of[name]) for name, place in places.items()])
+        work = [
+            (run, self._mapping(run.file) if of_pages else None)
+            for every in whole
+            for run, of_pages in every.pages(_LOCKED)
+        ]
         self._tasks = [self._pool.submit(ring.copy, work[i :: len(self._rings)]) for i, ring in enumerate(self._rings)]
+
+    def _mapping(self, file: Path) -> Mapped | None:
+        if file not in self._mapped:
+            try:
+                self._mapped[file] = Mapped(file)
+            except (OSError, ValueError):
+                self._mapped[file] = None
+        return self._mapped[file]
 
 
 class _Ring:
-    """The pinned buffers of a thread."""
+    """A thread that copies, and its pinned buffers."""
 
     def __init__(self, copies: Any) -> None:
         self.copies = copies
-        self.slots = [_pinned(_PIECE) for _ in range(_SLOTS)]
-        self.views = [memoryview(slot.numpy()) for slot in self.slots]  # type: ignore[arg-type]
-        self.done = [torch.cuda.Event() for _ in range(_SLOTS)]
+        self.slots: list[Tensor] = []
         self.next = 0
 
-    def copy(self, work: Sequence[tuple[Path, int, Tensor]]) -> None:
-        """Read pieces of files from where they begin, and start to copy each to where it shall be."""
-        with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
-            opened: dict[Path, Any] = {}
-            for file, offset, into in work:
-                if file not in opened:
-                    opened[file] = files.enter_context(file.open("rb", buffering=0))
-                slot, view, event = self.slots[self.next], self.views[self.next], self.done[self.next]
-                self.next = (self.next + 1) % _SLOTS
-                event.synchronize()  # what was there before is copied
-                _read(opened[file], offset, view[: len(into)])
-                into.copy_(slot[: len(into)], non_blocking=True)
-                event.record(self.copies)
+    def copy(self, work: Sequence[tuple[Run, Mapped | None]]) -> list[Locked]:
+        """Start to copy runs of files to where they shall be: from a mapping, where one is given and can be copied from, or else by reading.
+
+        Returns:
+            Pages to be released.
+        """
+        locked: list[Locked] = []
+        try:
+            with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
+                opened: dict[Path, Any] = {}
+                for run, mapped in work:
+                    pages = None if mapped is None else mapped.copy(run, self.copies)
+                    if pages is not None:
+                        locked.append(pages)
+                        continue
+                    if run.file not in opened:
+                        opened[run.file] = files.enter_context(run.file.open("rb", buffering=0))
+                    for begin, into in run.parts:
+                        for low, high in _pieces(len(into)):
+                            self._read(opened[run.file], begin + low, into[low:high])
+        except BaseException:
+            release(locked)
+            raise
+        return locked
+
+    def _read(self, file: Any, offset: int, into: Tensor) -> None:
+        if not self.slots:
+            self.slots = [_pinned(_PIECE) for _ in range(_SLOTS)]
+            self.views = [memoryview(slot.numpy()) for slot in self.slots]  # type: ignore[arg-type]
+            self.done = [torch.cuda.Event() for _ in range(_SLOTS)]
+        slot, view, event = self.slots[self.next], self.views[self.next], self.done[self.next]
+        self.next = (self.next + 1) % _SLOTS
+        event.synchronize()  # what was there before is copied
+        _read(file, offset, view[: len(into)])
+        into.copy_(slot[: len(into)], non_blocking=True)
+        event.record(self.copies)
 
 
 class _Turns:
@@ -209,11 +253,12 @@ def _read(bare: Any, offset: int, into: memoryview) -> None:
         done += count
 
 
-def _warm(places: Sequence[_Place]) -> None:
-    """Ask the system to read these bytes into its cache, where it can be asked."""
+def _warm(places: Sequence[_Place]) -> list[Locked]:
+    """Ask the system to read these bytes into its cache, where it can be asked; nothing is locked."""
     if not hasattr(os, "posix_fadvise"):
-        return
+        return []
     for place in places:
         with suppress(OSError), place.file.open("rb", buffering=0) as bare:
             for low, high in _pieces(place.nbytes):
                 os.posix_fadvise(bare.fileno(), place.offset + low, high - low, os.POSIX_FADV_WILLNEED)
+    return []
