@@ -1,8 +1,11 @@
-"""Bytes of a file to a GPU, from where the system has them in memory: their pages are locked while the copy runs, and no processor touches them.
+"""Bytes of a file to a GPU, from where the system has them in memory: their pages are locked, and no processor touches them.
 
 Copies from pinned memory run at the full rate of the bus, but first a thread must read the file into that memory, and a machine's processors copy at
 half that rate. A file that is in the system's cache, as one in a file system in memory always is, can be mapped and its pages be locked
-(`cudaHostRegister`, read-only), which takes less time than the copy and ends with it. What is not in the cache is read: see `prunescope.models.prefetching`.
+(`cudaHostRegister`, read-only). What is not in the cache is read: see `prunescope.models.prefetching`.
+
+Locking takes as long as the copy and holds up every other call of CUDA. So pages stay locked, up to half of the machine's memory in all; from there on each is
+unlocked as soon as it is copied.
 """
 
 from __future__ import annotations
@@ -10,18 +13,20 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 __all__ = ["Locked", "Mapped", "Run", "release", "runs"]
 
-_PAGE = mmap.PAGESIZE
-_FEW = 2**18  # bytes for which locking is not worth its while
+_SEGMENT = 2**25  # bytes of a file that are locked at a time
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: the pages are not written to; where that is unknown, registering fails
 _LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -35,26 +40,17 @@ class Run:
     high: int
     parts: tuple[tuple[int, Tensor], ...]
 
-    def pages(self, size: int) -> Iterator[tuple[Run, bool]]:
-        """It in pieces of up to ``size`` bytes, and of each whether it is whole pages: no page belongs to two of those."""
-        low, high = -(-self.low // _PAGE) * _PAGE, (self.high // _PAGE) * _PAGE
-        if high - low < _FEW:
-            yield self, False
-            return
-        for edge in (self.within(self.low, low), self.within(high, self.high)):
-            if edge.parts:
-                yield edge, False
-        for begin in range(low, high, size):
-            yield self.within(begin, min(begin + size, high)), True
-
-    def within(self, low: int, high: int) -> Run:
-        """The part of it from ``low`` to ``high``."""
-        parts = []
-        for begin, into in self.parts:
-            first, last = max(low, begin), min(high, begin + len(into))
-            if first < last:
-                parts.append((first, into[first - begin : last - begin]))
-        return Run(self.file, low, high, tuple(parts))
+    def segments(self) -> Iterator[Run]:
+        """It in pieces, each of which lies in one segment of the file."""
+        low = self.low
+        while low < self.high:
+            high = min((low // _SEGMENT + 1) * _SEGMENT, self.high)
+            cuts = ((begin, max(low, begin), min(high, begin + len(into)), into) for begin, into in self.parts)
+            parts = tuple(
+                (first, into[first - begin : last - begin]) for begin, first, last, into in cuts if first < last
+            )
+            yield Run(self.file, low, high, parts)
+            low = high
 
 
 def runs(places: Sequence[tuple[Path, int, Tensor]]) -> list[Run]:
@@ -69,26 +65,39 @@ def runs(places: Sequence[tuple[Path, int, Tensor]]) -> list[Run]:
     return found
 
 
+class _Room:
+    """How many bytes may stay locked, in the whole process. Its lock is also held while pages are locked: several threads are no faster than one."""
+
+    def __init__(self) -> None:
+        self.lock, self.taken = threading.RLock(), 0  # which a collector that runs meanwhile may take again
+
+    def take(self, size: int) -> bool:
+        fits: bool = self.taken + size <= psutil.virtual_memory().total // 2
+        self.taken += size * fits
+        return fits
+
+
+_ROOM = _Room()
+
+
 @dataclass(frozen=True)
 class Locked:
-    """Pages that are locked until the copies before ``copied`` have run."""
+    """A segment that is unlocked when the copies before ``copied`` have run and nothing else is copied from it."""
 
-    address: int
+    mapped: Mapped
+    segment: int
     copied: Any
-    mapping: Mapped  # which must outlive it
 
 
 def release(locked: Sequence[Locked]) -> None:
-    """Wait for the copies, and unlock the pages."""
-    for pages in locked:
-        pages.copied.synchronize()
-        failed = int(torch.cuda.cudart().cudaHostUnregister(pages.address))
-        if failed:
-            raise RuntimeError(f"pages that were copied from could not be unlocked (CUDA error {failed})")
+    """Wait for the copies, and unlock."""
+    for one in locked:
+        one.copied.synchronize()
+        one.mapped.done(one.segment)
 
 
 class Mapped:
-    """A file in the address space, to read from.
+    """A file in the address space, to copy from.
 
     Raises:
         OSError, ValueError: it cannot be mapped.
@@ -96,38 +105,68 @@ class Mapped:
 
     def __init__(self, file: Path) -> None:
         with file.open("rb", buffering=0) as bare:
-            self.whole = mmap.mmap(bare.fileno(), 0, access=mmap.ACCESS_READ)
-        self.size = len(self.whole)
-        self.address = _address(self.whole)
+            whole = mmap.mmap(bare.fileno(), 0, access=mmap.ACCESS_READ)
+        self.size = len(whole)
+        self.address = _address(whole)
         held = (ctypes.c_char * self.size).from_address(self.address)  # a buffer that torch takes; nothing writes to it
         self.bytes = torch.frombuffer(held, dtype=torch.uint8)
+        self.kept: dict[int, int] = {}  # segments that stay locked, and their sizes
+        self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
+        weakref.finalize(self, _unlocked, whole, self.address, self.kept)
 
-    def copy(self, run: Run, stream: Any) -> Locked | None:
-        """Lock the pages of a run that is whole pages, and start to copy them.
+    def copy(self, run: Run, stream: Any) -> Locked | bool:
+        """Start to copy a run within one segment, with its pages locked.
 
         Returns:
-            What is to be released, or None where a page is not in the system's cache or cannot be locked, and nothing was copied.
+            What is to be released, if anything is, or False where pages are not in the system's cache or cannot be locked, and nothing was copied.
         """
-        if run.high > min(self.size, run.file.stat().st_size) or not self._resident(run.low, run.high):
-            return None  # what was cut off a file is not there to be locked
-        address = self.address + run.low
-        if int(torch.cuda.cudart().cudaHostRegister(address, run.high - run.low, _READ_ONLY)):
-            return None
-        locked = Locked(address, torch.cuda.Event(), self)
+        segment = run.low // _SEGMENT
+        with _ROOM.lock:
+            if not self._lock(segment, run):
+                return False
+            stays = segment in self.kept
+        copied = None if stays else torch.cuda.Event()
         try:
             with torch.cuda.stream(stream):
                 for begin, into in run.parts:
                     into.copy_(self.bytes[begin : begin + len(into)], non_blocking=True)
         finally:
-            locked.copied.record(stream)
-        return locked
+            if copied is not None:
+                copied.record(stream)
+        return stays or Locked(self, segment, copied)
 
-    def _resident(self, low: int, high: int) -> bool:
+    def done(self, segment: int) -> None:
+        """A copy from a segment that does not stay locked has run."""
+        with _ROOM.lock:
+            self.passing[segment] -= 1
+            if not self.passing[segment]:
+                del self.passing[segment]
+                _unlock(self.address + segment * _SEGMENT)
+
+    def _lock(self, segment: int, run: Run) -> bool:
+        if run.high > min(self.size, run.file.stat().st_size):
+            return False  # what was cut off a file is not there to be copied
+        if segment in self.kept:
+            return True
+        if segment not in self.passing:
+            low = segment * _SEGMENT
+            size = min(_SEGMENT, self.size - low)
+            if not self._resident(low, size):
+                return False
+            if int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)):
+                return False
+            if _ROOM.take(size):
+                self.kept[segment] = size
+                return True
+        self.passing[segment] = self.passing.get(segment, 0) + 1
+        return True
+
+    def _resident(self, low: int, size: int) -> bool:
         """Whether these pages are in memory. Locking others would read them one after the other, at a fraction of a disk's rate."""
         if _LIBC is None:
             return False
-        pages = (ctypes.c_ubyte * ((high - low) // _PAGE))()
-        told = _LIBC.mincore(ctypes.c_void_p(self.address + low), ctypes.c_size_t(high - low), pages)
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        told = _LIBC.mincore(ctypes.c_void_p(self.address + low), ctypes.c_size_t(size), pages)
         return told == 0 and bytes(pages).count(0) == 0
 
 
@@ -135,3 +174,20 @@ def _address(whole: mmap.mmap) -> int:
     import numpy as np
 
     return int(np.frombuffer(whole, dtype=np.uint8).ctypes.data)
+
+
+def _unlock(address: int) -> None:
+    failed = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if failed:
+        raise RuntimeError(f"pages that were copied from could not be unlocked (CUDA error {failed})")
+
+
+def _unlocked(whole: mmap.mmap, address: int, kept: dict[int, int]) -> None:
+    """Unlock what stayed locked of a mapping (``whole`` lives until then) that nothing uses any more."""
+    if kept:
+        torch.cuda.synchronize()
+    with _ROOM.lock:
+        for segment, size in kept.items():
+            _unlock(address + segment * _SEGMENT)
+            _ROOM.taken -= size
+        kept.clear()

@@ -31,7 +31,6 @@ from prunescope.models.shards import DTYPES, Stored, read_header
 __all__ = ["Ahead"]
 
 _PIECE = 2**24  # bytes that are read at a time: 30 GB/s of an H200's machine, 26 with half as much
-_LOCKED = 2**26  # bytes whose pages are locked at a time: 55 GB/s there, the rate of the bus
 _THREADS = 16  # 24 read no more
 _SLOTS = 2  # pinned buffers of a thread: one is filled while the other is copied
 _SWITCH = 1e-4  # seconds after which Python lets another thread go on; 5e-3 by default
@@ -64,7 +63,8 @@ class Ahead:
         self.begun: int | None = None
         self._headers: dict[str, dict[str, Stored]] = {}
         self._found: dict[str, Tensor] = {}
-        self._tasks: list[Future[list[Locked]]] = []
+        self._copying: Future[list[Locked]] | None = None  # from locked pages
+        self._tasks: list[Future[None]] = []  # reading the rest, of which there is none before the former is done
         self._releasing: Future[None] | None = None
         self._mapped: dict[Path, Mapped | None] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -73,7 +73,8 @@ class Ahead:
 
     def begin(self, layer: int, names: Sequence[str]) -> None:
         """Start to fetch the weights of block ``layer``; returns at once."""
-        self.discard()
+        if self.begun is not None:
+            self.discard()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS if self.copying else 1, "prunescope-ahead")
         places = {name: place for name in names if (place := self._place(name)) is not None}
@@ -94,31 +95,42 @@ class Ahead:
                 self.discard()
                 return {}
             self.begin(layer, names)
-        locked = [pages for task in self._tasks for pages in task.result()]
+        locked = [] if self._copying is None else self._copying.result()
+        for task in self._tasks:
+            task.result()
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         if locked:
             assert self._pool is not None
-            if self._releasing is not None:
-                self._releasing.result()
+            self._released()
             self._releasing = self._pool.submit(release, locked)
-        found, self._found, self._tasks, self.begun = self._found, {}, [], None
+        found = self._found
+        self._forget()
         return found
 
     def discard(self) -> None:
         """Forget what was begun."""
+        if self._copying is not None:
+            with suppress(Exception):
+                release(self._copying.result())
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
             with suppress(Exception):
                 if not task.cancelled():
-                    release(task.result())
+                    task.result()
+        if self._copies is not None and self._found:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        self._released()
+        self._forget()
+
+    def _released(self) -> None:
         if self._releasing is not None:
             self._releasing.result()
             self._releasing = None
-        if self._copies is not None and self._found:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        self._found, self._tasks, self.begun = {}, [], None
+
+    def _forget(self) -> None:
+        self._found, self._copying, self._tasks, self.begun = {}, None, [], None
 
     def _place(self, name: str) -> _Place | None:
         entry = getattr(self.weights, "index", {}).get(name)
@@ -148,12 +160,29 @@ class Ahead:
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         bytes_of = {name: found.view(-1).view(torch.uint8) for name, found in self._found.items()}
         whole = runs([(place.file, place.offset, bytes_of[name]) for name, place in places.items()])
-        work = [
-            (run, self._mapping(run.file) if of_pages else None)
-            for every in whole
-            for run, of_pages in every.pages(_LOCKED)
-        ]
-        self._tasks = [self._pool.submit(ring.copy, work[i :: len(self._rings)]) for i, ring in enumerate(self._rings)]
+        self._copying = self._pool.submit(self._copy, [piece for every in whole for piece in every.segments()])
+
+    def _copy(self, work: Sequence[Run]) -> list[Locked]:
+        """Copy what can be locked, and let the rest be read. Returns what is to be released."""
+        assert self._pool is not None
+        locked: list[Locked] = []
+        missing: list[Run] = []
+        try:
+            with _TURNS.often():
+                for run in work:
+                    mapped = self._mapping(run.file)
+                    held = mapped is not None and mapped.copy(run, self._copies)
+                    if held is False:
+                        missing.append(run)
+                    elif isinstance(held, Locked):
+                        locked.append(held)
+            count = len(self._rings)
+            tasks = [(ring, missing[i::count]) for i, ring in enumerate(self._rings) if missing[i::count]]
+            self._tasks = [self._pool.submit(ring.copy, share) for ring, share in tasks]
+        except BaseException:
+            release(locked)
+            raise
+        return locked
 
     def _mapping(self, file: Path) -> Mapped | None:
         if file not in self._mapped:
@@ -172,30 +201,16 @@ class _Ring:
         self.slots: list[Tensor] = []
         self.next = 0
 
-    def copy(self, work: Sequence[tuple[Run, Mapped | None]]) -> list[Locked]:
-        """Start to copy runs of files to where they shall be: from a mapping, where one is given and can be copied from, or else by reading.
-
-        Returns:
-            Pages to be released.
-        """
-        locked: list[Locked] = []
-        try:
-            with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
-                opened: dict[Path, Any] = {}
-                for run, mapped in work:
-                    pages = None if mapped is None else mapped.copy(run, self.copies)
-                    if pages is not None:
-                        locked.append(pages)
-                        continue
-                    if run.file not in opened:
-                        opened[run.file] = files.enter_context(run.file.open("rb", buffering=0))
-                    for begin, into in run.parts:
-                        for low, high in _pieces(len(into)):
-                            self._read(opened[run.file], begin + low, into[low:high])
-        except BaseException:
-            release(locked)
-            raise
-        return locked
+    def copy(self, work: Sequence[Run]) -> None:
+        """Read runs of files, and start to copy each to where it shall be."""
+        with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
+            opened: dict[Path, Any] = {}
+            for run in work:
+                if run.file not in opened:
+                    opened[run.file] = files.enter_context(run.file.open("rb", buffering=0))
+                for begin, into in run.parts:
+                    for low, high in _pieces(len(into)):
+                        self._read(opened[run.file], begin + low, into[low:high])
 
     def _read(self, file: Any, offset: int, into: Tensor) -> None:
         if not self.slots:
@@ -253,12 +268,11 @@ def _read(bare: Any, offset: int, into: memoryview) -> None:
         done += count
 
 
-def _warm(places: Sequence[_Place]) -> list[Locked]:
-    """Ask the system to read these bytes into its cache, where it can be asked; nothing is locked."""
+def _warm(places: Sequence[_Place]) -> None:
+    """Ask the system to read these bytes into its cache, where it can be asked."""
     if not hasattr(os, "posix_fadvise"):
-        return []
+        return
     for place in places:
         with suppress(OSError), place.file.open("rb", buffering=0) as bare:
             for low, high in _pieces(place.nbytes):
                 os.posix_fadvise(bare.fileno(), place.offset + low, high - low, os.POSIX_FADV_WILLNEED)
-    return []
