@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_streamed import assert_same, both_ways
 
 from families import tiny_folder
+from prunescope.errors import UserError
 from prunescope.models import finding, keeping, streaming
 from prunescope.models.blockwise import stream_model
 from prunescope.models.dropping import DropSpec
-from prunescope.models.keeping import Keeper
+from prunescope.models.keeping import Conditions, Keeper
 from prunescope.models.streaming import Carried
 
 
@@ -58,6 +60,70 @@ def test_a_disk_that_is_full_is_not_passed_over(tmp_path: Path) -> None:
     keeper.offer(1, [torch.ones(2)])
     with pytest.raises(FileNotFoundError):
         keeper.finish()
+
+
+def test_what_must_be_on_the_disk_first_and_what_may_not_be_kept(tmp_path: Path) -> None:
+    """States in front of a block whose rows are still on their way: a run that goes on from them would lack those rows. And states that did not pass."""
+    seen: list[list[str]] = []
+    keeper = Keeper(lambda layer: tmp_path / f"{layer}")
+    keeper.before = lambda: seen.append([path.name for path in tmp_path.glob("*")])
+    keeper.offer(1, [torch.ones(2)], good=torch.tensor(True))
+    keeper.offer(2, [torch.zeros(2)], good=torch.tensor(False), must=True)
+    keeper.finish()
+    assert seen == [[]] and [path.name for path in tmp_path.glob("*")] == ["1"] and bytes_of(tmp_path / "1") == [1, 1]
+
+
+def test_conditions_are_looked_at_in_order_and_one_group_late() -> None:
+    """An error that is lost, or told of another block."""
+    conditions = Conditions()
+    assert conditions.ask() is None
+    conditions.look()
+    for layer, holds in enumerate([(True, True), (True, False), (False, True)]):
+        for flag in holds:
+            conditions.require(torch.tensor(flag), ValueError(str(layer)))
+        good = conditions.ask()
+        assert good is not None and bool(good) == all(holds)
+        if layer < 2:
+            conditions.look(left=1)
+    with pytest.raises(ValueError, match="1"):
+        conditions.look(left=1)
+    with pytest.raises(ValueError, match="2"):
+        conditions.look()
+    conditions.require(torch.tensor(False), ValueError("3"))
+    with pytest.raises(ValueError, match="3"):  # of a group that was not closed
+        conditions.look()
+
+
+@pytest.mark.parametrize("fault", ["infinite", "another"])
+def test_a_block_that_does_not_pass_leaves_no_states(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host runs a block ahead. Would catch a run that goes on after its interruption from states that were found wrong."""
+    monkeypatch.setattr(streaming, "_at_once", lambda carried: True)
+    folder = str(tiny_folder("llama", tmp_path / "model"))
+    (tmp_path / "parts").mkdir()
+    carried = Carried(
+        stream_model(folder, tmp_path / "scratch", device="cpu"), [torch.tensor([[5, 6, 7]])], tmp_path / "parts"
+    )
+    plain = streaming.Recorded.run
+
+    def run(self: Any, streamed: Any, number: int, layer: int, *others: Any) -> torch.Tensor:
+        found = plain(self, streamed, number, layer, *others)
+        if layer != 2:
+            return found
+        return found * float("inf") if fault == "infinite" and number == 1 else found + (fault == "another")
+
+    monkeypatch.setattr(streaming.Recorded, "run", run)
+    with pytest.raises(  # noqa: PT012
+        FloatingPointError if fault == "infinite" else UserError, match=r"block 2 (holds|on its own)"
+    ):
+        while carried.layer < 5:
+            with carried.streamed.block(carried.layer):
+                carried.run(lambda number: None, lambda number, hidden: None)
+            assert carried.layer < 4  # a block later at most
+    carried._keeper.finish()
+    left = [path.name for path in (tmp_path / "parts").glob("*")]
+    assert len(left) == 1 and left[0] <= "part-dense-00002.bin"
 
 
 @pytest.mark.parametrize(("family", "target"), [("llama", "model"), ("gemma2", "drop"), ("mixtral", "drop")])

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -86,8 +87,9 @@ def pieces(sequence: Transcript) -> list[Tensor]:
     return [torch.tensor([read[start:stop]]) for start, stop in bounds]
 
 
+@cache
 def last_place(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The index of the last token of a single text, as `step_index` gives it."""
+    """The index of the last token of a single text, as `step_index` gives it; made once, since a GPU is waited for whenever one is made."""
     return torch.tensor([0], device=device), torch.tensor([-1], device=device)
 
 

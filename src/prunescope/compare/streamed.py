@@ -8,7 +8,8 @@ same rows in the same order as those of models in memory, so that they are the s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -42,6 +43,7 @@ from prunescope.compare.layerwise import (
 )
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
+from prunescope.models.keeping import Away, Conditions
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.models.streaming import Carried, Recorded, recording
 from prunescope.progress import progress
@@ -99,14 +101,16 @@ def streamed_layerwise_rows(
     )
     theirs = target if isinstance(target, StreamedModel) else None
     rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
+    carried.keep_after(rows.settle)
     with rows.watched(), progress(blocks, layers) as advance:
         advance(carried.layer)
         while carried.layer < layers:
             rows.layer = carried.layer
-            with dense.block(rows.layer, mapped=True), rows.target_block():
+            with dense.block(rows.layer, mapped=True), rows.target_block(carried.conditions):
                 carried.run(rows.before, rows.after)
             advance(1)
         carried.settle()
+        rows.settle()
     steps = [len(s.continuation) for s in sequences]
     with dense.ending():
         head = lens_head(dense.loaded, lens)
@@ -151,6 +155,8 @@ class _Rows:
         self.calls = Recorded()
         self.taken: DenseRows | None = None
         self.held: list[Tensor] | None = None
+        self.away, self.writer = Away(), ThreadPoolExecutor(1, "prunescope-rows")
+        self.writing: Future[None] | None = None
         if _at_once(self):
             self.held = [self.read(number).to(dense.device, copy=True) for number in range(len(self.steps))]
         if target is not None:
@@ -176,16 +182,30 @@ class _Rows:
         return self.read(number) if self.held is None else self.held[number]
 
     def keep(self) -> None:
-        """Bring the rows of the layer from the device to their files, in one copy."""
+        """Bring the rows of the layer from the device to their files, in one copy and behind the run's back."""
         if self.held is None:
             return
-        own = [*([0] if self.layer == 0 else []), 2 * self.layer + 1, 2 * self.layer + 2]
-        theirs = [2 * self.layers + slot for slot in (2 * self.layer + 1, 2 * self.layer + 2)]
-        chosen = [own + theirs if held.shape[1] > 2 * self.layers + 1 else own for held in self.held]
-        pieces = [held[:, slots] for held, slots in zip(self.held, chosen, strict=True)]
-        flat = torch.cat([piece.flatten() for piece in pieces]).cpu().split([piece.numel() for piece in pieces])
-        for number, (piece, slots) in enumerate(zip(flat, chosen, strict=True)):
-            self.read(number)[:, slots] = piece.view(pieces[number].shape)
+        low, their_low = 2 * self.layer + 1, 2 * (self.layers + self.layer) + 1
+        own = slice(low - (self.layer == 0), low + 2)  # with what enters block 0
+        theirs = slice(their_low, their_low + 2)
+        places = [(number, own) for number in range(len(self.held))]
+        places += [(number, theirs) for number, held in enumerate(self.held) if held.shape[1] > 2 * self.layers + 1]
+        pieces = [self.held[number][:, slots] for number, slots in places]
+        self.settle()
+        arrived = self.away.start(torch.cat([piece.flatten() for piece in pieces]))
+        self.writing = self.writer.submit(self._write, arrived, places, [piece.shape for piece in pieces])
+
+    def _write(
+        self, arrived: Callable[[], Tensor], places: Sequence[tuple[int, slice]], shapes: Sequence[torch.Size]
+    ) -> None:
+        flat = arrived().split([prod(shape) for shape in shapes])
+        for (number, slots), piece, shape in zip(places, flat, shapes, strict=True):
+            self.read(number)[:, slots] = piece.view(shape)
+
+    def settle(self) -> None:
+        """Wait until rows are in their files. Raises what writing raised."""
+        if self.writing is not None:
+            self.writing.result()
 
     def read(self, number: int) -> Tensor:
         """The same, mapped: what is written to it is in the file."""
@@ -210,14 +230,14 @@ class _Rows:
             yield
 
     @contextmanager
-    def target_block(self) -> Iterator[None]:
+    def target_block(self, conditions: Conditions) -> Iterator[None]:
         """The target's block of the layer, where it has one, with its weights and checked as the dense one is."""
         if self.target is None or self.layer not in self.target.loaded.layer_map:
             yield
             return
         block = self.target.loaded.layer_map.index(self.layer)
         with self.target.block(block, mapped=True):
-            self.calls.check(self.target, block)
+            self.calls.check(self.target, block, conditions)
             yield
 
     def before(self, number: int) -> None:
@@ -243,7 +263,7 @@ class _Rows:
         theirs.begin(self.layer)
         if self.layer in target.loaded.layer_map:
             block = target.loaded.layer_map.index(self.layer)
-            with substituting(target.loaded, theirs.stream, theirs.see):
+            with substituting(target.loaded, theirs.stream, theirs.see, block):
                 self.calls.run(target, number + 1, block, hidden.to(target.model.dtype))
 
 

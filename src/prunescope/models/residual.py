@@ -137,7 +137,10 @@ def final_states(loaded: LoadedModel, see: Callable[[Tensor], None]) -> Iterator
 
 @contextmanager
 def substituting(
-    loaded: LoadedModel, stream: Callable[[int, Kind], Tensor], see: Callable[[int, Kind, Tensor], None]
+    loaded: LoadedModel,
+    stream: Callable[[int, Kind], Tensor],
+    see: Callable[[int, Kind, Tensor], None],
+    only: int | None = None,
 ) -> Iterator[None]:
     """Feed every branch of ``loaded`` with a stream of our choosing, and see what it adds.
 
@@ -147,9 +150,11 @@ def substituting(
     Args:
         stream: ``(block, kind) -> (batch, tokens, d)``, the residual stream that the branch shall read.
         see: called with ``(block, kind, scale * branch output)`` for every branch that is not dropped.
+        only: the block that runs, if it is one.
     """
+    blocks = loaded.anatomy.blocks
     with hooks() as handles:
-        for block in loaded.anatomy.blocks:
+        for block in blocks if only is None else [blocks[only]]:
             layer = block.attn.layer
 
             def replace(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> Any:

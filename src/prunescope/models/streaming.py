@@ -26,7 +26,7 @@ from prunescope.models.attending import any_length
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
 from prunescope.models.finding import first_output, other_forwards, swap_first_tensor
-from prunescope.models.keeping import Keeper
+from prunescope.models.keeping import Conditions, Keeper
 from prunescope.progress import progress
 
 __all__ = ["Carried", "Recorded", "having_read", "pass_through", "recording"]
@@ -76,17 +76,16 @@ class Recorded:
         with any_length():
             return first_output(streamed.blocks[layer](*args, **kwargs))
 
-    def check(self, streamed: StreamedModel, layer: int) -> None:
-        """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model.
-
-        Raises:
-            UserError: it does not; the model's blocks pass on more than the stream.
-        """
-        found = self.run(streamed, 0, layer, streamed.probe[layer])
-        if not torch.equal(found, streamed.probe[layer + 1]):
-            raise UserError(
+    def check(self, streamed: StreamedModel, layer: int, conditions: Conditions) -> None:
+        """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model: UserError if not."""
+        found, within = self.run(streamed, 0, layer, streamed.probe[layer]), streamed.probe[layer + 1]
+        same = (found == within).all() if found.shape == within.shape else torch.zeros_like(found[..., 0]).any()
+        conditions.require(
+            same,
+            UserError(
                 f"{streamed.loaded.ref}: block {layer} on its own gives something else than within the model, so its blocks pass on more than the stream; give --stream false"
-            )
+            ),
+        )
 
 
 @contextmanager
@@ -177,6 +176,7 @@ class Carried:
         for older in found[:-1]:  # of a run that was cut off between two blocks
             older.unlink()
         self._held: list[Tensor] | None = None  # where the device keeps the states
+        self.conditions = Conditions()
         self._keeper = Keeper(self._file)
         self._keeper.begin(self.layer)
         self._embed(inputs, stepped, write=not found)
@@ -229,15 +229,17 @@ class Carried:
             check: that the block is the one with which the model was opened, see `Recorded.check`.
         Raises:
             UserError: see `Recorded.check`.
-            FloatingPointError: the block's output holds NaN or infinite values.
+            FloatingPointError: the block's output holds NaN or infinite values. Both errors come a block later, or from `settle`, where a GPU keeps the
+                states; of a block that does not pass nothing is written.
         """
         layer, streamed = self.layer, self.streamed
-        if check:
-            self.recorded.check(streamed, layer)
         held = _at_once(self)
+        if check:
+            self.recorded.check(streamed, layer, self.conditions)
+        if not held:
+            self.conditions.look()
         entering = self._held or (self._read_all() if held else None)
         leaving: list[Tensor] = []
-        finite: list[Tensor] = []
         with ExitStack() as files:
             file = None if held else files.enter_context(self._file(layer).open("rb"))
             beside = None if held else files.enter_context(replacing(self._file(layer + 1)))
@@ -247,12 +249,14 @@ class Carried:
                 hidden = self._read(file, number) if entering is None else entering[number]
                 before(number)
                 found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
-                finite.append(torch.isfinite(found).all())
+                finite = torch.isfinite(found).all()
+                self.conditions.require(
+                    finite, FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
+                )
                 if held:
                     leaving.append(found.detach())
                 else:
-                    _all_finite(finite, layer)
-                    finite.clear()
+                    self.conditions.look()
                     _write(out, found)
                 after(number, hidden)
 
@@ -266,12 +270,12 @@ class Carried:
                     one(number, cache)
                     cache.layers[layer] = others
                     _fill(cache, layer, self._shapes[number][1])
-        if held:
-            _all_finite(finite, layer)
-            self._held = leaving
         self.layer += 1
         if held:
-            self._keeper.offer(self.layer, leaving, must=self.layer == len(streamed.blocks))
+            self._held = leaving
+            good = self.conditions.ask()
+            self.conditions.look(left=1)  # the host is a block ahead of the device, no more
+            self._keeper.offer(self.layer, leaving, good=good, must=self.layer == len(streamed.blocks))
         else:
             self._file(layer).unlink()
             self._keeper.begin(self.layer)
@@ -288,12 +292,18 @@ class Carried:
         return self._caches[number]
 
     def settle(self) -> None:
-        """Wait until the states are in their file."""
+        """Wait until the states are in their file. Raises as `run`."""
+        self.conditions.look()
         self._keeper.finish()
 
     def close(self) -> None:
-        """Remove the file of the hidden states."""
+        """Remove the file of the hidden states. Raises as `run`."""
+        self.conditions.look()
         self._keeper.close()
+
+    def keep_after(self, ready: Callable[[], None]) -> None:
+        """Write no states before ``ready`` has returned, which a thread of its own calls: of what must be on the disk when a run goes on from them."""
+        self._keeper.before = ready
 
     def stream(self, number: int) -> Tensor:
         """The stream of a pass in front of the block that is next, or after the last, ``(batch, tokens, d)``."""
@@ -391,11 +401,6 @@ def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
 def _at_once(carried: Carried) -> bool:
     """Whether the hidden states stay on the device: each copy that is waited for costs a GPU more than it moves."""
     return carried.streamed.device.type != "cpu" and carried.nbytes <= _AT_ONCE
-
-
-def _all_finite(flags: Sequence[Tensor], layer: int) -> None:
-    if flags and not torch.stack(list(flags)).all():
-        raise FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
 
 
 def _write(file: Any, tensor: Tensor) -> None:
