@@ -350,7 +350,7 @@ def _cached_streams(dense: LoadedModel, sequence: Transcript) -> Tensor:
     """The same rows as `dense_streams` of one sequence, from a prefill and one cached forward per further token."""
     taken: list[DenseRows] = []
     cache = None
-    with watching(dense, lambda passage: taken[-1].see(passage)), headless(dense):
+    with watching(dense, lambda passage: taken[-1].see(passage), stream_only=True), headless(dense):
         for ids in pieces(sequence):
             taken.append(DenseRows(last_place(dense.device), 2 * len(dense.anatomy) + 1))
             ids = ids.to(dense.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,7 @@ def streamed_layerwise_rows(
             with dense.block(rows.layer, mapped=True), rows.target_block(carried.conditions):
                 carried.run(rows.before, rows.after)
             advance(1)
-        carried.settle()
-        rows.settle()
+        carried.conditions.look()
     steps = [len(s.continuation) for s in sequences]
     with dense.ending():
         head = lens_head(dense.loaded, lens)
@@ -131,6 +130,8 @@ def streamed_layerwise_rows(
         )
         together = rows.made(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
         floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
+    carried.settle()
+    rows.settle()
     return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), list(sequences), floor, key)
 
 
@@ -154,6 +155,7 @@ class _Rows:
         self.steps = [*(len(index[0]) for index in self.index), *(len(text.continuation) for text in looked_at)]
         self.calls = Recorded()
         self.taken: DenseRows | None = None
+        self.watching, self.seen = ExitStack(), (-1, False)
         self.held: list[Tensor] | None = None
         self.away, self.writer = Away(), ThreadPoolExecutor(1, "prunescope-rows")
         self.writing: Future[None] | None = None
@@ -220,14 +222,21 @@ class _Rows:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Every block that runs is seen."""
-
-        def see(passage: Passage) -> None:
-            if self.taken is not None:  # else it is the probe
-                self.taken.see(passage)
-
-        with watching(self.dense.loaded, see, stream_only=self.target is None):
+        """Every block that runs a pass is seen."""
+        with self.watching:
             yield
+
+    def watch(self, number: int) -> None:
+        """See the block that runs pass ``number`` next: its branches only where a target needs them."""
+        wanted = self.layer, self.target is None or number >= self.batches
+        if wanted != self.seen:
+            self.watching.close()
+            self.seen = wanted
+            self.watching.enter_context(watching(self.dense.loaded, self.see, stream_only=wanted[1], only=self.layer))
+
+    def see(self, passage: Passage) -> None:
+        assert self.taken is not None
+        self.taken.see(passage)
 
     @contextmanager
     def target_block(self, conditions: Conditions) -> Iterator[None]:
@@ -241,6 +250,7 @@ class _Rows:
             yield
 
     def before(self, number: int) -> None:
+        self.watch(number)
         slots = 2 * self.layers + 1
         if number >= len(self.passes):
             file, step = self.cached[number - len(self.passes)]

@@ -42,15 +42,17 @@ class Passage:
 
 
 @contextmanager
-def watching(loaded: LoadedModel, see: Callable[[Passage], None], stream_only: bool = False) -> Iterator[None]:
+def watching(
+    loaded: LoadedModel, see: Callable[[Passage], None], stream_only: bool = False, only: int | None = None
+) -> Iterator[None]:
     """Call ``see`` for every sublayer, in order, of every forward pass inside the block. Dropped sublayers pass the stream on unchanged.
 
     In a parallel block the attention branch counts as added first. ``stream_only``: of a passage only ``before`` and ``after`` are
-    there, at a fraction of the hooks.
+    there, at a fraction of the hooks. ``only``: the block that runs, if it is one.
     """
-    home = homeward(loaded)
+    home, blocks = homeward(loaded), loaded.anatomy.blocks
     with hooks() as handles:
-        for block in loaded.anatomy.blocks:
+        for block in blocks if only is None else [blocks[only]]:
             state: dict[str, Tensor] = {}
             keep_input, keep_output = partial(_keep_input, state, home), partial(_keep_output, state, home)
             handles.append(block.module.register_forward_pre_hook(keep_input("before"), with_kwargs=True))

@@ -240,6 +240,7 @@ class Carried:
             self.conditions.look()
         entering = self._held or (self._read_all() if held else None)
         leaving: list[Tensor] = []
+        largest: list[Tensor] = []
         with ExitStack() as files:
             file = None if held else files.enter_context(self._file(layer).open("rb"))
             beside = None if held else files.enter_context(replacing(self._file(layer + 1)))
@@ -249,13 +250,11 @@ class Carried:
                 hidden = self._read(file, number) if entering is None else entering[number]
                 before(number)
                 found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
-                finite = torch.isfinite(found).all()
-                self.conditions.require(
-                    finite, FloatingPointError(f"the output of block {layer} holds NaN or infinite values")
-                )
+                largest.append(torch.linalg.vector_norm(found, torch.inf))  # NaN and infinity are
                 if held:
                     leaving.append(found.detach())
                 else:
+                    self._require_finite(largest, layer)
                     self.conditions.look()
                     _write(out, found)
                 after(number, hidden)
@@ -273,12 +272,19 @@ class Carried:
         self.layer += 1
         if held:
             self._held = leaving
+            self._require_finite(largest, layer)
             good = self.conditions.ask()
             self.conditions.look(left=1)  # the host is a block ahead of the device, no more
             self._keeper.offer(self.layer, leaving, good=good, must=self.layer == len(streamed.blocks))
         else:
             self._file(layer).unlink()
             self._keeper.begin(self.layer)
+
+    def _require_finite(self, largest: list[Tensor], layer: int) -> None:
+        """Of passes, by the largest magnitude of each."""
+        finite = torch.isfinite(torch.stack(largest)).all()
+        self.conditions.require(finite, FloatingPointError(f"the output of block {layer} holds NaN or infinite values"))
+        largest.clear()
 
     def _cache(self, empty: Cache, numbers: Sequence[int], number: int) -> Cache:
         """The cache of a pass of a stepped text: the blocks before the next one have seen the pass, the others what came before it."""
@@ -379,7 +385,7 @@ def having_read(
             with streamed.block(carried.layer, mapped=True):
                 carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
             advance(1)
-        carried.settle()
+        carried.conditions.look()
     norm = streamed.loaded.anatomy.final_norm
 
     def read(ids: Tensor) -> Tensor:
@@ -392,6 +398,7 @@ def having_read(
             yield
         finally:
             del streamed.read[dropped]
+    carried.settle()
 
 
 def _key(ids: Tensor) -> tuple[tuple[int, ...], bytes]:
