@@ -11,6 +11,7 @@ rate of a matrix product, both measured in the same run. `open` is the check tha
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -184,25 +185,28 @@ def measure(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> No
     slices = [Slice("random", chunks, chunks.numel())]
     memory = options.memory_mb * 2**20
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        started = time.perf_counter()
-        pair = StreamedPair.open(str(folder / "dense"), str(folder / "target"), loading, Path(work) / "scratch")
-        opening = time.perf_counter() - started
-        assert pair.target is not None and hasattr(pair.target, "ahead")
-        if options.no_prefetch:
-            pair.dense.ahead = pair.target.ahead = None
-        floors = Floors(pair, options, dtype)
-        name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
-        print(
-            f"{name}, torch {torch.__version__}, {options.dtype}: copies {floors.copies / 1e9:.1f} GB/s, products {floors.products / 1e12:.1f} TFLOP/s; two models of {sum(floors.sizes[0].values()) * dtype.itemsize / 1e9:.1f} GB",
-            flush=True,
-        )
-        everything = sum(sum(names.values()) for names in floors.sizes)
-        floors.report("open both", opening, everything, 0)
-        read = sum(len(s.read) for s in sequences)
-        rows = sum(len(s.continuation) for s in sequences) * (4 * floors.layers + 1)
-        scored = options.chunks * (options.context // 2 - 1)
-        found = None
+        pair = found = None
         for repeat in range(options.repeats):
+            pair = None
+            gc.collect()  # what was locked of its files may be locked again
+            started = time.perf_counter()
+            pair = StreamedPair.open(str(folder / "dense"), str(folder / "target"), loading, Path(work) / "scratch")
+            opening = time.perf_counter() - started
+            assert pair.target is not None and hasattr(pair.target, "ahead")
+            if options.no_prefetch:
+                pair.dense.ahead = pair.target.ahead = None
+            floors = Floors(pair, options, dtype)
+            if not repeat:
+                name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+                print(
+                    f"{name}, torch {torch.__version__}, {options.dtype}: copies {floors.copies / 1e9:.1f} GB/s, products {floors.products / 1e12:.1f} TFLOP/s; two models of {sum(floors.sizes[0].values()) * dtype.itemsize / 1e9:.1f} GB",
+                    flush=True,
+                )
+            everything = sum(sum(names.values()) for names in floors.sizes)
+            floors.report("open both" + (", with imports" if not repeat else ""), opening, everything, 0)
+            read = sum(len(s.read) for s in sequences)
+            rows = sum(len(s.continuation) for s in sequences) * (4 * floors.layers + 1)
+            scored = options.chunks * (options.context // 2 - 1)
             parts = Path(work) / f"layerwise-{repeat}"
             parts.mkdir()
             started = time.perf_counter()

@@ -11,6 +11,8 @@ import torch
 
 import prunescope
 from families import tiny_folder
+from prunescope.models import locking
+from prunescope.models.blockwise import stream_model
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +42,27 @@ def test_streamed_as_in_memory(family: str, dtype: str, command: str, tmp_path: 
             ours, theirs, rtol=1e-4 if dtype == "float32" else 0.1, atol=1e-7 if dtype == "float32" else 1e-3
         )
     assert max(held["kl_dense_target"].to_pylist()) > 1e-6
+
+
+@pytest.mark.parametrize("way", ["stays locked", "locked for a copy", "read"])
+def test_weights_by_every_way(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch copies across two segments, which CUDA takes for one of memory that is not locked or refuses, pages that are unlocked before their copy
+    has run, and segments that are locked twice."""
+    monkeypatch.setattr(locking, "_SEGMENT", 2**13)
+    if way == "locked for a copy":
+        monkeypatch.setattr(locking._Room, "take", lambda room, size: False)
+    if way == "read":
+        monkeypatch.setattr(locking.Mapped, "_resident", lambda mapped, low, size: False)
+    folder = str(tiny_folder("llama", tmp_path / "model"))
+    plain = stream_model(folder, tmp_path / "a", device="cpu", dtype="float32")
+    ahead = stream_model(folder, tmp_path / "b", device="cuda", dtype="float32", prefetch=True)
+    assert ahead.ahead is not None
+    for layer in (0, 1, 2, 0, 3, 1, 2):
+        with plain.block(layer), ahead.block(layer):
+            pairs = zip(ahead.blocks[layer].named_parameters(), plain.blocks[layer].named_parameters(), strict=True)
+            for (name, ours), (_, theirs) in pairs:
+                assert ours.is_cuda and torch.equal(ours.cpu(), theirs), (layer, name)
+    kept = [len(mapped.kept) for mapped in ahead.ahead._mapped.values() if mapped is not None]
+    ahead.ahead.discard()
+    passing = [len(mapped.passing) for mapped in ahead.ahead._mapped.values() if mapped is not None]
+    assert bool(sum(kept)) == (way == "stays locked") and not sum(passing)
