@@ -114,12 +114,14 @@ def test_hidden_states_that_move_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert_same(*both_ways(dense, target, tmp_path))
 
 
-@pytest.mark.parametrize("target", ["model", "drop"])
-def test_rows_that_stay_on_the_device(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("target", "first", "then"), [("model", True, True), ("drop", True, True), ("model", True, False), ("drop", False, True)])  # fmt: skip
+def test_rows_that_stay_on_the_device(
+    target: str, first: bool, then: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU, cut off in front of block 3 and begun again. Would catch rows of a layer that are not in their file when its states are, a slot that
-    is brought to another place, and rows that a second run takes for nothing."""
-    for module in ("compare.streamed", "models.streaming"):
-        monkeypatch.setattr(f"prunescope.{module}._at_once", lambda carried: True)
+    is brought to another place, and rows that a second run takes for nothing, or looks for where a run on another device would have kept them."""
+    monkeypatch.setattr("prunescope.models.streaming._at_once", lambda carried: True)
+    monkeypatch.setattr("prunescope.compare.streamed._at_once", lambda rows: first)
     run, cuts = Carried.run, [3]
 
     def cut(self: Carried, *args: Any, **options: Any) -> None:
@@ -137,6 +139,7 @@ def test_rows_that_stay_on_the_device(target: str, tmp_path: Path, monkeypatch: 
         both_ways(dense, other if target == "model" else DropSpec((1,), (3, 4)), scratch)
     left = sorted(path.name for path in scratch.glob("part-dense-*"))
     assert left != ["part-dense-00000.bin"] and len(left) == 1
+    monkeypatch.setattr("prunescope.compare.streamed._at_once", lambda rows: then)
     assert_same(*both_ways(dense, other if target == "model" else DropSpec((1,), (3, 4)), scratch))
 
 

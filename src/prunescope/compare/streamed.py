@@ -41,6 +41,7 @@ from prunescope.compare.layerwise import (
     rows_table,
     slot_pairs,
 )
+from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
 from prunescope.models.keeping import Away, Conditions
@@ -52,7 +53,7 @@ from prunescope.runs.parts import computed, save_state
 __all__ = ["StreamedTarget", "rows_bytes", "streamed_layerwise_rows"]
 
 StreamedTarget = StreamedModel | DropSpec | None
-_AT_ONCE = 2**31  # bytes of rows that a GPU keeps until they are compared
+_AT_ONCE = 2**33  # bytes of rows that a GPU keeps until they are compared
 
 
 def rows_bytes(dense: StreamedModel, target: StreamedTarget, sequences: Sequence[Transcript]) -> int:
@@ -96,12 +97,14 @@ def streamed_layerwise_rows(
     few, looked_at = floor_texts(sequences, batch_size)
     passes = [*batches, *([s] for s in looked_at), few]
     layers, blocks = len(dense.blocks), f"{len(dense.blocks)} blocks from disk, {sum(map(len, passes))} texts"
+    theirs = target if isinstance(target, StreamedModel) else None
+    rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
+    rows.forget_others()
     carried = Carried(
         dense, [padded(texts, torch.device("cpu")) for texts in passes], folder, stepped=[pieces(s) for s in looked_at]
     )
-    theirs = target if isinstance(target, StreamedModel) else None
-    rows = _Rows(dense, theirs, passes, looked_at, len(batches), folder)
     carried.keep_after(rows.settle)
+    rows.begin(carried.layer)
     with rows.watched(), progress(blocks, layers) as advance:
         advance(carried.layer)
         while carried.layer < layers:
@@ -136,7 +139,8 @@ def streamed_layerwise_rows(
 
 
 class _Rows:
-    """The rows of every pass, in files: those of the batches with room for the target's, then those of the noise floor."""
+    """The rows of every pass, those of the batches with room for the target's, then those of the noise floor: on a GPU and in a file a layer, or, where
+    they are too many or there is none, in a file a pass."""
 
     def __init__(
         self,
@@ -160,7 +164,7 @@ class _Rows:
         self.away, self.writer = Away(), ThreadPoolExecutor(1, "prunescope-rows")
         self.writing: Future[None] | None = None
         if _at_once(self):
-            self.held = [self.read(number).to(dense.device, copy=True) for number in range(len(self.steps))]
+            self.held = [torch.empty(self.shape(i), dtype=dense.model.dtype, device=dense.device) for i in range(len(self.steps))]  # fmt: skip
         if target is not None:
             with recording(target, self.calls) as record:
                 record(input_ids=target.probe_ids, use_cache=False)
@@ -183,26 +187,49 @@ class _Rows:
         """``(steps, slots, d)`` of a pass, where its rows are written first."""
         return self.read(number) if self.held is None else self.held[number]
 
+    def places(self, layer: int) -> list[tuple[int, slice]]:
+        """Where the rows of a layer are: the numbers of passes, and slots of each."""
+        low, their_low = 2 * layer + 1, 2 * (self.layers + layer) + 1
+        own = slice(low - (layer == 0), low + 2)  # with what enters block 0
+        every = range(len(self.steps))
+        with_target = [number for number in every if self.shape(number)[1] > 2 * self.layers + 1]
+        return [(i, own) for i in every] + [(i, slice(their_low, their_low + 2)) for i in with_target]
+
+    def layer_file(self, layer: int) -> Path:
+        return self.folder / f"part-layer-{layer:05d}.bin"
+
     def keep(self) -> None:
-        """Bring the rows of the layer from the device to their files, in one copy and behind the run's back."""
+        """Bring the rows of the layer from the device to a file, in one copy and behind the run's back."""
         if self.held is None:
             return
-        low, their_low = 2 * self.layer + 1, 2 * (self.layers + self.layer) + 1
-        own = slice(low - (self.layer == 0), low + 2)  # with what enters block 0
-        theirs = slice(their_low, their_low + 2)
-        places = [(number, own) for number in range(len(self.held))]
-        places += [(number, theirs) for number, held in enumerate(self.held) if held.shape[1] > 2 * self.layers + 1]
-        pieces = [self.held[number][:, slots] for number, slots in places]
         self.settle()
-        arrived = self.away.start(torch.cat([piece.flatten() for piece in pieces]))
-        self.writing = self.writer.submit(self._write, arrived, places, [piece.shape for piece in pieces])
+        pieces = [self.held[number][:, slots].flatten() for number, slots in self.places(self.layer)]
+        arrived = self.away.start(torch.cat(pieces))
+        self.writing = self.writer.submit(self._write, self.layer, arrived)
 
-    def _write(
-        self, arrived: Callable[[], Tensor], places: Sequence[tuple[int, slice]], shapes: Sequence[torch.Size]
-    ) -> None:
-        flat = arrived().split([prod(shape) for shape in shapes])
-        for (number, slots), piece, shape in zip(places, flat, shapes, strict=True):
-            self.read(number)[:, slots] = piece.view(shape)
+    def _write(self, layer: int, arrived: Callable[[], Tensor]) -> None:
+        whole = arrived().view(torch.uint8)
+        with replacing(self.layer_file(layer)) as beside, beside.open("wb") as file:
+            file.write(memoryview(whole.numpy()))  # type: ignore[arg-type]
+
+    def begin(self, layer: int) -> None:
+        """The blocks before ``layer`` have run, in this run or in one that was interrupted, whose rows the device gets back."""
+        for done in range(layer if self.held is not None else 0):
+            assert self.held is not None
+            pieces = [self.held[number][:, slots] for number, slots in self.places(done)]
+            sizes = [piece.numel() for piece in pieces]
+            dtype = self.dense.model.dtype
+            whole = torch.from_file(str(self.layer_file(done)), shared=False, size=sum(sizes), dtype=dtype)
+            for piece, found in zip(pieces, whole.to(self.dense.device).split(sizes), strict=True):
+                piece.copy_(found.view(piece.shape))
+
+    def forget_others(self) -> None:
+        """Let a run that was interrupted begin anew if it kept its rows in the other way, as on another device. To be called before its states are looked for."""
+        others = "part-rows-*.bin" if self.held is not None else "part-layer-*.bin"
+        if any(self.folder.glob(others)):
+            for pattern in ("part-rows-*.bin", "part-layer-*.bin", "part-dense-*.bin"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
 
     def settle(self) -> None:
         """Wait until rows are in their files. Raises what writing raised."""

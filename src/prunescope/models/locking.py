@@ -4,7 +4,7 @@ Copies from pinned memory run at the full rate of the bus, but first a thread mu
 half that rate. A file that is in the system's cache, as one in a file system in memory always is, can be mapped and its pages be locked
 (`cudaHostRegister`, read-only). What is not in the cache is read: see `prunescope.models.prefetching`.
 
-Locking takes as long as the copy and holds up every other call of CUDA. So pages stay locked, up to half of the machine's memory in all; from there on each is
+Locking takes as long as the copy, twice as long with one thread, and holds up other calls of CUDA. So pages stay locked, up to half of the machine's memory in all; from there on each is
 unlocked as soon as it is copied.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 __all__ = ["Locked", "Mapped", "Run", "release", "runs"]
 
-_SEGMENT = 2**25  # bytes of a file that are locked at a time
+_SEGMENT = 2**27  # bytes of a file that are locked at a time
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: the pages are not written to; where that is unknown, registering fails
 _LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -39,6 +39,11 @@ class Run:
     low: int
     high: int
     parts: tuple[tuple[int, Tensor], ...]
+
+    @property
+    def segment(self) -> tuple[Path, int]:
+        """Where it begins."""
+        return self.file, self.low // _SEGMENT
 
     def segments(self) -> Iterator[Run]:
         """It in pieces, each of which lies in one segment of the file."""
@@ -66,15 +71,20 @@ def runs(places: Sequence[tuple[Path, int, Tensor]]) -> list[Run]:
 
 
 class _Room:
-    """How many bytes may stay locked, in the whole process. Its lock is also held while pages are locked: several threads are no faster than one."""
+    """How many bytes may stay locked, in the whole process."""
 
     def __init__(self) -> None:
         self.lock, self.taken = threading.RLock(), 0  # which a collector that runs meanwhile may take again
 
     def take(self, size: int) -> bool:
-        fits: bool = self.taken + size <= psutil.virtual_memory().total // 2
-        self.taken += size * fits
-        return fits
+        with self.lock:
+            fits: bool = self.taken + size <= psutil.virtual_memory().total // 2
+            self.taken += size * fits
+            return fits
+
+    def give(self, size: int) -> None:
+        with self.lock:
+            self.taken -= size
 
 
 _ROOM = _Room()
@@ -85,7 +95,7 @@ class Locked:
     """A segment that is unlocked when the copies before ``copied`` have run and nothing else is copied from it."""
 
     mapped: Mapped
-    segment: int
+    address: int
     copied: Any
 
 
@@ -93,7 +103,7 @@ def release(locked: Sequence[Locked]) -> None:
     """Wait for the copies, and unlock."""
     for one in locked:
         one.copied.synchronize()
-        one.mapped.done(one.segment)
+        one.mapped.done(one.address)
 
 
 class Mapped:
@@ -110,21 +120,36 @@ class Mapped:
         self.address = _address(whole)
         held = (ctypes.c_char * self.size).from_address(self.address)  # a buffer that torch takes; nothing writes to it
         self.bytes = torch.frombuffer(held, dtype=torch.uint8)
-        self.kept: dict[int, int] = {}  # segments that stay locked, and their sizes
+        self.lock = threading.Lock()
+        self.kept: dict[int, int] = {}  # segments that stay locked, by their addresses, and their sizes
         self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
-        weakref.finalize(self, _unlocked, whole, self.address, self.kept)
+        weakref.finalize(self, _unlocked, whole, self.kept)
 
     def copy(self, run: Run, stream: Any) -> Locked | bool:
-        """Start to copy a run within one segment, with its pages locked.
+        """Start to copy a run within one segment, with its pages locked. Runs within a segment must not be begun by two threads at once.
 
         Returns:
             What is to be released, if anything is, or False where pages are not in the system's cache or cannot be locked, and nothing was copied.
         """
-        segment = run.low // _SEGMENT
-        with _ROOM.lock:
-            if not self._lock(segment, run):
-                return False
-            stays = segment in self.kept
+        if run.high > min(self.size, run.file.stat().st_size):
+            return False  # what was cut off a file is not there to be copied
+        low = run.segment[1] * _SEGMENT
+        address = self.address + low
+        stays = address in self.kept
+        if not stays:
+            with self.lock:
+                new = address not in self.passing
+                self.passing[address] = self.passing.get(address, 0) + 1
+            if new:
+                size = min(_SEGMENT, self.size - low)
+                locked = self._lock(low, size)
+                stays = locked and _ROOM.take(size)
+                if stays:
+                    self.kept[address] = size
+                if stays or not locked:
+                    del self.passing[address]
+                if not locked:
+                    return False
         copied = None if stays else torch.cuda.Event()
         try:
             with torch.cuda.stream(stream):
@@ -133,33 +158,20 @@ class Mapped:
         finally:
             if copied is not None:
                 copied.record(stream)
-        return stays or Locked(self, segment, copied)
+        return stays or Locked(self, address, copied)
 
-    def done(self, segment: int) -> None:
+    def done(self, address: int) -> None:
         """A copy from a segment that does not stay locked has run."""
-        with _ROOM.lock:
-            self.passing[segment] -= 1
-            if not self.passing[segment]:
-                del self.passing[segment]
-                _unlock(self.address + segment * _SEGMENT)
+        with self.lock:
+            self.passing[address] -= 1
+            if not self.passing[address]:
+                del self.passing[address]
+                _unlock(address)
 
-    def _lock(self, segment: int, run: Run) -> bool:
-        if run.high > min(self.size, run.file.stat().st_size):
-            return False  # what was cut off a file is not there to be copied
-        if segment in self.kept:
-            return True
-        if segment not in self.passing:
-            low = segment * _SEGMENT
-            size = min(_SEGMENT, self.size - low)
-            if not self._resident(low, size):
-                return False
-            if int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)):
-                return False
-            if _ROOM.take(size):
-                self.kept[segment] = size
-                return True
-        self.passing[segment] = self.passing.get(segment, 0) + 1
-        return True
+    def _lock(self, low: int, size: int) -> bool:
+        if not self._resident(low, size):
+            return False
+        return int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)) == 0
 
     def _resident(self, low: int, size: int) -> bool:
         """Whether these pages are in memory. Locking others would read them one after the other, at a fraction of a disk's rate."""
@@ -182,12 +194,11 @@ def _unlock(address: int) -> None:
         raise RuntimeError(f"pages that were copied from could not be unlocked (CUDA error {failed})")
 
 
-def _unlocked(whole: mmap.mmap, address: int, kept: dict[int, int]) -> None:
+def _unlocked(whole: mmap.mmap, kept: dict[int, int]) -> None:
     """Unlock what stayed locked of a mapping (``whole`` lives until then) that nothing uses any more."""
     if kept:
         torch.cuda.synchronize()
-    with _ROOM.lock:
-        for segment, size in kept.items():
-            _unlock(address + segment * _SEGMENT)
-            _ROOM.taken -= size
-        kept.clear()
+    while kept:
+        address, size = kept.popitem()
+        _unlock(address)
+        _ROOM.give(size)
