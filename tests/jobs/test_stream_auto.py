@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 import prunescope
@@ -146,6 +147,6 @@ def test_free_memory_within_a_container(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "memory.current").write_text("900000\n", "ascii")
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 50000\n", "ascii")
     monkeypatch.setattr(fitting, "_CGROUP", tmp_path)
-    assert fitting.free_bytes("cpu") == 450000
+    assert fitting.free_bytes("cpu") == 450000 and fitting.machine_bytes() == 1000000
     (tmp_path / "memory.max").write_text("max\n", "ascii")
-    assert (fitting.free_bytes("cpu") or 0) > 450000
+    assert (fitting.free_bytes("cpu") or 0) > 450000 and fitting.machine_bytes() == psutil.virtual_memory().total

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -59,7 +57,7 @@ def pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(locking, "_ROOM", locking._Room())
     monkeypatch.setattr(locking, "_SEGMENT", 8192)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * (request.param or 0)))
+    monkeypatch.setattr(locking, "machine_bytes", lambda: 2 * (request.param or 0))
     return pages
 
 
@@ -107,9 +105,9 @@ def test_blocks_that_were_fetched_ahead(
     assert fetched == 4  # of the others the weights are fetched when they are asked for
     ahead.ahead.discard()
     assert during == (set() if pages.works else {1e-4}) and sys.getswitchinterval() == usual
-    passing = not pages.works or psutil.virtual_memory().total < 2**40
+    passing = not pages.works or locking.machine_bytes() < 2**40
     assert "wait_stream" in played and ("synchronize" in played) == ("record" in played) == passing
-    room = psutil.virtual_memory().total // 2
+    room = locking.machine_bytes() // 2
     assert locking._ROOM.taken == sum(pages.locked.values()) <= room and bool(pages.most) == pages.works
     assert bool(pages.locked) == (pages.works and room > 0)
     del ahead

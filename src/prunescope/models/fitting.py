@@ -19,7 +19,7 @@ from prunescope.models.record import read_record
 from prunescope.models.references import BUNDLED, bundled_file, expand_user
 from prunescope.models.shards import DTYPES, INDEX, stored_tensors
 
-__all__ = ["free_bytes", "unstreamable", "weight_bytes"]
+__all__ = ["free_bytes", "machine_bytes", "unstreamable", "weight_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 _LEAST_BITS = 1.5  # of a weight in a GGUF file, at the very least: IQ1_S has 1.56
@@ -135,8 +135,21 @@ def free_bytes(device: str = "auto") -> int | None:
     return available if limit is None else min(available, limit)
 
 
+def machine_bytes() -> int:
+    """Memory of the machine, or of the container."""
+    total = int(psutil.virtual_memory().total)
+    group = _container()
+    return total if group is None else min(total, group[0])
+
+
 def _container_free() -> int | None:
     """What the control group of the process leaves; pages of files count as free, since the system takes them back."""
+    group = _container()
+    return None if group is None else max(0, group[0] - group[1])
+
+
+def _container() -> tuple[int, int] | None:
+    """The limit of the control group of the process, and what is used of it but for pages of files."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -147,5 +160,5 @@ def _container_free() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
         stat = {key: int(value) for key, value in (row.split() for row in rows)}
-        return max(0, most - now + stat.get("inactive_file", 0) + stat.get("active_file", 0))
+        return most, now - stat.get("inactive_file", 0) - stat.get("active_file", 0)
     return None

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
+
+from prunescope.models.fitting import machine_bytes
 
 __all__ = ["Locked", "Mapped", "Run", "release", "runs"]
 
@@ -78,7 +79,7 @@ class _Room:
 
     def take(self, size: int) -> bool:
         with self.lock:
-            fits: bool = self.taken + size <= psutil.virtual_memory().total // 2
+            fits: bool = self.taken + size <= machine_bytes() // 2
             self.taken += size * fits
             return fits
 
