@@ -249,8 +249,8 @@ class _Rows:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Every block that runs a pass is seen."""
-        with self.watching:
+        """Every block that runs a pass is seen; at the end nothing is being written."""
+        with self.writer, self.watching:
             yield
 
     def watch(self, number: int) -> None:

@@ -122,6 +122,7 @@ class Mapped:
         held = (ctypes.c_char * self.size).from_address(self.address)  # a buffer that torch takes; nothing writes to it
         self.bytes = torch.frombuffer(held, dtype=torch.uint8)
         self.lock = threading.Lock()
+        self.refused = False  # its pages, by the driver or the file system
         self.kept: dict[int, int] = {}  # segments that stay locked, by their addresses, and their sizes
         self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
         weakref.finalize(self, _unlocked, whole, self.kept)
@@ -170,9 +171,10 @@ class Mapped:
                 _unlock(address)
 
     def _lock(self, low: int, size: int) -> bool:
-        if not self._resident(low, size):
+        if self.refused or not self._resident(low, size):
             return False
-        return int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)) == 0
+        self.refused = int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)) != 0
+        return not self.refused
 
     def _resident(self, low: int, size: int) -> bool:
         """Whether these pages are in memory. Locking others would read them one after the other, at a fraction of a disk's rate."""
