@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_dropping import zeroed_by_hand
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from families import FAMILIES, tiny_folder, tiny_model
 from prunescope.compare.head import Head
-from prunescope.compare.layerwise import layerwise_rows, product_error
+from prunescope.compare.layerwise import layerwise_rows, noise_floor, product_error
 from prunescope.compare.metrics import COLUMNS, FLOOR_COLUMNS, compare_hidden, compare_logits, space_of
 from prunescope.data.prompts import Prompt, read_prompts
 from prunescope.data.tokens import encode
@@ -23,6 +24,7 @@ from prunescope.models.dropping import DropSpec
 from prunescope.models.loaded import LoadedModel
 from prunescope.models.loading import load_model
 from prunescope.models.saving import save_dropped
+from prunescope.runs.parts import write_part
 
 
 def rows_of(table: Any, **wanted: Any) -> dict[str, Any]:
@@ -434,6 +436,27 @@ def test_damaged_parts_are_computed_again(dense: LoadedModel, tmp_path: Path) ->
     assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)
     (tmp_path / "part-state.json").write_text("{ damaged")
     assert layerwise_rows(dense, None, [[5, 6], [7, 8]], **options).table.equals(whole)
+
+
+def test_the_noise_floor_is_kept_with_the_first_batch(
+    dense: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a floor that a resumed run measures again, and parts of a run from disk, which hold none, that are taken to have one."""
+    options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 1, "parts": tmp_path}
+    measured: list[int] = []
+
+    def measure(*arguments: Any) -> dict[str, Any]:
+        measured.append(1)
+        return noise_floor(*arguments)
+
+    monkeypatch.setattr("prunescope.compare.layerwise.noise_floor", measure)
+    first = layerwise_rows(dense, None, [[5, 6], [7, 8]], **options)
+    again = layerwise_rows(dense, None, [[5, 6], [7, 8]], **options)
+    assert len(measured) == 1 and again.floor == first.floor and again.table.equals(first.table)
+    assert first.table.schema.metadata is None
+    write_part(tmp_path, 0, pq.read_table(tmp_path / "part-00000.parquet").replace_schema_metadata(None))
+    bare = layerwise_rows(dense, None, [[5, 6], [7, 8]], **options)
+    assert len(measured) == 2 and bare.floor == first.floor and bare.table.equals(first.table)
 
 
 def test_the_error_of_the_product_is_measured() -> None:

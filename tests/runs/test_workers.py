@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -47,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(command: str, place: Path, **how: Any) -> str:
-    """Every number of the table, to the last digit; as text, so that NaN equals NaN."""
+    """Every number of the table and of the noise floor, to the last digit; as text, so that NaN equals NaN."""
     dense, drop, one = str(place / "model"), "drop:attn=1", {"batch_size": 1, "device": "cpu"}
     pair: dict[str, Any] = {"dense": dense, "target": drop, **one}
     writing = {"prompts": str(place / "prompts.txt"), "max_new_tokens": 3}
@@ -72,7 +76,8 @@ def rows_of(command: str, place: Path, **how: Any) -> str:
         },
     }[command]
     found = getattr(prunescope, command)(**options, **how)
-    return str([{name: value for name, value in row.items() if name != "seconds"} for row in found.table().to_pylist()])
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in found.table().to_pylist()]
+    return str((rows, getattr(found, "info", {}).get("noise_floor")))
 
 
 @contextmanager
@@ -189,6 +194,61 @@ def test_a_worker_is_asked_for_what_it_was_told_to_expect() -> None:
     workers.stop()
 
 
+def test_an_item_for_every_worker_before_any_is_kept_for_one() -> None:
+    """Would catch a worker that takes an item and keeps the last one for itself, while another has nothing to do."""
+    both = threading.Barrier(2, timeout=20)
+
+    class Meeting(_Told):
+        def __call__(self, item: str) -> str:
+            both.wait()
+            return super().__call__(item)
+
+    found: dict[int, str] = {}
+    workers = Workers(2, lambda _: module._Here(Meeting()), helps=False)
+    workers.sharing(len)(["a", "b"], Meeting(), found.__setitem__)
+    workers.stop()
+    assert found == {0: "A", 1: "B"}
+
+
+def test_a_worker_goes_on_while_what_it_gave_is_written() -> None:
+    """Would catch a worker that waits for a part to be written, or for a table to be added to the others."""
+    last = threading.Event()
+
+    def compute(item: int) -> int:
+        if item:
+            last.set()
+        return item
+
+    workers = Workers(1, lambda _: module._Here(compute), helps=False)
+    workers.sharing(len)([0, 1], compute, lambda place, _: place or _written_after(last))
+    workers.stop()
+
+
+def _written_after(begun: threading.Event) -> None:
+    assert begun.wait(20), "the next item was begun"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_large_tables_come_through_a_file(room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch buffers that are mixed up, arrays that cannot be written to, files that stay, and a full disk that ends the run."""
+    monkeypatch.setattr(module, "_outbox", tmp_path if room else tmp_path / "absent", raising=False)
+    numbers = np.arange(30_001, dtype=np.float64)
+    table = pa.table({"a": numbers, "b": [None, *map(str, range(30_000))], "c": numbers.astype(np.int8)})
+    sent = pickle.dumps(module._Parcel((table, numbers, "small")))
+    assert (len(sent) < 20_000) == room == bool(list(tmp_path.iterdir()))
+    got, array, word = pickle.loads(sent)
+    array += 1
+    assert got.equals(table) and (array == numbers + 1).all() and word == "small" and not list(tmp_path.iterdir())
+
+
+def test_small_things_come_through_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_outbox", tmp_path, raising=False)
+    sent = pickle.dumps(module._Parcel([np.arange(5), "word"]))
+    assert not list(tmp_path.iterdir())
+    array, word = pickle.loads(sent)
+    assert array.tolist() == [0, 1, 2, 3, 4] and word == "word"
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -230,7 +290,7 @@ def _mistaken(*_: Any) -> Any:
 @pytest.mark.workers
 def test_an_item_that_kills_every_worker_ends_the_run() -> None:
     """Would catch a run that starts workers for ever."""
-    workers = Workers(1, lambda _: module._Process(tuple, 1, None), helps=False)
+    workers = Workers(1, lambda _: module._Process(tuple, 1, None, Path()), helps=False)
     with pytest.raises(prunescope.UserError, match="died 3 times at the same items"):
         workers.sharing(_fatal)(["a", "b"], str, lambda *_: None)
     workers.stop()
@@ -238,6 +298,28 @@ def test_an_item_that_kills_every_worker_ends_the_run() -> None:
 
 def _fatal(*_: Any) -> Any:
     return lambda item: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.workers
+def test_a_noise_floor_whose_worker_was_killed_is_measured_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, killed = rows_of("layerwise", place), []
+    plainly = module._Process.compute
+
+    def compute(self: Any, item: Any, following: Any) -> Any:
+        future = plainly(self, item, following)
+        if item == range(1) and not killed:  # the first batch of rows; the texts are written all at once
+            killed.extend(self._pool._processes)
+            os.kill(killed[0], signal.SIGKILL)
+        return future
+
+    monkeypatch.setattr(module._Process, "compute", compute)
+    loads = partial(load_pair, str(place / "model"), "drop:attn=1", LoadOptions("float32", "cpu", None, False))
+    workers = Workers(1, lambda _: module._Process(loads, 1, None, tmp_path), helps=False)
+    monkeypatch.setattr(SpreadOptions, "started", lambda self, *a, **k: _given(workers))
+    assert rows_of("layerwise", place, workers=2) == alone and killed
+    workers.stop()
 
 
 @pytest.mark.workers

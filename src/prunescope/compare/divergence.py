@@ -39,7 +39,7 @@ from prunescope.data.tokens import check_tokens
 from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.parts import begin, computed, joined, notes_of, with_notes
 from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
@@ -176,7 +176,7 @@ def divergence_rows(
         tables = computed(
             parts, len(chunks), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
         )  # fmt: skip
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    table = joined(tables)
     return DivergenceRows(table, notes_of(tables[0]))
 
 

@@ -41,7 +41,7 @@ from prunescope.compare.texts import first_difference
 from prunescope.models.generating import Sampling, choose, continue_texts, decoding_way, uniform_draws
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.parts import begin, computed, joined, notes_of, with_notes
 from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = ["FREE", "TEACHER", "GenerationRows", "Regime", "generation_key", "generation_passes", "generation_rows"]
@@ -316,7 +316,7 @@ def generation_rows(
         )  # fmt: skip
     notes = [notes_of(table) for table in tables]
     ours, theirs = ([text for note in notes for text in note[side] or []] for side in ("dense", "target"))
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    table = joined(tables)
     return GenerationRows(
         mark_under_floor(table, notes[0]["floor"]["floor"]),
         [Transcript(list(p), t) for p, t in zip(prompts, ours, strict=True)],

@@ -53,7 +53,7 @@ from prunescope.models.loaded import LoadedModel
 from prunescope.models.placing import plain_copy
 from prunescope.models.residual import headless, watching
 from prunescope.progress import progress
-from prunescope.runs.parts import computed, resume_state, save_state
+from prunescope.runs.parts import computed, joined, notes_of, resume_state, save_state, with_notes
 from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = [
@@ -243,20 +243,25 @@ def layerwise_rows(
             parts, len(sequences), batch_size, make(dense, target), lambda batch: advance(sum(steps[i] for i in batch)),
             sharing(workers, make),
         )  # fmt: skip
-    floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)
-    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), sequences, floor, key)
+    # parts of a run from disk have no floor
+    floor = notes_of(tables[0]) or noise_floor(dense, sequences, head, temperature, memory, batch_size)
+    return LayerwiseRows(mark_under_floor(joined(tables), floor["floor"]), sequences, floor, key)
 
 
 def _batches(
     dense: LoadedModel, target: TargetModel, *, sequences: Sequence[Transcript], batch_size: int, lens: Lens, temperature: float, memory: int
 ) -> Compute:  # fmt: skip
-    """Numbers of texts -> their table."""
+    """Numbers of texts -> their table, with the noise floor in the notes of the first."""
     head = lens_head(dense, lens)
     forward = forward_stream(dense, target, batch_size * max(len(s.continuation) for s in sequences))
 
     def begin(batch: Sequence[int]) -> Callable[[], pa.Table]:
         texts = [sequences[i] for i in batch]
-        return begin_batch(dense, target, texts, head, temperature, memory, batch[0], forward)
+        if batch[0]:
+            return begin_batch(dense, target, texts, head, temperature, memory, batch[0], forward)
+        floor = noise_floor(dense, sequences, head, temperature, memory, batch_size)  # while nothing else needs memory
+        wait = begin_batch(dense, target, texts, head, temperature, memory, 0, forward)
+        return lambda: with_notes(wait(), floor)
 
     return Ahead(begin, forward is not None)
 
@@ -281,13 +286,9 @@ def noise_floor(
         ways apart, and how much was looked at.
     """
     few, looked_at = floor_texts(sequences, batch_size)
-    with progress("measuring the noise floor", 3) as advance:
-        alone = torch.cat([dense_streams(dense, [s], None).rows for s in looked_at])
-        advance(1)
-        together = dense_streams(dense, few, None).rows
-        advance(1)
-        cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
-        advance(1)
+    alone = torch.cat([dense_streams(dense, [s], None).rows for s in looked_at])
+    together = dense_streams(dense, few, None).rows
+    cached = torch.cat([_cached_streams(dense, s) for s in looked_at])
     return floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.dtype)
 
 

@@ -37,7 +37,7 @@ from prunescope.data.tokens import chat_text, check_tokens, tokens_with_options
 from prunescope.errors import UserError
 from prunescope.models.loaded import LoadedModel
 from prunescope.progress import progress
-from prunescope.runs.parts import begin, computed, notes_of, with_notes
+from prunescope.runs.parts import begin, computed, joined, notes_of, with_notes
 from prunescope.runs.workers import Compute, Workers, sharing
 
 __all__ = ["TOP", "Asked", "McqRows", "ask", "mcq_passes", "mcq_rows"]
@@ -309,7 +309,7 @@ def mcq_rows(
             parts, len(asked), batch_size, make(dense, target), lambda numbers: advance(len(numbers)), sharing(workers, make)
         )  # fmt: skip
     tops = [top for table in tables for top in notes_of(table)["tops"]]
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    table = joined(tables)
     floor = _noise_floor(dense, asked, settings)
     return McqRows(mark_under_floor(table, floor["floor"]), tops, floor)
 

@@ -48,7 +48,7 @@ from prunescope.models.keeping import Away, Conditions
 from prunescope.models.residual import Passage, substituting, watching
 from prunescope.models.streaming import Carried, Recorded, recording
 from prunescope.progress import progress
-from prunescope.runs.parts import computed, save_state
+from prunescope.runs.parts import computed, joined, save_state
 
 __all__ = ["StreamedTarget", "rows_bytes", "streamed_layerwise_rows"]
 
@@ -135,7 +135,7 @@ def streamed_layerwise_rows(
         floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
     carried.settle()
     rows.settle()
-    return LayerwiseRows(mark_under_floor(pa.concat_tables(tables), floor["floor"]), list(sequences), floor, key)
+    return LayerwiseRows(mark_under_floor(joined(tables), floor["floor"]), list(sequences), floor, key)
 
 
 class _Rows:

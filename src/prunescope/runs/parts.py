@@ -18,6 +18,7 @@ from prunescope.runs.workers import Share, alone
 __all__ = [
     "begin",
     "computed",
+    "joined",
     "notes_of",
     "read_part",
     "resume_state",
@@ -33,8 +34,13 @@ def with_notes(table: pa.Table, notes: Any) -> pa.Table:
 
 
 def notes_of(table: pa.Table) -> Any:
-    """The notes of a table from `with_notes`."""
-    return json.loads(table.schema.metadata[b"prunescope"])
+    """The notes of a table from `with_notes`, None for another one."""
+    return json.loads((table.schema.metadata or {}).get(b"prunescope", b"null"))
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all batches, without their notes."""
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def computed(
@@ -82,11 +88,11 @@ def read_part(parts: Path | None, number: int) -> pa.Table | None:
 
 
 def write_part(parts: Path | None, number: int, table: pa.Table) -> None:
-    """Keep the table of a batch, written beside and renamed."""
+    """Keep the table of a batch, written beside and renamed; plainly, since it is soon removed, and doubles hardly compress."""
     path = _part(parts, number)
     if path is not None:
         with replacing(path) as beside:
-            pq.write_table(table, beside)
+            pq.write_table(table, beside, use_dictionary=False, compression="none", write_statistics=False)
 
 
 def _part(parts: Path | None, number: int) -> Path | None:

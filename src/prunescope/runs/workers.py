@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
+import tempfile
 import threading
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, Protocol
 
 from prunescope.errors import UserError, first_line
@@ -30,6 +35,8 @@ Share = Callable[
 ]  # items, who computes here, told what each gave
 _TRIES = 3  # workers that an item may cost
 _STORE = 200 * 2**20  # bytes of Ray's object store on a cluster of our own; what workers are told has a few
+_SMALL = 2**16  # bytes of buffers that go through a pipe
+_ALIGNED = 64  # bytes, of buffers in a file
 
 
 def alone(items: Sequence[Any], here: Compute, done: Callable[[int, Any], None]) -> None:
@@ -151,6 +158,7 @@ class _Round:
         if not self.items:
             return
         hands = self.workers.hands(len(self.items), self.here)
+        self.count = len(hands)
         try:
             for number, hand in hands.items():
                 if self.workers.made.get(number) is self.make:
@@ -172,13 +180,12 @@ class _Round:
             return
         if error is not None:
             raise getattr(error, "cause", None) or error  # Ray puts the worker's own exception into ``cause``
-        if place is None:
-            if not isinstance(hand, _Here):
-                self.workers.made[number] = self.make
-        else:
+        if place is None and not isinstance(hand, _Here):
+            self.workers.made[number] = self.make
+        self._give(number, hand)  # before what it gave is written, so that it does not wait for this
+        if place is not None:
             self.done(place, future.result())
             self.left -= 1
-        self._give(number, hand)
 
     def _give(self, number: int, hand: _Hand) -> None:
         at = self.kept.pop(number, None)
@@ -186,7 +193,7 @@ class _Round:
             at = self.waiting.popleft()
         if at is None:
             return
-        if self.waiting and hasattr(self.here, "expect"):
+        if len(self.waiting) >= self.count and hasattr(self.here, "expect"):  # one stays for each of the others
             self.kept[number] = self.waiting.popleft()
         following = self.items[self.kept[number]] if number in self.kept else None
         self.running[hand.compute(self.items[at], following)] = (number, hand, at)
@@ -232,14 +239,15 @@ class _Here:
 # --- processes of this machine -----------------------------------------------------------------------------------------
 
 _worker: _Worker
+_outbox: Path
 
 
 class _Process:
     lost: tuple[type[BaseException], ...] = (BrokenProcessPool,)
 
-    def __init__(self, load: Load, threads: int, gpu: str | None) -> None:
+    def __init__(self, load: Load, threads: int, gpu: str | None, outbox: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, spawn, _begin, (load, threads, gpu))
+        self._pool = ProcessPoolExecutor(1, spawn, _begin, (load, threads, gpu, outbox))
 
     def prepare(self, make: Make) -> Future[None]:
         return self._submit(_prepare, make)
@@ -261,8 +269,9 @@ class _Process:
         self._pool.shutdown()
 
 
-def _begin(load: Load, threads: int, gpu: str | None) -> None:
-    global _worker
+def _begin(load: Load, threads: int, gpu: str | None, outbox: Path) -> None:
+    global _worker, _outbox
+    _outbox = outbox
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, and stops the others
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -271,6 +280,7 @@ def _begin(load: Load, threads: int, gpu: str | None) -> None:
 
     def follow() -> None:
         connection.wait([parent.sentinel])
+        shutil.rmtree(outbox, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -282,7 +292,50 @@ def _prepare(make: Make) -> None:
 
 
 def _compute(item: Any, following: Any) -> Any:
-    return _worker.compute(item, following)
+    return _Parcel(_worker.compute(item, following))
+
+
+class _Parcel:
+    """What a worker found, on its way to the first process, where it is the thing itself again.
+
+    Its large buffers go through a file: a pipe takes 64 kB at a time, each of which waits for the lock of Python that the first process computes with.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        buffers: list[pickle.PickleBuffer] = []
+        content = pickle.dumps(self.value, 5, buffer_callback=buffers.append)
+        raw = [buffer.raw() for buffer in buffers]
+        if sum(map(len, raw)) >= _SMALL:
+            with suppress(OSError):  # no room there
+                return _unpacked, (content, _written(raw), [len(buffer) for buffer in raw])
+        return pickle.loads, (pickle.dumps(self.value),)
+
+
+def _written(buffers: Sequence[memoryview]) -> Path:
+    path = _outbox / uuid.uuid4().hex
+    try:
+        with path.open("xb") as file:
+            for buffer in buffers:
+                file.write(buffer)
+                file.write(bytes(-len(buffer) % _ALIGNED))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _unpacked(content: bytes, path: Path, sizes: Sequence[int]) -> Any:
+    import numpy as np
+
+    memory, buffers, start = np.fromfile(path, np.uint8), [], 0
+    path.unlink()
+    for size in sizes:
+        buffers.append(memory[start : start + size])
+        start += size + -size % _ALIGNED
+    return pickle.loads(content, buffers=buffers)
 
 
 @contextmanager
@@ -300,8 +353,10 @@ def processes(count: int, load: Load, device: Any) -> Iterator[Workers]:
     before = torch.get_num_threads()
     threads = max(1, before // count)
     gpus = _other_gpus(count, device) if device.type == "cuda" else None
-    workers = Workers(count, lambda number: _Process(load, threads, gpus[number - 1] if gpus else None), helps=True)
     with ExitStack() as stack:
+        outbox = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prunescope-")))
+        start = lambda number: _Process(load, threads, gpus[number - 1] if gpus else None, outbox)  # noqa: E731
+        workers = Workers(count, start, helps=True)
         stack.callback(torch.set_num_threads, before)
         stack.callback(workers.stop)
         torch.set_num_threads(threads)
