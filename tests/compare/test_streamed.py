@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor
 import prunescope
 from families import FAMILIES, characters_folder, tiny_folder
 from prunescope.cli import main
+from prunescope.compare import streamed
 from prunescope.compare.context import Transcript
 from prunescope.compare.layerwise import layerwise_key, layerwise_rows
 from prunescope.compare.streamed import streamed_layerwise_rows
 from prunescope.errors import UserError
+from prunescope.models import keeping
 from prunescope.models.blockwise import StreamedModel, stream_model
 from prunescope.models.dropping import DropSpec
 from prunescope.models.generating import Sampling
@@ -112,6 +115,56 @@ def test_hidden_states_that_move_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("prunescope.models.streaming._at_once", lambda carried: True)
     dense, target = (tiny_folder("mixtral", tmp_path / str(seed), seed) for seed in (0, 1))
     assert_same(*both_ways(dense, target, tmp_path))
+
+
+def test_rows_are_on_the_disk_before_the_states_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a disk that takes long for rows. Would catch states of a killed run that has not the rows in front of them."""
+    for module in ("compare.streamed", "models.streaming"):
+        monkeypatch.setattr(f"prunescope.{module}._at_once", lambda carried: True)
+    write, replacing, missing = streamed._Rows._write, keeping.replacing, list[str]()
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        write(*arguments)
+
+    def looked_at(path: Path) -> Any:
+        layer = int(path.stem.rpartition("-")[2])
+        missing.extend(str(i) for i in range(layer) if not (path.parent / f"part-layer-{i:05d}.bin").is_file())
+        return replacing(path)
+
+    monkeypatch.setattr(streamed._Rows, "_write", slowly)
+    monkeypatch.setattr(keeping, "replacing", looked_at)
+    dense, target = (tiny_folder("llama", tmp_path / str(seed), seed) for seed in (0, 1))
+    assert_same(*both_ways(dense, target, tmp_path))
+    assert not missing
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_run_that_is_cut_off_while_it_forgets(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun on a GPU, begun anew without, killed while the rows of the first are removed. Would catch a third that goes on from states without rows."""
+    monkeypatch.setattr("prunescope.models.streaming._at_once", lambda carried: True)
+    run, unlink, cuts = Carried.run, Path.unlink, [3]
+
+    def cut(self: Carried, *args: Any, **options: Any) -> None:
+        if cuts == [self.layer]:
+            self.settle()
+            raise KeyboardInterrupt
+        run(self, *args, **options)
+
+    def dies(self: Path, **options: Any) -> None:
+        unlink(self, **options)
+        raise KeyboardInterrupt
+
+    dense, other = (tiny_folder("llama", tmp_path / str(seed), seed) for seed in (0, 1))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name, function, held in (("run", cut, True), ("unlink", dies, False)):
+        monkeypatch.setattr("prunescope.compare.streamed._at_once", lambda rows, held=held: held)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Carried if name == "run" else Path, name, function)
+            both_ways(dense, other, scratch)
+    monkeypatch.setattr("prunescope.compare.streamed._at_once", lambda rows: last)
+    assert_same(*both_ways(dense, other, scratch))
 
 
 @pytest.mark.parametrize(("target", "first", "then"), [("model", True, True), ("drop", True, True), ("model", True, False), ("drop", False, True)])  # fmt: skip
@@ -343,6 +396,7 @@ def test_a_model_on_disk_writes_what_it_writes_in_memory(
 KILLED = """
 import os, signal, sys
 from prunescope.cli import main
+from prunescope.compare import streamed
 from prunescope.compare.streamed import _Rows
 after = _Rows.after
 def deadly(self, number, hidden):

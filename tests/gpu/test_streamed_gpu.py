@@ -49,6 +49,15 @@ def test_weights_by_every_way(way: str, tmp_path: Path, monkeypatch: pytest.Monk
     """Would catch copies across two segments, which CUDA takes for one of memory that is not locked or refuses, pages that are unlocked before their copy
     has run, and segments that are locked twice."""
     monkeypatch.setattr(locking, "_SEGMENT", 2**13)
+    monkeypatch.setattr(locking, "_FEW", 1)
+    plain_copy, copied = locking.Mapped.copy, []
+
+    def counted(*arguments: Any) -> Any:
+        found = plain_copy(*arguments)
+        copied.append(found[0])
+        return found
+
+    monkeypatch.setattr(locking.Mapped, "copy", counted)
     if way == "locked for a copy":
         monkeypatch.setattr(locking._Room, "take", lambda room, size: False)
     if way == "read":
@@ -62,6 +71,7 @@ def test_weights_by_every_way(way: str, tmp_path: Path, monkeypatch: pytest.Monk
             pairs = zip(ahead.blocks[layer].named_parameters(), plain.blocks[layer].named_parameters(), strict=True)
             for (name, ours), (_, theirs) in pairs:
                 assert ours.is_cuda and torch.equal(ours.cpu(), theirs), (layer, name)
+    assert all(copied) if way != "read" else not any(copied)
     kept = [len(mapped.kept) for mapped in ahead.ahead._mapped.values() if mapped is not None]
     ahead.ahead.discard()
     passing = [len(mapped.passing) for mapped in ahead.ahead._mapped.values() if mapped is not None]

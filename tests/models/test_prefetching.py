@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Pages:
         self.works, self.locked, self.most = works, dict[int, int](), 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
-        assert flags == 8 and address % 4096 == 0 and size
+        assert flags == 8 and address % mmap.PAGESIZE == 0 and size
         if not self.works:
             return 801
         if any(address < other + length and other < address + size for other, length in self.locked.items()):
@@ -56,7 +57,8 @@ def pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(torch.cuda, "cudart", lambda: pages)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(locking, "_ROOM", locking._Room())
-    monkeypatch.setattr(locking, "_SEGMENT", 8192)
+    monkeypatch.setattr(locking, "_FEW", 1)
+    monkeypatch.setattr(locking, "_SEGMENT", 2 * mmap.PAGESIZE)
     monkeypatch.setattr(locking, "machine_bytes", lambda: 2 * (request.param or 0))
     return pages
 
@@ -131,7 +133,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path, played: list[
     with file.open("r+b") as shorter:
         shorter.truncate(file.stat().st_size // 4)
     streamed.ahead.begin(1, names)
-    with pytest.raises(prefetching.UserError, match="became shorter"):
+    with pytest.raises(prefetching.UserError, match=r"became shorter|was changed"):
         streamed.ahead.take(1, names)
     streamed.ahead.discard()
     assert sys.getswitchinterval() > 1e-3  # as it was
@@ -161,14 +163,88 @@ def test_runs_hold_every_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_in_memory(tmp_path: Path, pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch a disk that is read a page at a time, and a process that is killed since it copies from behind the end of a file."""
     file = tmp_path / "weights"
-    file.write_bytes(bytes(range(256)) * 64 + b"the end")
+    size = 4 * mmap.PAGESIZE
+    file.write_bytes(bytes(range(256)) * (size // 256) + b"the end")
     mapped = locking.Mapped(file)
-    assert mapped.bytes[256:259].tolist() == [0, 1, 2] and len(mapped.bytes) == 64 * 256 + 7
+    assert mapped.bytes[256:259].tolist() == [0, 1, 2] and len(mapped.bytes) == size + 7
     assert mapped._resident(0, len(mapped.bytes)) == (locking._LIBC is not None)
-    run = locking.runs([(file, 0, torch.empty(8192, dtype=torch.uint8))])[0]
-    with file.open("r+b") as shorter:
-        shorter.truncate(4096)
-    assert mapped.copy(run, None) is False
-    file.write_bytes(bytes(8192))
+    run = locking.runs([(file, 0, torch.empty(size // 2, dtype=torch.uint8))])[0]
+    monkeypatch.setattr(locking, "_FEW", size)
+    assert mapped.copy(run, None) == (False, None)  # not worth a segment
+    monkeypatch.setattr(locking, "_FEW", 1)
     monkeypatch.setattr(mapped, "_resident", lambda low, size: False)
-    assert mapped.copy(run, None) is False and not pages.locked
+    assert mapped.copy(run, None) == (False, None) and not pages.locked and not mapped.passing
+    with file.open("r+b") as shorter:
+        shorter.truncate(mmap.PAGESIZE)
+    with pytest.raises(locking.UserError, match="was changed"):
+        mapped.copy(run, None)
+
+
+@pytest.mark.skipif(locking._LIBC is None, reason="only Linux says what is in memory")
+def test_pages_of_somebody_elses_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mincore` calls all of them resident, and so a model store that is cold. Would catch that it is believed."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(3 * mmap.PAGESIZE))
+    mapped, asked = locking.Mapped(file), []
+    monkeypatch.setattr(locking.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(locking.os, "geteuid", lambda: file.stat().st_uid + 1)
+
+    def cold(fd: int, buffers: Any, offset: int, flags: int) -> int:
+        asked.append((offset, flags))
+        raise BlockingIOError
+
+    monkeypatch.setattr(locking.os, "preadv", cold)
+    assert not mapped._resident(0, 3 * mmap.PAGESIZE) and asked == [(0, locking.os.RWF_NOWAIT)]
+    monkeypatch.setattr(locking.os, "preadv", lambda *_: 1)
+    assert mapped._resident(0, 3 * mmap.PAGESIZE)
+
+
+def test_copies_that_fail_or_are_not_waited_for_leave_nothing_locked(
+    tmp_path: Path, played: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch pages that stay locked after an error, and when a block is left by one while the next is fetched."""
+    pages = Pages(True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: pages)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(locking, "_FEW", 1)
+    monkeypatch.setattr(locking, "_ROOM", locking._Room())
+    monkeypatch.setattr(locking, "machine_bytes", lambda: 0)
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(5000))
+    mapped = locking.Mapped(file)
+    with pytest.raises(RuntimeError):
+        mapped.copy(locking.Run(file, 0, 5000, ((0, torch.empty(5000, 3, dtype=torch.uint8)),)), None)
+    assert not pages.locked and not mapped.passing
+    whole = locking.Run(file, 0, 5000, ((0, torch.empty(5000, dtype=torch.uint8)),))
+    assert mapped.copy(whole, None)[0] and pages.locked
+    del mapped
+    gc.collect()
+    assert not pages.locked
+    streamed = stream_model(str(tiny_folder("llama", tmp_path / "model")), tmp_path / "a", device="cpu", prefetch=True)
+    assert streamed.ahead is not None
+    streamed.ahead.copying = True
+    with pytest.raises(KeyboardInterrupt), streamed.block(0):
+        raise KeyboardInterrupt
+    assert streamed.ahead.begun is None and not pages.locked
+    del streamed
+    gc.collect()
+
+
+def test_what_is_read_is_dealt_out_evenly(tmp_path: Path, played: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a block that one thread reads while the others have nothing to do."""
+    shares: list[int] = []
+    copy = prefetching._Ring.copy
+
+    def counted(self: Any, work: Any) -> None:
+        shares.append(sum(len(into) for _, _, into in work))
+        copy(self, work)
+
+    monkeypatch.setattr(prefetching._Ring, "copy", counted)
+    streamed = stream_model(str(tiny_folder("llama", tmp_path / "model")), tmp_path / "a", device="cpu", prefetch=True)
+    assert streamed.ahead is not None
+    streamed.ahead.copying = True
+    with streamed.block(len(streamed.blocks) - 1):
+        size = sum(p.numel() * p.element_size() for p in streamed.blocks[-1].parameters())
+    assert sum(shares) == size and max(shares) <= 3000 and len(shares) == 16
+    del streamed
+    gc.collect()

@@ -41,6 +41,7 @@ from prunescope.compare.layerwise import (
     rows_table,
     slot_pairs,
 )
+from prunescope.errors import UserError
 from prunescope.files import replacing
 from prunescope.models.blockwise import StreamedModel
 from prunescope.models.dropping import DropSpec
@@ -105,14 +106,14 @@ def streamed_layerwise_rows(
     )
     carried.keep_after(rows.settle)
     rows.begin(carried.layer)
-    with rows.watched(), progress(blocks, layers) as advance:
+    with carried.at_work(), rows.watched(), progress(blocks, layers) as advance:
         advance(carried.layer)
         while carried.layer < layers:
             rows.layer = carried.layer
             with dense.block(rows.layer, mapped=True), rows.target_block(carried.conditions):
                 carried.run(rows.before, rows.after)
             advance(1)
-        carried.conditions.look()
+        carried.settle()
     steps = [len(s.continuation) for s in sequences]
     with dense.ending():
         head = lens_head(dense.loaded, lens)
@@ -133,8 +134,6 @@ def streamed_layerwise_rows(
         )
         together = rows.made(first + len(looked_at))[:, : 2 * layers + 1].to(dense.device)
         floor = floor_of(alone, together, cached, looked_at, head, temperature, memory, dense.model.dtype)
-    carried.settle()
-    rows.settle()
     return LayerwiseRows(mark_under_floor(joined(tables), floor["floor"]), list(sequences), floor, key)
 
 
@@ -195,6 +194,14 @@ class _Rows:
         with_target = [number for number in every if self.shape(number)[1] > 2 * self.layers + 1]
         return [(i, own) for i in every] + [(i, slice(their_low, their_low + 2)) for i in with_target]
 
+    def _require(self, path: Path, count: int) -> None:
+        """Rows that a run goes on from must be there."""
+        if not path.is_file() or path.stat().st_size != count * self.dense.model.dtype.itemsize:
+            raise UserError(f"{self.folder} holds states without the rows in front of them; give --overwrite")
+
+    def pass_file(self, number: int) -> Path:
+        return self.folder / f"part-rows-{number:05d}.bin"
+
     def layer_file(self, layer: int) -> Path:
         return self.folder / f"part-layer-{layer:05d}.bin"
 
@@ -214,11 +221,16 @@ class _Rows:
 
     def begin(self, layer: int) -> None:
         """The blocks before ``layer`` have run, in this run or in one that was interrupted, whose rows the device gets back."""
-        for done in range(layer if self.held is not None else 0):
-            assert self.held is not None
+        if self.held is None:
+            if layer:
+                for number in range(len(self.steps)):
+                    self._require(self.pass_file(number), prod(self.shape(number)))
+            return
+        for done in range(layer):
             pieces = [self.held[number][:, slots] for number, slots in self.places(done)]
             sizes = [piece.numel() for piece in pieces]
             dtype = self.dense.model.dtype
+            self._require(self.layer_file(done), sum(sizes))
             whole = torch.from_file(str(self.layer_file(done)), shared=False, size=sum(sizes), dtype=dtype)
             for piece, found in zip(pieces, whole.to(self.dense.device).split(sizes), strict=True):
                 piece.copy_(found.view(piece.shape))
@@ -227,7 +239,11 @@ class _Rows:
         """Let a run that was interrupted begin anew if it kept its rows in the other way, as on another device. To be called before its states are looked for."""
         others = "part-rows-*.bin" if self.held is not None else "part-layer-*.bin"
         if any(self.folder.glob(others)):
-            for pattern in ("part-rows-*.bin", "part-layer-*.bin", "part-dense-*.bin"):
+            for pattern in (
+                "part-dense-*.bin",
+                "part-rows-*.bin",
+                "part-layer-*.bin",
+            ):  # the states first: rows of none are not used
                 for path in self.folder.glob(pattern):
                     path.unlink()
 
@@ -237,10 +253,10 @@ class _Rows:
             self.writing.result()
 
     def read(self, number: int) -> Tensor:
-        """The same, mapped: what is written to it is in the file."""
+        """The rows of a pass, mapped: what is written to them is in their file."""
         shape = self.shape(number)
         size = prod(shape)
-        path, dtype = self.folder / f"part-rows-{number:05d}.bin", self.dense.model.dtype
+        path, dtype = self.pass_file(number), self.dense.model.dtype
         if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
             with path.open("wb") as file:  # its space now: a write to a mapped file on a full disk kills the process
                 if hasattr(os, "posix_fallocate"):

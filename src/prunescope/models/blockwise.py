@@ -100,7 +100,12 @@ class StreamedModel:
             )
             for name, module in experts.items():
                 stack.enter_context(one_at_a_time(module, f"{prefix}{name}.", source, self.device))
-            yield
+            try:
+                yield
+            except BaseException:
+                if ahead is not None:
+                    ahead.discard()  # copies run into memory that is free when this is left
+                raise
         if self.device.type == "cpu" and hasattr(_LIBC, "malloc_trim"):  # of glibc, which keeps a block's pieces
             _LIBC.malloc_trim(0)
 

@@ -1,9 +1,9 @@
-"""Hidden states that stay on a GPU, and the file of them from which an interrupted run goes on; nothing here lets the GPU be waited for."""
+"""Hidden states that stay on a GPU, and the file of them from which an interrupted run goes on, written in the background."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Away:
 
 
 class Conditions:
-    """What must hold of tensors on a device, looked at when it is known: a GPU that is asked at once is waited for."""
+    """What must hold of tensors on one device, looked at when it is known: a GPU that is asked at once is waited for."""
 
     def __init__(self) -> None:
         self._new: list[tuple[Tensor, Exception]] = []
@@ -66,7 +66,7 @@ class Conditions:
             return None
         flags = torch.stack([flag for flag, _ in self._new])
         told = torch.cuda.Event() if flags.is_cuda else None
-        host = flags.to("cpu", non_blocking=True)
+        host = flags.to("cpu", non_blocking=flags.is_cuda)
         if told is not None:
             told.record(torch.cuda.current_stream(flags.device))
         self._asked.append((host, told, [error for _, error in self._new]))
@@ -137,6 +137,11 @@ class Keeper:
         task, self._task = self._task, None
         if task is not None:
             task.result()
+
+    def leave(self) -> None:
+        """Wait until nothing is being written, whatever writing raised: for a run that ends by another error."""
+        if self._task is not None:
+            wait([self._task])
 
     def begin(self, layer: int) -> None:
         """There is a file of the states in front of block ``layer``, which the next one replaces."""

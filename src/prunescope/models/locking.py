@@ -4,14 +4,15 @@ Copies from pinned memory run at the full rate of the bus, but first a thread mu
 half that rate. A file that is in the system's cache, as one in a file system in memory always is, can be mapped and its pages be locked
 (`cudaHostRegister`, read-only). What is not in the cache is read: see `prunescope.models.prefetching`.
 
-Locking takes as long as the copy, twice as long with one thread, and holds up other calls of CUDA. So pages stay locked, up to half of the machine's memory in all; from there on each is
-unlocked as soon as it is copied.
+Locking takes about as long as the copy, and other calls of CUDA wait for it. So pages stay locked, up to half of the machine's memory for the process; further segments are unlocked as soon
+as they are copied.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -23,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunescope.errors import UserError
 from prunescope.models.fitting import machine_bytes
 
 __all__ = ["Locked", "Mapped", "Run", "release", "runs"]
 
+_FEW = 2**20  # bytes for which no segment is locked
 _SEGMENT = 2**27  # bytes of a file that are locked at a time
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: the pages are not written to; where that is unknown, registering fails
 _LIBC: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -43,7 +46,7 @@ class Run:
 
     @property
     def segment(self) -> tuple[Path, int]:
-        """Where it begins."""
+        """The file, and the number of the segment of it in which the run begins."""
         return self.file, self.low // _SEGMENT
 
     def segments(self) -> Iterator[Run]:
@@ -115,8 +118,10 @@ class Mapped:
     """
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         with file.open("rb", buffering=0) as bare:
             whole = mmap.mmap(bare.fileno(), 0, access=mmap.ACCESS_READ)
+            self.state = _state(os.fstat(bare.fileno()))
         self.size = len(whole)
         self.address = _address(whole)
         held = (ctypes.c_char * self.size).from_address(self.address)  # a buffer that torch takes; nothing writes to it
@@ -125,42 +130,40 @@ class Mapped:
         self.refused = False  # its pages, by the driver or the file system
         self.kept: dict[int, int] = {}  # segments that stay locked, by their addresses, and their sizes
         self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
-        weakref.finalize(self, _unlocked, whole, self.kept)
+        weakref.finalize(self, _unlocked, whole, self.kept, self.passing)
 
-    def copy(self, run: Run, stream: Any) -> Locked | bool:
+    def copy(self, run: Run, stream: Any) -> tuple[bool, Locked | None]:
         """Start to copy a run within one segment, with its pages locked. Runs within a segment must not be begun by two threads at once.
 
         Returns:
-            What is to be released, if anything is, or False where pages are not in the system's cache or cannot be locked, and nothing was copied.
+            Whether it is copied, which it is not where pages are not in the system's cache or cannot be locked, or for a few bytes; and what is to be
+            released afterwards, if anything is.
+
+        Raises:
+            UserError: the file is another one than was mapped.
         """
-        if run.high > min(self.size, run.file.stat().st_size):
-            return False  # what was cut off a file is not there to be copied
+        if run.high - run.low < _FEW:
+            return False, None
+        self._same()
         low = run.segment[1] * _SEGMENT
         address = self.address + low
-        stays = address in self.kept
-        if not stays:
-            with self.lock:
-                new = address not in self.passing
-                self.passing[address] = self.passing.get(address, 0) + 1
-            if new:
-                size = min(_SEGMENT, self.size - low)
-                locked = self._lock(low, size)
-                stays = locked and _ROOM.take(size)
-                if stays:
-                    self.kept[address] = size
-                if stays or not locked:
-                    del self.passing[address]
-                if not locked:
-                    return False
-        copied = None if stays else torch.cuda.Event()
-        try:
-            with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # and on its device
+            stays = address in self.kept
+            if not stays and not self._locked(address, low):
+                return False, None
+            stays = address in self.kept
+            try:
                 for begin, into in run.parts:
                     into.copy_(self.bytes[begin : begin + len(into)], non_blocking=True)
-        finally:
-            if copied is not None:
-                copied.record(stream)
-        return stays or Locked(self, address, copied)
+                copied = None if stays else torch.cuda.Event()
+                if copied is not None:
+                    copied.record(stream)
+            except BaseException:
+                if not stays:
+                    torch.cuda.synchronize()
+                    self.done(address)
+                raise
+        return True, None if stays else Locked(self, address, copied)
 
     def done(self, address: int) -> None:
         """A copy from a segment that does not stay locked has run."""
@@ -170,19 +173,56 @@ class Mapped:
                 del self.passing[address]
                 _unlock(address)
 
-    def _lock(self, low: int, size: int) -> bool:
-        if self.refused or not self._resident(low, size):
-            return False
-        self.refused = int(torch.cuda.cudart().cudaHostRegister(self.address + low, size, _READ_ONLY)) != 0
-        return not self.refused
+    def _same(self) -> None:
+        """What is locked stays as it was; the file must too, since some of it may be read."""
+        try:
+            same = _state(self.file.stat()) == self.state
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{self.file} was changed while it was read; begin again")
+
+    def _locked(self, address: int, low: int) -> bool:
+        """Lock the segment that begins at ``low``, or let one more copy use it that is locked for others."""
+        with self.lock:
+            new = address not in self.passing
+            self.passing[address] = self.passing.get(address, 0) + 1
+        if not new:
+            return True
+        size = min(_SEGMENT, self.size - low)
+        locked = not self.refused and self._resident(low, size)
+        if locked:
+            locked = int(torch.cuda.cudart().cudaHostRegister(address, size, _READ_ONLY)) == 0
+            self.refused = not locked
+        if locked and _ROOM.take(size):
+            self.kept[address] = size
+        if not locked or address in self.kept:
+            del self.passing[address]
+        return locked
 
     def _resident(self, low: int, size: int) -> bool:
         """Whether these pages are in memory. Locking others would read them one after the other, at a fraction of a disk's rate."""
         if _LIBC is None:
             return False
+        if not (os.access(self.file, os.W_OK) or self.file.stat().st_uid == os.geteuid()):
+            return self._reads_at_once(low, size)  # of such a file `mincore` calls all pages resident
         pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
         told = _LIBC.mincore(ctypes.c_void_p(self.address + low), ctypes.c_size_t(size), pages)
         return told == 0 and bytes(pages).count(0) == 0
+
+    def _reads_at_once(self, low: int, size: int) -> bool:
+        """The same, by a byte of every 2 MB."""
+        try:
+            with self.file.open("rb", buffering=0) as bare:
+                for offset in range(low, low + size, 2**21):
+                    os.preadv(bare.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError:  # it would have to wait, or cannot be asked
+            return False
+        return True
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _address(whole: mmap.mmap) -> int:
@@ -197,11 +237,18 @@ def _unlock(address: int) -> None:
         raise RuntimeError(f"pages that were copied from could not be unlocked (CUDA error {failed})")
 
 
-def _unlocked(whole: mmap.mmap, kept: dict[int, int]) -> None:
-    """Unlock what stayed locked of a mapping (``whole`` lives until then) that nothing uses any more."""
-    if kept:
+def _unlocked(whole: mmap.mmap, kept: dict[int, int], passing: dict[int, int]) -> None:
+    """Unlock what is locked of a mapping (``whole`` lives until then) that nothing uses any more. Raises for the first that fails when all are done."""
+    if kept or passing:
         torch.cuda.synchronize()
-    while kept:
-        address, size = kept.popitem()
-        _unlock(address)
-        _ROOM.give(size)
+    errors: list[RuntimeError] = []
+    for address in (*kept, *passing):
+        try:
+            _unlock(address)
+        except RuntimeError as error:
+            errors.append(error)
+    _ROOM.give(sum(kept.values()))
+    kept.clear()
+    passing.clear()
+    if errors:
+        raise errors[0]

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -172,33 +172,36 @@ class Ahead:
     def _copy(self, segments: Sequence[Sequence[Run]]) -> list[Locked]:
         """Copy what can be locked, and let the rest be read. Returns what is to be released."""
         assert self._pool is not None
-        locked: list[Locked] = []
-        missing: list[Run] = []
+        locked: list[Locked] = []  # by all threads, also by one that fails
+        begun = [self._lockers.submit(self._copy_segment, pieces, locked) for pieces in segments]
+        wait(begun)
         try:
-            for held, left in self._lockers.map(self._copy_segment, segments):
-                locked += held
-                missing += left
-            count = len(self._rings)
-            tasks = [(ring, missing[i::count]) for i, ring in enumerate(self._rings) if missing[i::count]]
-            self._tasks = [self._pool.submit(ring.copy, share) for ring, share in tasks]
+            missing = [run for task in begun for run in task.result()]
         except BaseException:
             release(locked)
             raise
+        work = [
+            (run.file, begin + low, into[low:high])
+            for run in missing
+            for begin, into in run.parts
+            for low, high in _pieces(len(into))
+        ]
+        shares = ((ring, work[i :: len(self._rings)]) for i, ring in enumerate(self._rings))
+        self._tasks = [self._pool.submit(ring.copy, share) for ring, share in shares if share]
         return locked
 
-    def _copy_segment(self, pieces: Sequence[Run]) -> tuple[list[Locked], list[Run]]:
-        """Runs of one segment: what is to be released of it, and what was not copied."""
-        locked: list[Locked] = []
+    def _copy_segment(self, pieces: Sequence[Run], locked: list[Locked]) -> list[Run]:
+        """Copy runs of one segment. Adds to ``locked`` what is to be released, and returns those that were not copied."""
         missing: list[Run] = []
         with _TURNS.often():
             for run in pieces:
                 mapped = self._mapping(run.file)
-                held = mapped is not None and mapped.copy(run, self._copies)
-                if held is False:
-                    missing.append(run)
-                elif isinstance(held, Locked):
+                copied, held = (False, None) if mapped is None else mapped.copy(run, self._copies)
+                if held is not None:
                     locked.append(held)
-        return locked, missing
+                if not copied:
+                    missing.append(run)
+        return missing
 
     def _mapping(self, file: Path) -> Mapped | None:
         with self._mapping_lock:
@@ -218,16 +221,14 @@ class _Ring:
         self.slots: list[Tensor] = []
         self.next = 0
 
-    def copy(self, work: Sequence[Run]) -> None:
-        """Read runs of files, and start to copy each to where it shall be."""
+    def copy(self, work: Sequence[tuple[Path, int, Tensor]]) -> None:
+        """Read pieces of files from where they begin, and start to copy each to where it shall be."""
         with _TURNS.often(), torch.cuda.stream(self.copies), ExitStack() as files:
             opened: dict[Path, Any] = {}
-            for run in work:
-                if run.file not in opened:
-                    opened[run.file] = files.enter_context(run.file.open("rb", buffering=0))
-                for begin, into in run.parts:
-                    for low, high in _pieces(len(into)):
-                        self._read(opened[run.file], begin + low, into[low:high])
+            for file, offset, into in work:
+                if file not in opened:
+                    opened[file] = files.enter_context(file.open("rb", buffering=0))
+                self._read(opened[file], offset, into)
 
     def _read(self, file: Any, offset: int, into: Tensor) -> None:
         if not self.slots:

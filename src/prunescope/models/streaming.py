@@ -79,7 +79,11 @@ class Recorded:
     def check(self, streamed: StreamedModel, layer: int, conditions: Conditions) -> None:
         """Block ``layer``, run on its own in the first pass that was recorded, the probe's, must give what it gave within the model: UserError if not."""
         found, within = self.run(streamed, 0, layer, streamed.probe[layer]), streamed.probe[layer + 1]
-        same = (found == within).all() if found.shape == within.shape else torch.zeros_like(found[..., 0]).any()
+        same = (
+            (found == within).all()
+            if found.shape == within.shape
+            else torch.zeros((), dtype=torch.bool, device=found.device)
+        )
         conditions.require(
             same,
             UserError(
@@ -229,7 +233,7 @@ class Carried:
             check: that the block is the one with which the model was opened, see `Recorded.check`.
         Raises:
             UserError: see `Recorded.check`.
-            FloatingPointError: the block's output holds NaN or infinite values. Both errors come a block later, or from `settle`, where a GPU keeps the
+            FloatingPointError: the block's output holds NaN or infinite values. Both errors come a block later, or from `settle`, `close` and `conditions`, where a GPU keeps the
                 states; of a block that does not pass nothing is written.
         """
         layer, streamed = self.layer, self.streamed
@@ -250,7 +254,8 @@ class Carried:
                 hidden = self._read(file, number) if entering is None else entering[number]
                 before(number)
                 found = self.recorded.run(streamed, number + 1, layer, hidden, cache)
-                largest.append(torch.linalg.vector_norm(found, torch.inf))  # NaN and infinity are
+                if found.numel():
+                    largest.append(torch.linalg.vector_norm(found, torch.inf))  # NaN and infinity come through
                 if held:
                     leaving.append(found.detach())
                 else:
@@ -281,7 +286,9 @@ class Carried:
             self._keeper.begin(self.layer)
 
     def _require_finite(self, largest: list[Tensor], layer: int) -> None:
-        """Of passes, by the largest magnitude of each."""
+        """The outputs of some passes must be finite; ``largest`` has the greatest magnitude of each, and is emptied."""
+        if not largest:
+            return
         finite = torch.isfinite(torch.stack(largest)).all()
         self.conditions.require(finite, FloatingPointError(f"the output of block {layer} holds NaN or infinite values"))
         largest.clear()
@@ -306,6 +313,15 @@ class Carried:
         """Remove the file of the hidden states. Raises as `run`."""
         self.conditions.look()
         self._keeper.close()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """If this is left by an error, nothing is being written any more."""
+        try:
+            yield
+        except BaseException:
+            self._keeper.leave()
+            raise
 
     def keep_after(self, ready: Callable[[], None]) -> None:
         """Write no states before ``ready`` has returned, which a thread of its own calls: of what must be on the disk when a run goes on from them."""
@@ -349,7 +365,7 @@ def pass_through(
         check: see `Carried.run`.
     """
     carried = Carried(streamed, texts, folder)
-    with progress(f"{len(streamed.blocks)} blocks from disk", len(streamed.blocks)) as advance:
+    with carried.at_work(), progress(f"{len(streamed.blocks)} blocks from disk", len(streamed.blocks)) as advance:
         while carried.layer < len(streamed.blocks):
             with streamed.block(carried.layer, mapped=True):
                 carried.run(before, lambda number, hidden: after(), check=check)
@@ -377,22 +393,24 @@ def having_read(
     for ids in texts:
         numbers.setdefault(_key(ids), len(numbers))
     distinct = {_key(ids): ids for ids in texts}
-    with streamed.loaded.dropping(drop or DropSpec()):
-        dropped = str(streamed.loaded.dropped)
-        carried = Carried(streamed, list(distinct.values()), folder, name)
-        advance(carried.layer)
-        while carried.layer < len(streamed.blocks):
-            with streamed.block(carried.layer, mapped=True):
-                carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
-            advance(1)
-        carried.conditions.look()
-    norm = streamed.loaded.anatomy.final_norm
+    with ExitStack() as stack:
+        with streamed.loaded.dropping(drop or DropSpec()):
+            dropped = str(streamed.loaded.dropped)
+            carried = Carried(streamed, list(distinct.values()), folder, name)
+            stack.enter_context(carried.at_work())
+            advance(carried.layer)
+            while carried.layer < len(streamed.blocks):
+                with streamed.block(carried.layer, mapped=True):
+                    carried.run(lambda number: None, lambda number, hidden: None, check=drop is None)
+                advance(1)
+            carried.conditions.look()
+        norm = streamed.loaded.anatomy.final_norm
 
-    def read(ids: Tensor) -> Tensor:
-        stream = carried.stream(numbers[_key(ids)])
-        return stream if norm is None else norm(stream)
+        def read(ids: Tensor) -> Tensor:
+            stream = carried.stream(numbers[_key(ids)])
+            return stream if norm is None else norm(stream)
 
-    with streamed.ending():
+        stack.enter_context(streamed.ending())
         streamed.read[dropped] = read
         try:
             yield
