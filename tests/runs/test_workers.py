@@ -27,6 +27,7 @@ from families import characters_folder
 from prunescope.jobs.options import LoadOptions, SpreadOptions
 from prunescope.jobs.pair import load_pair
 from prunescope.runs import workers as module
+from prunescope.runs.parcels import Parcel
 from prunescope.runs.workers import Workers, processes
 
 COMMANDS = ("layerwise", "generate", "mcq", "divergence", "retrieve", "evaluate", "sweep", "drop")
@@ -229,21 +230,19 @@ def _written_after(begun: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_large_tables_come_through_a_file(room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_come_through_a_file(room: bool, tmp_path: Path) -> None:
     """Would catch buffers that are mixed up, arrays that cannot be written to, files that stay, and a full disk that ends the run."""
-    monkeypatch.setattr(module, "_outbox", tmp_path if room else tmp_path / "absent", raising=False)
     numbers = np.arange(30_001, dtype=np.float64)
     table = pa.table({"a": numbers, "b": [None, *map(str, range(30_000))], "c": numbers.astype(np.int8)})
-    sent = pickle.dumps(module._Parcel((table, numbers, "small")))
+    sent = pickle.dumps(Parcel((table, numbers, "small"), tmp_path if room else tmp_path / "absent"))
     assert (len(sent) < 20_000) == room == bool(list(tmp_path.iterdir()))
     got, array, word = pickle.loads(sent)
     array += 1
     assert got.equals(table) and (array == numbers + 1).all() and word == "small" and not list(tmp_path.iterdir())
 
 
-def test_small_things_come_through_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_outbox", tmp_path, raising=False)
-    sent = pickle.dumps(module._Parcel([np.arange(5), "word"]))
+def test_small_things_come_through_the_pipe(tmp_path: Path) -> None:
+    sent = pickle.dumps(Parcel([np.arange(5), "word"], tmp_path))
     assert not list(tmp_path.iterdir())
     array, word = pickle.loads(sent)
     assert array.tolist() == [0, 1, 2, 3, 4] and word == "word"

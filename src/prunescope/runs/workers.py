@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import tempfile
 import threading
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from prunescope.errors import UserError, first_line
+from prunescope.runs.parcels import Parcel
 
 __all__ = ["Compute", "Load", "Make", "Share", "Workers", "alone", "gathered", "processes", "ray_actors", "sharing"]
 
@@ -35,8 +34,6 @@ Share = Callable[
 ]  # items, who computes here, told what each gave
 _TRIES = 3  # workers that an item may cost
 _STORE = 200 * 2**20  # bytes of Ray's object store on a cluster of our own; what workers are told has a few
-_SMALL = 2**16  # bytes of buffers that go through a pipe
-_ALIGNED = 64  # bytes, of buffers in a file
 
 
 def alone(items: Sequence[Any], here: Compute, done: Callable[[int, Any], None]) -> None:
@@ -292,50 +289,7 @@ def _prepare(make: Make) -> None:
 
 
 def _compute(item: Any, following: Any) -> Any:
-    return _Parcel(_worker.compute(item, following))
-
-
-class _Parcel:
-    """What a worker found, on its way to the first process, where it is the thing itself again.
-
-    Its large buffers go through a file: a pipe takes 64 kB at a time, each of which waits for the lock of Python that the first process computes with.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        buffers: list[pickle.PickleBuffer] = []
-        content = pickle.dumps(self.value, 5, buffer_callback=buffers.append)
-        raw = [buffer.raw() for buffer in buffers]
-        if sum(map(len, raw)) >= _SMALL:
-            with suppress(OSError):  # no room there
-                return _unpacked, (content, _written(raw), [len(buffer) for buffer in raw])
-        return pickle.loads, (pickle.dumps(self.value),)
-
-
-def _written(buffers: Sequence[memoryview]) -> Path:
-    path = _outbox / uuid.uuid4().hex
-    try:
-        with path.open("xb") as file:
-            for buffer in buffers:
-                file.write(buffer)
-                file.write(bytes(-len(buffer) % _ALIGNED))
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _unpacked(content: bytes, path: Path, sizes: Sequence[int]) -> Any:
-    import numpy as np
-
-    memory, buffers, start = np.fromfile(path, np.uint8), [], 0
-    path.unlink()
-    for size in sizes:
-        buffers.append(memory[start : start + size])
-        start += size + -size % _ALIGNED
-    return pickle.loads(content, buffers=buffers)
+    return Parcel(_worker.compute(item, following), _outbox)
 
 
 @contextmanager
