@@ -246,7 +246,7 @@ def test_killed_at_any_moment_a_run_leaves_nothing_that_looks_complete(
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)  # type: ignore[call-overload]
     assert process.stdout is not None
-    assert [process.stdout.readline(), process.stdout.readline()] == ["batch\n", "batch\n"]
+    assert [process.stdout.readline() for _ in range(3)] == ["batch\n"] * 3  # the noise floor is the first
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not out.exists()
