@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -108,3 +110,17 @@ def test_a_cut_file_fails_as_it_does_in_the_plain_reader(file: Path, tmp_path: P
     with parsed_once(), pytest.raises(ValueError, match=r"\w") as ours:
         gguf.GGUFReader(cut)
     assert str(ours.value) == str(plain.value)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_a_file_is_read(enabled: bool) -> None:
+    """And is afterwards what it was, after an error too. Would catch a process whose cycles are never freed, or one that is collected against its will."""
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with suppress(ZeroDivisionError), parsed_once():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

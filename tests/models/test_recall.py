@@ -218,3 +218,29 @@ def test_every_command_looks_at_all_weights(tmp_path: Path, monkeypatch: pytest.
     anew = prunescope.mcq(dense, "drop:mlp=2", limit=3)
     told = [repr(run.table().to_pydict()) for run in (first, changed, anew)]
     assert told[1] == told[2] != told[0]
+
+
+def test_zeros_are_counted_once(dense: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of zeros is that of the weights as they are: after a write in place, with a sublayer dropped, and back again.
+
+    Would catch a share that is counted for every description, or remembered over a change of the weights or of the sublayers.
+    """
+    counted = []
+    count = torch.Tensor.count_nonzero
+    monkeypatch.setattr(torch.Tensor, "count_nonzero", lambda tensor: counted.append(1) or count(tensor))
+
+    def by_hand() -> float:
+        matrices = [p for block in dense.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2]
+        return sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+
+    assert dense.sparsity() == by_hand() and counted
+    counted.clear()
+    assert dense.sparsity() == by_hand() and not counted
+    with torch.no_grad():
+        next(p for p in dense.anatomy.blocks[1].module.parameters() if p.dim() >= 2)[0] = 0
+    whole = by_hand()
+    assert dense.sparsity() == whole > 0
+    dense.drop("attn=1;mlp=1")
+    assert dense.sparsity() == by_hand() == 0
+    dense.restore()
+    assert dense.sparsity() == whole

@@ -127,3 +127,32 @@ def test_powers_of_ten_are_parsed_once(tmp_path: Path) -> None:
         plain, anew = drawn()
     assert anew > 0 and drawn()[0] == plain
     assert drawn() == (plain, 0)
+
+
+def test_a_figure_is_laid_out_as_matplotlib_does_and_drawn_once_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SVG and PNG, byte for byte, of panels, an outside legend and titles. Would catch places found at another resolution, or found by drawing."""
+    from matplotlib.figure import Figure
+
+    def made() -> Figure:
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        for axes in figure.subplots(1, 2, sharey=True):
+            axes.plot([1, 2, 3], [1e-3, 2.0, 7e2], label="a line")
+            axes.set(yscale="log", xlabel="step", title="a panel")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
+        figure.suptitle("two panels\nin two lines")
+        return figure
+
+    with style.style():
+        plain = made()
+        plain.savefig(tmp_path / "plain.svg", metadata={"Date": None})
+        plain.set_layout_engine(None)
+        plain.savefig(tmp_path / "plain.png", dpi=200)
+        drawn: list[Figure] = []
+        draw = Figure.draw
+        monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure) or draw(figure, renderer))
+        style.save(made(), tmp_path / "ours")
+    assert len(drawn) == 2
+    for kind in ("svg", "png"):
+        assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"plain.{kind}").read_bytes()

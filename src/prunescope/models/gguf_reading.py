@@ -7,6 +7,7 @@ through a memory map's own slicing; it then makes the table of names anew for ev
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,10 @@ __all__ = ["parsed_once"]
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
-    """Inside the block, each GGUF file that transformers opens is parsed once; what it finds is the same."""
+    """Inside the block, each GGUF file that transformers opens is parsed once; what it finds is the same.
+
+    Python does not look for unreachable objects meanwhile: a vocabulary is a million objects that stay, and each search walks over them.
+    """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -34,8 +38,20 @@ def parsed_once() -> Iterator[None]:
         patch.object(gguf, "GGUFReader", reader),
         patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
         patch.object(reading, "_gguf_parse_value", _quick_value(reading._gguf_parse_value)),
+        _uncollected(),
     ):
         yield
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _quick_reader(base: type[Any]) -> Callable[..., Any]:

@@ -133,7 +133,10 @@ class LoadedModel:
         return [module for drop in self._drops for module in drop.modules()]
 
     def sparsity(self) -> float:
-        """Share of zero weights in the matrices of the blocks that are left; packed ones are not looked at."""
+        """Share of zero weights in the matrices of the blocks that are left; packed ones are not looked at. Of the whole model it is in ``recall``."""
+        key = None if self._drops else self.recall.key(self.model, "sparsity")
+        if (known := self.recall.get(key)) is not None:
+            return known[0].item()
         matrices = [
             p for block in self.anatomy.blocks for p in block.module.parameters() if p.dim() >= 2 and not is_packed(p)
         ]
@@ -141,7 +144,9 @@ class LoadedModel:
             self.zeros[id(matrix)] if matrix.is_meta else int(matrix.numel() - matrix.count_nonzero())
             for matrix in matrices
         )
-        return zeros / max(1, sum(matrix.numel() for matrix in matrices))
+        share = zeros / max(1, sum(matrix.numel() for matrix in matrices))
+        self.recall.put(key, torch.tensor(share, dtype=torch.float64))
+        return share
 
     def describe(self) -> dict[str, Any]:
         """What a run folder records of the model."""

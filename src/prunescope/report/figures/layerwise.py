@@ -187,6 +187,8 @@ def _small_multiples(rows: pa.Table, kind: str, column: str, layers: list[int], 
     for i, axes in enumerate(panels):
         axes.set(ylim=(min(low), max(high)), xlim=(min(first), max(last)))
         axes.yaxis.set_minor_locator(NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_label_coords(0, 0)  # of no label: matplotlib would look for its place, past all ticks
         axes.tick_params(labelsize=6, labelleft=i % columns == 0, labelbottom=i + columns >= len(layers))
     for axes in list(grid.flat)[len(layers) :]:
         axes.remove()

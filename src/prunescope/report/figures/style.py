@@ -13,6 +13,7 @@ from unittest.mock import patch
 import matplotlib as mpl
 import matplotlib.text
 import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
@@ -83,11 +84,22 @@ def also_pdf() -> Iterator[None]:
 def save(figure: Figure, path: Path) -> list[Path]:
     """As SVG and as PNG, and as PDF inside `also_pdf`; returns the paths. A dot in the name is no suffix."""
     files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png", *(["pdf"] if _PDF.get() else []))]
+    _lay_out(figure)
     figure.savefig(files[0], metadata={"Date": None})
-    figure.set_layout_engine(
-        None
-    )  # the places are found; finding them again takes longer than drawing, and "none" still draws twice
     figure.savefig(files[1], dpi=200)
     for file in files[2:]:
         figure.savefig(file, metadata={"CreationDate": None})
     return files
+
+
+def _lay_out(figure: Figure) -> None:
+    """Find the places as for an SVG and take the engine away: `savefig` draws the whole figure once for it to work, and would do so for every file."""
+    engine = figure.get_layout_engine()
+    if engine is None:
+        return
+    before = figure.dpi
+    FigureCanvasSVG(figure)
+    figure.dpi = FigureCanvasSVG.fixed_dpi
+    engine.execute(figure)
+    figure.dpi = before
+    figure.set_layout_engine(None)
