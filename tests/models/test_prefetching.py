@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,19 +35,22 @@ class Pages:
 
     def __init__(self, works: bool) -> None:
         self.works, self.locked, self.most = works, dict[int, int](), 0
+        self.one = threading.Lock()  # of the four that lock
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
         assert flags == 8 and address % mmap.PAGESIZE == 0 and size
         if not self.works:
             return 801
-        if any(address < other + length and other < address + size for other, length in self.locked.items()):
-            return 712
-        self.locked[address] = size
-        self.most = max(self.most, len(self.locked))
+        with self.one:
+            if any(address < other + length and other < address + size for other, length in self.locked.items()):
+                return 712
+            self.locked[address] = size
+            self.most = max(self.most, len(self.locked))
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        del self.locked[address]
+        with self.one:
+            del self.locked[address]
         return 0
 
 
@@ -112,8 +115,7 @@ def test_blocks_that_were_fetched_ahead(
     room = locking.machine_bytes() // 2
     assert locking._ROOM.taken == sum(pages.locked.values()) <= room and bool(pages.most) == pages.works
     assert bool(pages.locked) == (pages.works and room > 0)
-    del ahead
-    gc.collect()
+    ahead.close()
     assert not pages.locked and not locking._ROOM.taken
 
 
@@ -138,8 +140,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path, played: list[
     streamed.ahead.discard()
     assert sys.getswitchinterval() > 1e-3  # as it was
     assert locking._ROOM.taken == sum(pages.locked.values())
-    del streamed  # while the stand-ins are there
-    gc.collect()
+    streamed.close()
 
 
 def test_runs_hold_every_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +218,7 @@ def test_copies_that_fail_or_are_not_waited_for_leave_nothing_locked(
     assert not pages.locked and not mapped.passing
     whole = locking.Run(file, 0, 5000, ((0, torch.empty(5000, dtype=torch.uint8)),))
     assert mapped.copy(whole, None)[0] and pages.locked
-    del mapped
-    gc.collect()
+    mapped.close()
     assert not pages.locked
     streamed = stream_model(str(tiny_folder("llama", tmp_path / "model")), tmp_path / "a", device="cpu", prefetch=True)
     assert streamed.ahead is not None
@@ -226,8 +226,7 @@ def test_copies_that_fail_or_are_not_waited_for_leave_nothing_locked(
     with pytest.raises(KeyboardInterrupt), streamed.block(0):
         raise KeyboardInterrupt
     assert streamed.ahead.begun is None and not pages.locked
-    del streamed
-    gc.collect()
+    streamed.close()
 
 
 def test_what_is_read_is_dealt_out_evenly(tmp_path: Path, played: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,5 +245,4 @@ def test_what_is_read_is_dealt_out_evenly(tmp_path: Path, played: list[str], mon
     with streamed.block(len(streamed.blocks) - 1):
         size = sum(p.numel() * p.element_size() for p in streamed.blocks[-1].parameters())
     assert sum(shares) == size and max(shares) <= 3000 and len(shares) == 16
-    del streamed
-    gc.collect()
+    streamed.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,10 +70,12 @@ def run(options: DropOptions) -> DropResult:
     placement = place(options.stream, options.model, None, options.loading, 0, hindrance)
     if not placement.streamed:
         return _drop(options, options.loading.load(options.model), placement, select, task)
-    with TemporaryDirectory(prefix="prunescope-") as scratch:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(TemporaryDirectory(prefix="prunescope-"))
         streamed = stream_model(
             str(options.model), Path(scratch) / "scratch", experts=None, prefetch=True, **options.loading.config()
         )
+        stack.enter_context(closing(streamed))
 
         def passing(batches: Sequence[Tensor], before: Callable[[int], None], after: Callable[[], None]) -> None:
             pass_through(streamed, batches, Path(scratch), before, after, check=not streamed.loaded.dropped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ def _streamed(
 ) -> tuple[LayerwiseResult, bool]:
     """The same with both models on disk."""
     output, steps = options.output, options.max_new_tokens
-    with stream_folder(output) as folder:
-        streamed = StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")
+    with (
+        stream_folder(output) as folder,
+        closing(StreamedPair.open(options.dense, options.target, options.loading, folder / "scratch")) as streamed,
+    ):
         pair = streamed.pair
         encoded, texts = _encoded(options, pair.dense, given, prompts)
         key = layerwise_key(pair.dense, pair.target, encoded, texts, *options.settings())

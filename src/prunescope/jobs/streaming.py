@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,6 +131,12 @@ class StreamedPair:
         theirs = stream_model(str(target), scratch / "target", experts=None, prefetch=True, **other.config())
         return cls(base, theirs)
 
+    def close(self) -> None:
+        """Unlock what is locked of both models' files; neither is used afterwards."""
+        for side in (self.dense, self.target):
+            if isinstance(side, StreamedModel):
+                side.close()
+
     @contextmanager
     def having_read(
         self, both: Sequence[Sequence[Transcript]], dense_only: Sequence[Sequence[Transcript]], folder: Path
@@ -237,6 +243,8 @@ def sides(
     if not placement.streamed:
         yield Sides(Pair.load(dense, target, loading))
         return
-    with stream_folder(output) as folder:
-        streamed = StreamedPair.open(dense, target, loading, folder / "scratch")
+    with (
+        stream_folder(output) as folder,
+        closing(StreamedPair.open(dense, target, loading, folder / "scratch")) as streamed,
+    ):
         yield Sides(streamed.pair, placement, streamed, folder)

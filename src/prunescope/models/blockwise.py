@@ -73,6 +73,11 @@ class StreamedModel:
     def model(self) -> Any:
         return self.loaded.model
 
+    def close(self) -> None:
+        """Unlock what is locked of the files; no block is read afterwards."""
+        if self.ahead is not None:
+            self.ahead.close()
+
     def matrices(self, layer: int) -> list[Matrix]:
         """The matrices of block ``layer`` that can be pruned."""
         return find_matrices(self.loaded.anatomy.blocks[layer], self.names[layer])

@@ -130,7 +130,9 @@ class Mapped:
         self.refused = False  # its pages, by the driver or the file system
         self.kept: dict[int, int] = {}  # segments that stay locked, by their addresses, and their sizes
         self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
-        weakref.finalize(self, _unlocked, whole, self.kept, self.passing)
+        self.close = weakref.finalize(
+            self, _unlocked, whole, self.kept, self.passing
+        )  # at the latest when nothing uses it
 
     def copy(self, run: Run, stream: Any) -> tuple[bool, Locked | None]:
         """Start to copy a run within one segment, with its pages locked. Runs within a segment must not be begun by two threads at once.

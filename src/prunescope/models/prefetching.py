@@ -128,6 +128,14 @@ class Ahead:
         self._released()
         self._forget()
 
+    def close(self) -> None:
+        """Forget what was begun, and unlock all pages; nothing is fetched afterwards."""
+        self.discard()
+        for mapped in self._mapped.values():
+            if mapped is not None:
+                mapped.close()
+        self._mapped.clear()
+
     def _released(self) -> None:
         if self._releasing is not None:
             self._releasing.result()
