@@ -130,9 +130,8 @@ class Mapped:
         self.refused = False  # its pages, by the driver or the file system
         self.kept: dict[int, int] = {}  # segments that stay locked, by their addresses, and their sizes
         self.passing: dict[int, int] = {}  # those that do not, and how many copies wait
-        self.close = weakref.finalize(
-            self, _unlocked, whole, self.kept, self.passing
-        )  # at the latest when nothing uses it
+        # called at the latest when nothing uses it
+        self.close = weakref.finalize(self, _unlocked, whole, self.kept, self.passing)
 
     def copy(self, run: Run, stream: Any) -> tuple[bool, Locked | None]:
         """Start to copy a run within one segment, with its pages locked. Runs within a segment must not be begun by two threads at once.
@@ -150,8 +149,7 @@ class Mapped:
         low = run.segment[1] * _SEGMENT
         address = self.address + low
         with torch.cuda.stream(stream):  # and on its device
-            stays = address in self.kept
-            if not stays and not self._locked(address, low):
+            if address not in self.kept and not self._locked(address, low):
                 return False, None
             stays = address in self.kept
             try:

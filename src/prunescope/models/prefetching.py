@@ -1,4 +1,4 @@
-"""The next block's weights while the one before it runs: read by threads, and on a GPU copied there from pinned memory.
+"""The next block's weights while the one before it runs.
 
 On a GPU pieces of the files that are in the system's cache are copied from there (`prunescope.models.locking`), and several threads read the others
 into small pinned buffers, from where they are copied; all on a stream of its own. On a CPU weights
